@@ -12,7 +12,7 @@
 
 #include "../kernels/selection.h"
 
-namespace entropy_rl {
+namespace entropy_rl::cpu {
 
 // 2048 counters of 8 bytes: a thread's histogram stays in its L1 cache.
 constexpr int kDigitBits = 11;
@@ -133,4 +133,4 @@ void top_k_mask(const Key* keys /*[n]*/, int64_t n, int64_t k, uint8_t* mask /*[
   });
 }
 
-}  // namespace entropy_rl
+}  // namespace entropy_rl::cpu
