@@ -24,6 +24,11 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, "
       "Tensor targets, Tensor? mask, float temperature, Tensor? row_temperature, Tensor entropy, "
       "Tensor statistics) -> Tensor");
+
+  // [..., sequence] -> bool of the same shape: the response tokens of highest entropy in each scope.
+  m.def(
+      "global_top_mask(Tensor entropy, Tensor response_mask, float top_ratio=0.2, "
+      "str rule=\"topk\", str scope=\"batch\", Tensor? group_ids=None) -> Tensor");
 }
 
 // Read through ctypes where the pybind11 module is absent.
