@@ -125,9 +125,16 @@ Tensor global_top_mask(const Tensor& entropy, const Tensor& response_mask, doubl
   return result;
 }
 
+Tensor global_top_mask_tensor_ratio(const Tensor& entropy, const Tensor& response_mask,
+                                    const Tensor& top_ratio, std::string rule, std::string scope,
+                                    std::optional<Tensor> group_ids) {
+  return global_top_mask(entropy, response_mask, ratio_value(top_ratio), rule, scope, group_ids);
+}
+
 }  // namespace
 }  // namespace entropy_rl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
   m.impl("global_top_mask", TORCH_BOX(&entropy_rl::cpu::global_top_mask));
+  m.impl("global_top_mask.tensor_ratio", TORCH_BOX(&entropy_rl::cpu::global_top_mask_tensor_ratio));
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from entropy_rl_ext import get_global_entropy_top_mask, global_top_mask, reference
 
@@ -365,26 +366,24 @@ def test_opcheck(scope, requires_grad, device):
     group_ids = groups if scope == "group" else None
     arguments = (entropy.requires_grad_(requires_grad), mask, 0.2, "topk", scope, group_ids)
     torch.library.opcheck(torch.ops.entropy_rl.global_top_mask.default, arguments)
+    ratio = torch.tensor(0.2, dtype=torch.float64)
+    arguments = (*arguments[:2], ratio, *arguments[3:])
+    torch.library.opcheck(torch.ops.entropy_rl.global_top_mask.tensor_ratio, arguments)
 
 
-def test_compiles_whole_and_does_not_recompile(device):
-    compilations = []
-
-    def backend(graph, _):
-        compilations.append(graph)
-        return graph.forward
-
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_whole_and_does_not_recompile(dynamic, device):
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda entropy, mask, ratio: global_top_mask(entropy, mask, ratio),
-        fullgraph=True,
-        dynamic=True,
-        backend=backend,
-    )
-    for seed, (batch, ratio) in enumerate([(4, 0.2), (7, 0.2), (9, 0.35), (31, 0.05)]):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(global_top_mask, fullgraph=True, dynamic=dynamic, backend=counter)
+    compilations = []
+    cases = [(4, 0.2), (7, 0.2), (9, 0.35), (31, 0.05), (8, 0.5), (5, 1.0)]
+    for seed, (batch, ratio) in enumerate(cases):
         entropy, mask, _ = make_inputs((batch, 64), torch.float32, "random", seed, device)
         assert torch.equal(compiled(entropy, mask, ratio), global_top_mask(entropy, mask, ratio))
-    assert len(compilations) == 1
+        compilations.append(counter.frame_count)
+    # Left to itself, torch.compile takes batch size and ratio for constants until it has seen them change.
+    assert compilations == ([1, 1, 1, 1, 1, 1] if dynamic else [1, 2, 3, 3, 3, 3])
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------
@@ -422,6 +421,14 @@ def test_bad_input(arguments, message, device):
     }
     with pytest.raises(ValueError, match=message):
         global_top_mask(**arguments)
+
+
+@pytest.mark.parametrize("ratio", [torch.tensor(0.2), torch.tensor([0.2], dtype=torch.float64)], ids=str)
+def test_bad_tensor_ratio(ratio, device):
+    with pytest.raises(ValueError, match="top_ratio is a tensor of shape .* it must be a number"):
+        torch.ops.entropy_rl.global_top_mask.tensor_ratio(
+            torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device), ratio
+        )
 
 
 def test_bad_ratio_under_the_papers_name(device):
