@@ -40,7 +40,9 @@ def test_equals_the_entropy_of_logprob_entropy(device):
 
 def test_uniform_logits_reach_the_maximum(device):
     entropy = token_entropy(torch.zeros(2, 151936, device=device))  # Qwen3's vocabulary
-    torch.testing.assert_close(entropy.double().cpu(), torch.full((2,), math.log(151936)).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        entropy.double().cpu(), torch.full((2,), math.log(151936)).double(), atol=1e-5, rtol=0
+    )
 
 
 def test_bfloat16_entropy_has_float32_resolution(device):
