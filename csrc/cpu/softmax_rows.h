@@ -1,0 +1,121 @@
+// One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and its gradient.
+// A row is taken in chunks that stay in the first-level cache: widen to float, maximum, then sums.
+// Chunk sums are float32 over 16 lanes, chunks combine in float64; float64 input is float64 throughout.
+// The chunk loops are compiled for AVX-512, AVX2 and the baseline and chosen when the library loads.
+#pragma once
+
+#include <cstdint>
+
+#include "../kernels/dtypes.h"
+#include "../kernels/online_softmax.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ENTROPY_RL_SIMD_CLONES \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define ENTROPY_RL_SIMD_CLONES
+#endif
+
+namespace entropy_rl::cpu {
+
+constexpr int kChunk = 1024;
+constexpr int kLanes = 16;
+
+// e^x for x in [-103, 88], NaN kept, zero below the smallest normal float; error under 2 ulp.
+// Cody-Waite reduction and a degree-6 polynomial, free of branches so that loops over it vectorise.
+inline float exp_vectorizable(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const uint32_t exponent = (detail::bits_from_float(shifted) - 0x4b400000u + 127u) << 23;
+  const float value = p * detail::float_from_bits(exponent);
+  return x < -87.3f ? 0.0f : value;
+}
+inline double exp_vectorizable(double x) { return exp(x); }
+
+float chunk_max(const float* x, int count);
+double chunk_max(const double* x, int count);
+// Sets sum and dot of one chunk against `shift`.
+void chunk_sums(const float* x, int count, float shift, float inverse_temperature, float* sum,
+                float* dot);
+void chunk_sums(const double* x, int count, double shift, double inverse_temperature, double* sum,
+                double* dot);
+// Overwrites x by the gradient; the target's own term is the caller's.
+void chunk_gradient(float* x, int count, const SoftmaxGradient<float>& gradient);
+void chunk_gradient(double* x, int count, const SoftmaxGradient<double>& gradient);
+void widen(const BFloat16* x, int count, float* out);
+void widen(const Half* x, int count, float* out);
+void narrow(const float* x, int count, BFloat16* out);
+void narrow(const float* x, int count, Half* out);
+
+template <class Acc>
+struct RowStatistics {
+  Acc max;
+  Acc log_sum;
+  Acc entropy;
+
+  Acc shift() const { return max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max; }
+  Acc log_prob(Acc x, Acc temperature) const { return (x - shift()) / temperature - log_sum; }
+};
+
+template <class T>
+RowStatistics<accumulate_t<T>> row_statistics(const T* logits /*[vocab]*/, int64_t vocab,
+                                              double temperature) {
+  using Acc = accumulate_t<T>;
+  const Acc inverse_temperature = static_cast<Acc>(1.0 / temperature);
+  OnlineSoftmax<double> row;
+  alignas(64) Acc buffer[kChunk];
+  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+    const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);
+    const Acc* x;
+    if constexpr (std::is_same_v<T, Acc>) {
+      x = logits + begin;
+    } else {
+      widen(logits + begin, count, buffer);
+      x = buffer;
+    }
+    const Acc max = chunk_max(x, count);
+    if (max > row.max) row = rescaled<double>(row, max, 1.0 / temperature);
+    Acc sum, dot;
+    chunk_sums(x, count, static_cast<Acc>(row.shift()), inverse_temperature, &sum, &dot);
+    row.sum += sum;
+    row.dot += dot;
+  }
+  return {static_cast<Acc>(row.max), static_cast<Acc>(log_sum(row)), static_cast<Acc>(entropy(row))};
+}
+
+// Writes one row of dL/dlogits. `target` is outside [0, vocab) where the row has none.
+template <class T>
+void row_gradient(const T* logits /*[vocab]*/, int64_t vocab, int64_t target,
+                  const SoftmaxGradient<accumulate_t<T>>& gradient, T* grad_logits /*[vocab]*/) {
+  using Acc = accumulate_t<T>;
+  alignas(64) Acc buffer[kChunk];
+  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+    const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);
+    if constexpr (std::is_same_v<T, Acc>) {
+      for (int i = 0; i < count; ++i) buffer[i] = logits[begin + i];
+    } else {
+      widen(logits + begin, count, buffer);
+    }
+    chunk_gradient(buffer, count, gradient);
+    // The target's term joins before rounding to T: added after, p - 1 would be rounded twice.
+    if (target >= begin && target < begin + count) {
+      buffer[target - begin] += gradient.inverse_temperature * gradient.grad_log_prob;
+    }
+    if constexpr (std::is_same_v<T, Acc>) {
+      for (int i = 0; i < count; ++i) grad_logits[begin + i] = buffer[i];
+    } else {
+      narrow(buffer, count, grad_logits + begin);
+    }
+  }
+}
+
+}  // namespace entropy_rl::cpu

@@ -1,0 +1,128 @@
+// Checks and normalises the arguments that the ops over logits share: a [..., vocab] tensor of any
+// leading strides, a row mask, and a temperature that is one number or one value a row.
+#pragma once
+
+#include "checks.h"
+#include "kernels/row_layout.h"
+
+namespace entropy_rl {
+
+struct LogitsRows {
+  Tensor logits;  // [..., vocab], last dimension contiguous
+  std::vector<int64_t> row_shape;
+  int64_t rows = 1;
+  int64_t vocab = 0;
+  RowLayout layout;
+  std::optional<Tensor> mask;             // [rows] bool
+  double temperature = 1.0;               // used where row_temperature is absent
+  std::optional<Tensor> row_temperature;  // [rows], accumulate dtype
+
+  LogitsRows(const Tensor& logits_in, const std::optional<Tensor>& mask_in, double temperature_in,
+             const std::optional<Tensor>& row_temperature_in)
+      : logits(logits_in), temperature(temperature_in) {
+    check_floating("logits", logits);
+    check(logits.dim() >= 1, "logits has no dimension; it must be [..., vocab]");
+    row_shape = shape_of(logits);
+    vocab = row_shape.back();
+    row_shape.pop_back();
+    for (const int64_t size : row_shape) rows *= size;
+    check(vocab >= 1, "logits has shape ", shape_name(shape_of(logits)),
+          "; the vocabulary (its last dimension) must hold at least one entry");
+    check(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
+          "; it must be a finite number above 0");
+    if (mask_in) {
+      check_shape("mask", *mask_in, row_shape, "one value for each row of logits");
+      check_same_device("mask", *mask_in, "logits", logits);
+      mask = as_bool_mask(*mask_in);
+    }
+    if (row_temperature_in) {
+      check_shape("temperature", *row_temperature_in, row_shape, "one value for each row of logits");
+      check_same_device("temperature", *row_temperature_in, "logits", logits);
+      check_floating("temperature", *row_temperature_in);
+      row_temperature = as_contiguous(*row_temperature_in, accumulate_dtype(logits.scalar_type()));
+    }
+    set_layout();
+  }
+
+  // The shape of a per-row tensor with `columns` values a row.
+  std::vector<int64_t> row_shape_with(int64_t columns) const {
+    std::vector<int64_t> shape = row_shape;
+    shape.push_back(columns);
+    return shape;
+  }
+
+  // A per-row value (target, gradient) as contiguous [rows].
+  Tensor row_values(const char* name, const Tensor& values, ScalarType dtype) const {
+    check_shape(name, values, row_shape, "one value for each row of logits");
+    check_same_device(name, values, "logits", logits);
+    return as_contiguous(values, dtype);
+  }
+
+  Tensor targets(const Tensor& targets_in) const {
+    check(is_integer(targets_in.scalar_type()), "targets is ", dtype_name(targets_in.scalar_type()),
+          "; it must be an integer dtype");
+    return row_values("targets", targets_in, ScalarType::Long);
+  }
+
+  // An incoming gradient as contiguous [rows] of the accumulate dtype.
+  std::optional<Tensor> gradient(const char* name, const std::optional<Tensor>& grad) const {
+    if (!grad) return std::nullopt;
+    return row_values(name, *grad, accumulate_dtype(logits.scalar_type()));
+  }
+
+  Tensor new_row_tensor() const {
+    return torch::stable::new_empty(logits, row_shape, accumulate_dtype(logits.scalar_type()));
+  }
+
+  // (max, log sum) of each row, what the backward needs beside the logits.
+  Tensor new_statistics() const {
+    return torch::stable::new_empty(logits, row_shape_with(2),
+                                    accumulate_dtype(logits.scalar_type()));
+  }
+
+ private:
+  void set_layout() {
+    if (vocab > 1 && logits.stride(-1) != 1) logits = torch::stable::contiguous(logits);
+    if (!merge_dimensions()) {
+      logits = torch::stable::contiguous(logits);
+      merge_dimensions();
+    }
+  }
+
+  // Folds neighbouring leading dimensions that one stride describes; false where too many are left.
+  bool merge_dimensions() {
+    std::vector<std::pair<int64_t, int64_t>> merged;  // (size, stride), outermost first
+    for (size_t i = 0; i < row_shape.size(); ++i) {
+      const int64_t size = row_shape[i];
+      const int64_t stride = logits.stride(static_cast<int64_t>(i));
+      if (size == 1) continue;
+      if (!merged.empty() && merged.back().second == size * stride) {
+        merged.back() = {merged.back().first * size, stride};
+      } else {
+        merged.emplace_back(size, stride);
+      }
+    }
+    if (merged.size() > static_cast<size_t>(RowLayout::kMaxDims)) return false;
+    layout.dims = static_cast<int>(merged.size());
+    for (int i = 0; i < layout.dims; ++i) {
+      layout.size[i] = merged[static_cast<size_t>(i)].first;
+      layout.stride[i] = merged[static_cast<size_t>(i)].second;
+    }
+    return true;
+  }
+};
+
+// What a forward kept for its backward, checked: a caller of the backward op may pass anything.
+struct SavedRows {
+  Tensor entropy;     // [rows]
+  Tensor statistics;  // [rows, 2]
+
+  SavedRows(const LogitsRows& in, const Tensor& entropy_in, const Tensor& statistics_in)
+      : entropy(in.row_values("entropy", entropy_in, accumulate_dtype(in.logits.scalar_type()))),
+        statistics(as_contiguous(statistics_in, accumulate_dtype(in.logits.scalar_type()))) {
+    check_shape("statistics", statistics_in, in.row_shape_with(2), "max and log sum of each row");
+    check_same_device("statistics", statistics_in, "logits", in.logits);
+  }
+};
+
+}  // namespace entropy_rl

@@ -1,0 +1,16 @@
+"""Fused entropy, selection and policy-loss ops for RL on the highest-entropy tokens.
+
+The ops are `torch.ops.entropy_rl.*`; the functions here are their typed wrappers. `reference` holds a
+plain-torch oracle of each.
+"""
+
+from entropy_rl_ext._library import build_info, load_libraries
+
+load_libraries()
+
+from entropy_rl_ext import reference  # noqa: E402
+from entropy_rl_ext.ops.logprob_entropy import logprob_entropy  # noqa: E402
+from entropy_rl_ext.ops.token_entropy import token_entropy  # noqa: E402
+
+__version__: str = build_info()["version"]
+__all__ = ["build_info", "logprob_entropy", "reference", "token_entropy"]

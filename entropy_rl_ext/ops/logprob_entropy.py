@@ -1,0 +1,109 @@
+"""logprob_entropy: log-probability of the target and entropy, one online-softmax pass over the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_rl_ext.ops._temperature import split_temperature
+
+
+def logprob_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's target, and the row's entropy, under softmax(logits / temperature).
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64; any strides (a copy is made only where the
+            last dimension is not contiguous).
+        targets: [...], integer, in [0, V). Where `mask` is 0 a target may be anything (-100, say).
+        mask: [...], any dtype, nonzero = in. Rows left out are not read; they give 0 and a zero gradient.
+        temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
+        entropy_grad: whether the entropy carries a gradient. Selection does not need one; an entropy bonus does.
+
+    Returns:
+        (log_prob, entropy), both [...], in nats, float32 (float64 for float64 logits). Arithmetic is float32
+        (float64). The backward does not read rows whose incoming gradients are zero. -inf logits have
+        probability 0; a row that is all -inf, or holds +inf or NaN, gives NaN in its own row alone.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a temperature that is not
+            above 0, a target outside the vocabulary. On CUDA, where looking would wait for the device, a bad
+            target or per-row temperature gives NaN for its own row instead.
+    """
+    number, row_temperature = split_temperature(temperature, logits)
+    outputs: tuple[Tensor, Tensor] = torch.ops.entropy_rl.logprob_entropy(
+        logits, targets, mask, number, row_temperature, entropy_grad
+    )
+    return outputs
+
+
+@torch.library.impl("entropy_rl::logprob_entropy", "CompositeImplicitAutograd")
+def _logprob_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    row_temperature: Tensor | None = None,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    log_prob, entropy, _ = torch.ops.entropy_rl.logprob_entropy_forward(
+        logits, targets, mask, temperature, row_temperature
+    )
+    return log_prob, entropy if entropy_grad else entropy.detach()
+
+
+@torch.library.register_fake("entropy_rl::logprob_entropy_forward")
+def _(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, row_temperature: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = logits.shape[:-1]
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty((*rows, 2), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("entropy_rl::logprob_entropy_backward")
+def _(
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    row_temperature: Tensor | None,
+    entropy: Tensor,
+    statistics: Tensor,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, mask, ctx.temperature, row_temperature = inputs
+    _, entropy, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, mask, row_temperature, entropy, statistics)
+
+
+def _backward(
+    ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, targets, mask, row_temperature, entropy, statistics = ctx.saved_tensors
+    grad_logits = torch.ops.entropy_rl.logprob_entropy_backward(
+        grad_log_prob, grad_entropy, logits, targets, mask, ctx.temperature, row_temperature, entropy, statistics
+    )
+    return grad_logits, None, None, None, None
+
+
+torch.library.register_autograd(
+    "entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context
+)

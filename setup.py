@@ -1,0 +1,122 @@
+"""Builds the shared libraries of entropy_rl_ext; everything else is in pyproject.toml.
+
+Three libraries, so that one wheel serves CPU and CUDA installations of PyTorch:
+  entropy_rl_ext/_cpu       schemas and CPU kernels      stable ABI, limited API
+  entropy_rl_ext/_cuda      CUDA kernels                 stable ABI, limited API
+  entropy_rl_ext/_bindings  pybind11, build information  not in an abi3 wheel
+
+CUDA is built wherever the building torch is a CUDA build and a toolkit is found; a GPU is not needed.
+ENTROPY_RL_ABI3=1 makes the wheel that serves Python 3.10 and later.
+"""
+
+import glob
+import os
+import re
+import sys
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
+
+CUDA_ARCHS = "8.0;9.0+PTX"
+ABI3 = os.environ.get("ENTROPY_RL_ABI3") == "1"
+
+with open(os.path.join(os.path.dirname(__file__), "pyproject.toml")) as project:
+    VERSION = re.search(r'^version = "(.+)"$', project.read(), re.MULTILINE)[1]
+
+
+def find_cuda_toolkit():
+    """The toolkit's directory, or None: nvcc on the PATH may be a launcher that lies elsewhere."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), cpp_extension.CUDA_HOME]
+    for path in [*candidates, "/usr/local/cuda"]:
+        if path and os.path.isfile(f"{path}/bin/nvcc") and os.path.isfile(f"{path}/include/cuda_runtime.h"):
+            return path
+    return None
+
+
+def decide_cuda():
+    """(build the CUDA kernels?, toolkit, the reason in words)"""
+    if torch.version.cuda is None:
+        return False, None, f"torch {torch.__version__} is not a CUDA build"
+    toolkit = find_cuda_toolkit()
+    if toolkit is None:
+        return False, None, "no CUDA toolkit (nvcc and cuda_runtime.h) was found; set CUDA_HOME to one"
+    return True, toolkit, f"torch {torch.__version__} is a CUDA {torch.version.cuda} build, toolkit in {toolkit}"
+
+
+BUILD_CUDA, TOOLKIT, REASON = decide_cuda()
+if BUILD_CUDA:
+    cpp_extension.CUDA_HOME = TOOLKIT
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+print(f"entropy_rl_ext: building {'CPU and CUDA' if BUILD_CUDA else 'CPU only'}: {REASON}", file=sys.stderr)
+
+
+def macro(text):
+    return f'"{text}"'
+
+
+BUILD_INFO = [
+    ("ENTROPY_RL_VERSION", macro(VERSION)),
+    ("ENTROPY_RL_TORCH_VERSION", macro(torch.__version__)),
+    ("ENTROPY_RL_CUDA_VERSION", macro(torch.version.cuda if BUILD_CUDA else "")),
+    ("ENTROPY_RL_CUDA_ARCHS", macro(os.environ["TORCH_CUDA_ARCH_LIST"] if BUILD_CUDA else "")),
+]
+# The oldest torch that the libraries load under: 2.11.
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+HEADERS = glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)
+
+
+def op_library(make, name, sources, flags):
+    return make(
+        f"entropy_rl_ext.{name}",
+        sorted(sources),
+        include_dirs=[os.path.abspath("csrc")],
+        define_macros=BUILD_INFO,
+        extra_compile_args=flags,
+        py_limited_api=True,
+        depends=HEADERS,
+    )
+
+
+extensions = [
+    op_library(
+        cpp_extension.CppExtension,
+        "_cpu",
+        ["csrc/library.cpp", *glob.glob("csrc/cpu/*.cpp")],
+        {"cxx": CXX_FLAGS + STABLE_ABI},
+    )
+]
+if BUILD_CUDA:
+    extensions.append(
+        op_library(
+            cpp_extension.CUDAExtension,
+            "_cuda",
+            glob.glob("csrc/cuda/*.cu"),
+            {
+                "cxx": CXX_FLAGS + STABLE_ABI,
+                "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xptxas=-v", *STABLE_ABI],
+            },
+        )
+    )
+if not ABI3:
+    extensions.append(
+        Extension(
+            "entropy_rl_ext._bindings",
+            ["csrc/bindings.cpp"],
+            include_dirs=[pybind11.get_include(), "csrc"],
+            define_macros=BUILD_INFO,
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            language="c++",
+        )
+    )
+
+setup(
+    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl"],
+    package_dir={"entropy_rl": "python/entropy_rl"},
+    package_data={"entropy_rl_ext": ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
+)
