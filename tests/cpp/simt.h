@@ -2,14 +2,15 @@
 // `-include simt.h`). THIS IS NOT A GPU TEST. It checks indexing, barriers and shuffles; it says
 // nothing about speed, occupancy, memory coalescing, memory ordering or the rounding of fast maths.
 //
-// Every thread of a block is a fiber, and a fiber runs until it meets a barrier or a warp primitive.
-// `launch` runs the grid several times, each time in another order of blocks and threads, with shared
-// memory full of garbage at the start of each block, and compares every `Buffer` bit for bit: a result
-// that depends on the order of threads is a missing barrier (or an atomic whose order matters).
-// Barriers and warp primitives are strict: every named thread must arrive, at the same place, or
-// `launch` throws `simt::Error` with the ids of the threads that wait and of those that never came.
-// Out-of-bounds and misaligned accesses to Buffers are left to ASan and UBSan, which see every fiber's
-// stack; racecheck.h adds a search for data races. `__shared__` arrays have no red zones around them.
+// Every thread of a block is a fiber, and a fiber runs until it meets a barrier or a warp
+// primitive. `launch` runs the grid several times, each time in another order of blocks and
+// threads, with shared memory full of garbage at the start of each block, and compares every
+// `Buffer` bit for bit: a result that depends on the order of threads is a missing barrier (or an
+// atomic whose order matters). Barriers and warp primitives are strict: every named thread must
+// arrive, at the same place, or `launch` throws `simt::Error` with the ids of the threads that wait
+// and of those that never came. Out-of-bounds and misaligned accesses to Buffers are left to ASan
+// and UBSan, which see every fiber's stack; simt_race.cpp adds a search for data races.
+// `__shared__` arrays have no red zones around them.
 #pragma once
 
 #include <ucontext.h>
@@ -39,7 +40,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// ---- The language ---------------------------------------------------------------------------------
+// ---- The language
+// ---------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -47,8 +49,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Thread-local, because the fibers share one OS thread and because the program's thread-local block is
-// one contiguous range, which `poison_shared_memory` can find and fill.
+// Thread-local, because the fibers share one OS thread and because the program's thread-local block
+// is one contiguous range, which `poison_shared_memory` can find and fill.
 #define __shared__ static thread_local
 
 struct uint3 {
@@ -66,14 +68,14 @@ inline dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 // CUDA's vector types, with CUDA's alignment, so that UBSan reports a misaligned vector access.
-#define SIMT_VECTOR_TYPES(type, name, align2, align4)                                             \
-  struct alignas(align2) name##2 {                                                                \
-    type x, y;                                                                                    \
-  };                                                                                              \
-  struct alignas(align4) name##4 {                                                                \
-    type x, y, z, w;                                                                              \
-  };                                                                                              \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                \
+#define SIMT_VECTOR_TYPES(type, name, align2, align4)              \
+  struct alignas(align2) name##2 {                                 \
+    type x, y;                                                     \
+  };                                                               \
+  struct alignas(align4) name##4 {                                 \
+    type x, y, z, w;                                               \
+  };                                                               \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SIMT_VECTOR_TYPES(unsigned char, uchar, 2, 4)
 SIMT_VECTOR_TYPES(unsigned short, ushort, 4, 8)
@@ -91,7 +93,37 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// ---- Device memory --------------------------------------------------------------------------------
+// ---- Data races
+// -----------------------------------------------------------------------------------
+
+// What simt_race.cpp needs to know. Nothing where the program is not compiled for it.
+namespace race {
+constexpr int kWarpSize = warpSize;
+#if defined(SIMT_RACECHECK)
+void begin_launch();
+void watch(const void* begin, size_t bytes, const std::string& name);
+void begin_block(uint32_t number, size_t threads, const void* shared_memory);
+void run_thread(int rank);  // -1: the host
+void barrier();
+void warp_barrier(int warp, unsigned mask);
+void fence();
+void atomic(const void* address, size_t bytes);
+std::string finding();  // the first race since begin_launch; empty: none
+#else
+inline void begin_launch() {}
+inline void watch(const void*, size_t, const std::string&) {}
+inline void begin_block(uint32_t, size_t, const void*) {}
+inline void run_thread(int) {}
+inline void barrier() {}
+inline void warp_barrier(int, unsigned) {}
+inline void fence() {}
+inline void atomic(const void*, size_t) {}
+inline std::string finding() { return ""; }
+#endif
+}  // namespace race
+
+// ---- Device memory
+// --------------------------------------------------------------------------------
 
 class Memory {
  public:
@@ -116,6 +148,8 @@ class Memory {
   void restore(const std::vector<char>& contents) {
     std::copy(contents.begin(), contents.end(), storage_);
   }
+
+  void watch(const std::string& name) const { race::watch(storage_, bytes_, name); }
 
   static std::vector<Memory*>& all() {
     static std::vector<Memory*> memories;
@@ -143,7 +177,8 @@ class Buffer : public Memory {
   T* end() { return data() + size(); }
 };
 
-// ---- Fibers ---------------------------------------------------------------------------------------
+// ---- Fibers
+// ---------------------------------------------------------------------------------------
 
 // A line of a kernel's source.
 struct Place {
@@ -162,8 +197,8 @@ struct Site {
   unsigned mask;  // lanes of the warp; 0: the whole block
 
   bool operator==(const Site& other) const {
-    return place.line == other.place.line && mask == other.mask &&
-           std::strcmp(op, other.op) == 0 && std::strcmp(place.file, other.place.file) == 0;
+    return place.line == other.place.line && mask == other.mask && std::strcmp(op, other.op) == 0 &&
+           std::strcmp(place.file, other.place.file) == 0;
   }
 };
 
@@ -176,7 +211,8 @@ inline std::string to_string(const uint3& id) {
 // A block of threads, from its first instruction to the end of its last thread.
 class Block {
  public:
-  Block(uint3 index, dim3 shape, Order order, std::mt19937* random, const std::function<void()>* body)
+  Block(uint3 index, dim3 shape, Order order, std::mt19937* random,
+        const std::function<void()>* body)
       : index_(index), order_(order), random_(random), body_(body) {
     fibers_.resize(size_t{shape.x} * shape.y * shape.z);
     for (size_t i = 0; i < fibers_.size(); ++i) {
@@ -194,7 +230,9 @@ class Block {
       running_ = take_ready();
       threadIdx = fibers_[running_].id;
       blockIdx = index_;
+      race::run_thread(running_);
       switch_to_fiber(fibers_[running_]);
+      race::run_thread(-1);
     }
     current() = nullptr;
     if (failure_) std::rethrow_exception(failure_);
@@ -211,8 +249,8 @@ class Block {
   int warp() const { return running_ / warpSize; }
   const uint3& index() const { return index_; }
 
-  // Blocks the calling thread until every thread of `site.mask` stands at the same site. The value that
-  // lane l brought is then `received(l)`.
+  // Blocks the calling thread until every thread of `site.mask` stands at the same site. The value
+  // that lane l brought is then `received(l)`.
   void meet(const Site& site, uint64_t value) {
     Fiber& self = fibers_[running_];
     self.site = site;
@@ -283,7 +321,8 @@ class Block {
     Block& block = *current();
     Fiber& self = block.fibers_[block.running_];
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_stack_bytes_);
+    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_,
+                                    &block.scheduler_stack_bytes_);
 #endif
     // An exception must not unwind past the first frame of a fiber: the scheduler throws it again.
     try {
@@ -318,8 +357,8 @@ class Block {
 #endif
   }
 
-  // Forward and reverse let the first or the last warp run as far ahead as the barriers allow, which no
-  // order that takes turns would show.
+  // Forward and reverse let the first or the last warp run as far ahead as the barriers allow,
+  // which no order that takes turns would show.
   int take_ready() {
     auto chosen = ready_.begin();
     if (order_ == Order::kForward) chosen = std::min_element(ready_.begin(), ready_.end());
@@ -344,8 +383,7 @@ class Block {
 
   bool complete(const Site& site) {
     if (site.mask == 0 && at_barrier_ != fibers_.size()) return false;
-    return every_member(
-        site, [&](int i) { return fibers_[i].waiting && fibers_[i].site == site; });
+    return every_member(site, [&](int i) { return fibers_[i].waiting && fibers_[i].site == site; });
   }
 
   void release(const Site& site) {
@@ -360,7 +398,12 @@ class Block {
       ready_.push_back(i);
       return true;
     });
-    if (site.mask == 0) at_barrier_ = 0;
+    if (site.mask == 0) {
+      at_barrier_ = 0;
+      race::barrier();
+    } else if (std::strcmp(site.op, "__syncwarp") == 0) {
+      race::warp_barrier(warp(), site.mask);
+    }
   }
 
   // "threads 0-31 wait for __syncthreads at file:line; threads 32-63 have returned".
@@ -400,19 +443,23 @@ class Block {
   size_t scheduler_stack_bytes_ = 0;
 };
 
-// ---- Launching ------------------------------------------------------------------------------------
+// ---- Launching
+// ------------------------------------------------------------------------------------
 
-// Fills every `__shared__` array of the program: they are its only thread-local variables.
-inline void poison_shared_memory(int byte) {
-  auto fill = [](dl_phdr_info* info, size_t, void* byte) {
+// The range that holds every `__shared__` array of the program: its thread-local variables.
+inline std::pair<char*, size_t> shared_memory() {
+  auto find = [](dl_phdr_info* info, size_t, void* found) {
     for (int i = 0; i < info->dlpi_phnum; ++i) {
       if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data != nullptr) {
-        std::memset(info->dlpi_tls_data, *static_cast<int*>(byte), info->dlpi_phdr[i].p_memsz);
+        *static_cast<std::pair<char*, size_t>*>(found) = {static_cast<char*>(info->dlpi_tls_data),
+                                                          info->dlpi_phdr[i].p_memsz};
       }
     }
     return 1;  // the first object is the program itself; the libraries keep their thread-locals
   };
-  dl_iterate_phdr(fill, &byte);
+  std::pair<char*, size_t> found{nullptr, 0};
+  dl_iterate_phdr(find, &found);
+  return found;
 }
 
 inline void check_shape(dim3 grid, dim3 block) {
@@ -432,17 +479,20 @@ inline void run_grid(dim3 grid, dim3 block, Order order, unsigned seed,
   for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
   if (order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
   if (order == Order::kShuffled) std::shuffle(blocks.begin(), blocks.end(), random);
+  const auto [shared, shared_bytes] = shared_memory();
   for (uint64_t i : blocks) {
     const uint3 index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
                          unsigned(i / grid.x / grid.y)};
     // NaN, then large finite numbers: a reduction that reads garbage may hide the one or the other.
-    poison_shared_memory(order == Order::kForward ? 0xff : 0x4b);
+    std::fill_n(shared, shared_bytes, order == Order::kForward ? '\xff' : '\x4b');
+    race::begin_block(uint32_t(i), size_t{block.x} * block.y * block.z, shared);
     Block(index, block, order, &random, &body).run();
   }
 }
 
 // Runs `kernel<<<grid, block>>>(args...)` in every order. Every pointer argument must point into a
-// Buffer, so that each order can start from the same memory. Throws Error where the kernel is wrong.
+// Buffer, so that each order can start from the same memory. Throws Error where the kernel is
+// wrong.
 template <class... Params, class... Args>
 void launch(dim3 grid, dim3 block, void (*kernel)(Params...), Args... args) {
   check_shape(grid, block);
@@ -464,7 +514,11 @@ void launch(dim3 grid, dim3 block, void (*kernel)(Params...), Args... args) {
   for (const Memory* memory : memories) before.push_back(memory->contents());
   for (const auto& [order, seed] : orders) {
     for (size_t i = 0; i < memories.size(); ++i) memories[i]->restore(before[i]);
+    race::begin_launch();
+    for (size_t i = 0; i < memories.size(); ++i) memories[i]->watch("buffer " + std::to_string(i));
+    race::watch(shared_memory().first, shared_memory().second, "shared memory");
     run_grid(grid, block, order, seed, body);
+    if (!race::finding().empty()) throw Error(race::finding());
     for (size_t i = 0; i < memories.size(); ++i) {
       std::vector<char> after = memories[i]->contents();
       if (order == Order::kForward) {
@@ -479,19 +533,21 @@ void launch(dim3 grid, dim3 block, void (*kernel)(Params...), Args... args) {
   }
 }
 
-// ---- Warp primitives ------------------------------------------------------------------------------
+// ---- Warp primitives
+// ------------------------------------------------------------------------------
 
 inline Site warp_site(const char* op, Place place, unsigned mask) {
   const Site site{op, place, mask};
   const Block& block = *Block::current();
   if (!(mask >> block.lane() & 1)) {
-    throw Error(Block::describe(site) + ": thread " + to_string(threadIdx) + " is not in its own mask");
+    throw Error(Block::describe(site) + ": thread " + to_string(threadIdx) +
+                " is not in its own mask");
   }
   return site;
 }
 
-// What lane `source(lane)` brought; the caller's own value where `source` leaves the segment of `width`
-// lanes, as CUDA defines it.
+// What lane `source(lane)` brought; the caller's own value where `source` leaves the segment of
+// `width` lanes, as CUDA defines it.
 template <class T, class Source>
 T shuffle(const Site& site, T value, int width, Source source) {
   static_assert(std::is_arithmetic_v<T> && sizeof(T) <= sizeof(uint64_t));
@@ -518,8 +574,10 @@ inline unsigned vote(const Site& site, bool predicate) {
 }
 
 template <class T>
-constexpr T read_modify_write(T* address, T (*update)(T, T), T value) {
+__attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* address, T (*update)(T, T),
+                                                                     T value) {
   // A fiber gives way only at barriers and warp primitives, so this is atomic as it stands.
+  race::atomic(address, sizeof(T));
   const T old = *address;
   *address = update(old, value);
   return old;
@@ -539,12 +597,12 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Place place = simt::Pl
 }
 
 // `+value` gives the type of CUDA's overload: bool and short travel as int.
-#define SIMT_SHUFFLE(name, argument, from)                                                      \
-  template <class T>                                                                            \
-  auto name(unsigned mask, T value, argument, int width = warpSize,                             \
-            simt::Place place = simt::Place::caller()) {                                        \
-    return simt::shuffle(simt::warp_site(#name, place, mask), +value, width,                    \
-                         [&]([[maybe_unused]] int lane) { return int(from); });                 \
+#define SIMT_SHUFFLE(name, argument, from)                                      \
+  template <class T>                                                            \
+  auto name(unsigned mask, T value, argument, int width = warpSize,             \
+            simt::Place place = simt::Place::caller()) {                        \
+    return simt::shuffle(simt::warp_site(#name, place, mask), +value, width,    \
+                         [&]([[maybe_unused]] int lane) { return int(from); }); \
   }
 SIMT_SHUFFLE(__shfl_sync, int source, (source & (width - 1)))
 SIMT_SHUFFLE(__shfl_up_sync, unsigned delta, (lane - delta))
@@ -563,23 +621,27 @@ inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::Pl
   return simt::vote(simt::warp_site("__all_sync", place, mask), predicate != 0) == mask;
 }
 
-// ---- Atomics, for the types CUDA has them for -----------------------------------------------------
+inline void __threadfence() { simt::race::fence(); }
 
-#define SIMT_ATOMIC(name, result, ...)                                                          \
-  template <class T>                                                                            \
-  simt::OneOf<T, __VA_ARGS__> name(T* address, std::common_type_t<T> value) {                   \
-    return simt::read_modify_write<T>(                                                          \
-        address, [](T old, [[maybe_unused]] T value) -> T { return result; }, value);           \
+// ---- Atomics, for the types CUDA has them for
+// -----------------------------------------------------
+
+#define SIMT_ATOMIC(name, result, ...)                                                \
+  template <class T>                                                                  \
+  simt::OneOf<T, __VA_ARGS__> name(T* address, std::common_type_t<T> value) {         \
+    return simt::read_modify_write<T>(                                                \
+        address, [](T old, [[maybe_unused]] T value) -> T { return result; }, value); \
   }
 SIMT_ATOMIC(atomicAdd, old + value, int, unsigned, unsigned long long, float, double)
 SIMT_ATOMIC(atomicExch, value, int, unsigned, unsigned long long, float)
 SIMT_ATOMIC(atomicMax, old < value ? value : old, int, unsigned, long long, unsigned long long)
 SIMT_ATOMIC(atomicMin, value < old ? value : old, int, unsigned, long long, unsigned long long)
 SIMT_ATOMIC(atomicOr, old | value, int, unsigned, unsigned long long)
-SIMT_ATOMIC(atomicAnd, old & value, int, unsigned, unsigned long long)
+SIMT_ATOMIC(atomicAnd, old& value, int, unsigned, unsigned long long)
 #undef SIMT_ATOMIC
 
-// ---- Intrinsics -----------------------------------------------------------------------------------
+// ---- Intrinsics
+// -----------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }

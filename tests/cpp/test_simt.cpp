@@ -1,4 +1,5 @@
-// Proves the shim: right kernels give right results, and each kind of wrong kernel is caught.
+// Proves the shim: right kernels give right results, and each kind of wrong kernel is caught, by
+// both of its builds: the one under ASan and UBSan, and the one that searches for data races.
 #include <gtest/gtest.h>
 
 #include <numeric>
@@ -19,13 +20,20 @@ std::string complaint(Launch launch) {
   return "";
 }
 
-#define EXPECT_COMPLAINT(launch, part)                                                       \
-  do {                                                                                       \
-    const std::string said = complaint([&] { launch; });                                     \
-    EXPECT_NE(said.find(part), std::string::npos) << "launch said: '" << said << "'";        \
+#define EXPECT_COMPLAINT(launch, part)                                                \
+  do {                                                                                \
+    const std::string said = complaint([&] { launch; });                              \
+    EXPECT_NE(said.find(part), std::string::npos) << "launch said: '" << said << "'"; \
   } while (false)
 
-// ---- Right kernels --------------------------------------------------------------------------------
+#if defined(SIMT_RACECHECK)
+constexpr const char* kUnordered = "race on byte";
+#else
+constexpr const char* kUnordered = "depends on the order of threads";
+#endif
+
+// ---- Right kernels
+// --------------------------------------------------------------------------------
 
 __global__ void global_index_kernel(int* out) {  // [grid.z * grid.y * grid.x * threads]
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -157,7 +165,8 @@ TEST(Simt, BitIntrinsics) {
   EXPECT_EQ(__uint_as_float(__float_as_uint(1.5f)), 1.5f);
 }
 
-// ---- Wrong kernels --------------------------------------------------------------------------------
+// ---- Wrong kernels
+// --------------------------------------------------------------------------------
 
 __global__ void missing_barrier_kernel(const int* in, int* out) {  // [kThreads]
   __shared__ int staged[kThreads];
@@ -168,7 +177,7 @@ __global__ void missing_barrier_kernel(const int* in, int* out) {  // [kThreads]
 TEST(Simt, CatchesReadBeforeAnotherThreadsWrite) {
   simt::Buffer<int> in(kThreads), out(kThreads);
   EXPECT_COMPLAINT(simt::launch(1, kThreads, missing_barrier_kernel, in.data(), out.data()),
-                   "depends on the order of threads");
+                   kUnordered);
 }
 
 __global__ void missing_second_barrier_kernel(int* out) {  // [2, kThreads]
@@ -184,7 +193,7 @@ __global__ void missing_second_barrier_kernel(int* out) {  // [2, kThreads]
 TEST(Simt, CatchesWriteBeforeAnotherThreadsRead) {
   simt::Buffer<int> out(2 * kThreads);
   EXPECT_COMPLAINT(simt::launch(1, kThreads, missing_second_barrier_kernel, out.data()),
-                   "depends on the order of threads");
+                   kUnordered);
 }
 
 __global__ void missing_warp_barrier_kernel(int* out) {  // [32]
@@ -196,15 +205,14 @@ __global__ void missing_warp_barrier_kernel(int* out) {  // [32]
 
 TEST(Simt, CatchesRelianceOnLockstep) {
   simt::Buffer<int> out(32);
-  EXPECT_COMPLAINT(simt::launch(1, 32, missing_warp_barrier_kernel, out.data()),
-                   "depends on the order of threads");
+  EXPECT_COMPLAINT(simt::launch(1, 32, missing_warp_barrier_kernel, out.data()), kUnordered);
 }
 
 __global__ void uninitialised_shared_kernel(int* zeros) {  // [blocks]
   __shared__ int count;
   if (threadIdx.x == 0) zeros[blockIdx.x] = count == 0;
   __syncthreads();
-  count = 0;
+  if (threadIdx.x == 0) count = 0;
 }
 
 TEST(Simt, SharedMemoryIsGarbageAtTheStartOfABlock) {
@@ -270,8 +278,7 @@ __global__ void blocks_that_share_kernel(int* out) {  // [blocks + 1]
 
 TEST(Simt, CatchesBlocksThatRelyOnEarlierBlocks) {
   simt::Buffer<int> out(std::vector<int>(5, 0));
-  EXPECT_COMPLAINT(simt::launch(4, 32, blocks_that_share_kernel, out.data()),
-                   "depends on the order of threads");
+  EXPECT_COMPLAINT(simt::launch(4, 32, blocks_that_share_kernel, out.data()), kUnordered);
 }
 
 TEST(Simt, RefusesMemoryItCannotWatch) {
@@ -286,6 +293,89 @@ TEST(Simt, RefusesShapesThatCudaRefuses) {
   EXPECT_COMPLAINT(simt::launch(1, 1025, outside_own_mask_kernel), "CUDA refuses");
 }
 
+// ---- What only one of the builds sees
+// -------------------------------------------------------------
+
+#if defined(SIMT_RACECHECK)
+__global__ void lost_update_kernel(int* count) {  // [1]
+  *count += 1;
+}
+
+TEST(Simt, RacecheckCatchesUpdateThatIsNotAtomic) {
+  // Fibers are not interrupted inside the statement, so the result is right in every order.
+  simt::Buffer<int> count(std::vector<int>{0});
+  EXPECT_COMPLAINT(simt::launch(1, 32, lost_update_kernel, count.data()),
+                   "race on byte 0 of buffer 0");
+}
+
+__global__ void update_beside_atomic_kernel(int* count) {  // [1]
+  if (threadIdx.x == 0) {
+    *count += 1;
+  } else {
+    atomicAdd(count, 1);
+  }
+}
+
+TEST(Simt, RacecheckCatchesPlainUpdateBesideAtomicOnes) {
+  simt::Buffer<int> count(std::vector<int>{0});
+  EXPECT_COMPLAINT(simt::launch(1, 32, update_beside_atomic_kernel, count.data()),
+                   "race on byte 0");
+}
+
+__global__ void exchange_in_warp_kernel(int* out, bool shuffle_instead) {  // [2 * 32]
+  __shared__ int staged[2 * 32];
+  const int thread = threadIdx.x;
+  staged[thread] = thread;
+  if (shuffle_instead) {
+    __shfl_sync(kFullMask, thread, 0);
+  } else {
+    __syncwarp();
+  }
+  out[thread] = staged[thread ^ 1];
+}
+
+TEST(Simt, RacecheckTakesSyncwarpForABarrierAndAShuffleForNone) {
+  simt::Buffer<int> out(2 * 32);
+  EXPECT_EQ(complaint([&] { simt::launch(1, 64, exchange_in_warp_kernel, out.data(), false); }),
+            "");
+  for (int thread = 0; thread < 64; ++thread) EXPECT_EQ(out[thread], thread ^ 1);
+  EXPECT_COMPLAINT(simt::launch(1, 64, exchange_in_warp_kernel, out.data(), true),
+                   "of shared memory");
+}
+
+__global__ void exchange_between_warps_kernel(int* out) {  // [2 * 32]
+  __shared__ int staged[2 * 32];
+  staged[threadIdx.x] = threadIdx.x;
+  __syncwarp();
+  out[threadIdx.x] = staged[threadIdx.x ^ 32];
+}
+
+TEST(Simt, RacecheckTakesSyncwarpForNoBarrierBetweenWarps) {
+  simt::Buffer<int> out(2 * 32);
+  EXPECT_COMPLAINT(simt::launch(1, 64, exchange_between_warps_kernel, out.data()),
+                   "of shared memory");
+}
+
+__global__ void last_block_sums_kernel(int* partial, int* arrived, int* sum, bool fence) {
+  if (threadIdx.x != 0) return;  // partial: [blocks]; arrived, sum: [1]
+  partial[blockIdx.x] = blockIdx.x;
+  if (fence) __threadfence();
+  if (atomicAdd(arrived, 1) != int(gridDim.x) - 1) return;
+  *sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) *sum += partial[block];
+}
+
+TEST(Simt, RacecheckWantsAFenceBeforeAHandOverBetweenBlocks) {
+  simt::Buffer<int> partial(5), arrived(std::vector<int>{0}), sum(1);
+  simt::launch(5, 32, last_block_sums_kernel, partial.data(), arrived.data(), sum.data(), true);
+  EXPECT_EQ(sum[0], 10);
+  arrived[0] = 0;
+  EXPECT_COMPLAINT(simt::launch(5, 32, last_block_sums_kernel, partial.data(), arrived.data(),
+                                sum.data(), false),
+                   "of buffer 0");
+}
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 __global__ void out_of_bounds_kernel(int* out, int size) {  // [size]
   if (int(threadIdx.x) <= size) out[threadIdx.x] = 0;
@@ -295,7 +385,6 @@ TEST(SimtDeathTest, AddressSanitizerSeesOutOfBounds) {
   simt::Buffer<int> out(20);
   EXPECT_DEATH(simt::launch(1, 32, out_of_bounds_kernel, out.data(), 20), "heap-buffer-overflow");
 }
-#endif
 
 __global__ void vector_load_kernel(const float* in, float* out) {  // [>= 5], [1]
   out[0] = reinterpret_cast<const float4*>(in + 1)->w;
@@ -305,5 +394,6 @@ TEST(SimtDeathTest, UndefinedBehaviourSanitizerSeesMisalignedVectors) {
   simt::Buffer<float> in(8), out(1);
   EXPECT_DEATH(simt::launch(1, 1, vector_load_kernel, in.data(), out.data()), "misaligned address");
 }
+#endif
 
 }  // namespace
