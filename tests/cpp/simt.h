@@ -40,8 +40,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// ---- The language
-// ---------------------------------------------------------------------------------
+// ---- The language ----
 
 #define __global__
 #define __device__
@@ -93,8 +92,7 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// ---- Data races
-// -----------------------------------------------------------------------------------
+// ---- Data races ----
 
 // What simt_race.cpp needs to know. Nothing where the program is not compiled for it.
 namespace race {
@@ -122,8 +120,7 @@ inline std::string finding() { return ""; }
 #endif
 }  // namespace race
 
-// ---- Device memory
-// --------------------------------------------------------------------------------
+// ---- Device memory ----
 
 class Memory {
  public:
@@ -177,8 +174,7 @@ class Buffer : public Memory {
   T* end() { return data() + size(); }
 };
 
-// ---- Fibers
-// ---------------------------------------------------------------------------------------
+// ---- Fibers ----
 
 // A line of a kernel's source.
 struct Place {
@@ -443,8 +439,7 @@ class Block {
   size_t scheduler_stack_bytes_ = 0;
 };
 
-// ---- Launching
-// ------------------------------------------------------------------------------------
+// ---- Launching ----
 
 // The range that holds every `__shared__` array of the program: its thread-local variables.
 inline std::pair<char*, size_t> shared_memory() {
@@ -533,8 +528,7 @@ void launch(dim3 grid, dim3 block, void (*kernel)(Params...), Args... args) {
   }
 }
 
-// ---- Warp primitives
-// ------------------------------------------------------------------------------
+// ---- Warp primitives ----
 
 inline Site warp_site(const char* op, Place place, unsigned mask) {
   const Site site{op, place, mask};
@@ -623,8 +617,7 @@ inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::Pl
 
 inline void __threadfence() { simt::race::fence(); }
 
-// ---- Atomics, for the types CUDA has them for
-// -----------------------------------------------------
+// ---- Atomics, for the types CUDA has them for ----
 
 #define SIMT_ATOMIC(name, result, ...)                                                \
   template <class T>                                                                  \
@@ -640,8 +633,7 @@ SIMT_ATOMIC(atomicOr, old | value, int, unsigned, unsigned long long)
 SIMT_ATOMIC(atomicAnd, old& value, int, unsigned, unsigned long long)
 #undef SIMT_ATOMIC
 
-// ---- Intrinsics
-// -----------------------------------------------------------------------------------
+// ---- Intrinsics ----
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }

@@ -32,8 +32,7 @@ constexpr const char* kUnordered = "race on byte";
 constexpr const char* kUnordered = "depends on the order of threads";
 #endif
 
-// ---- Right kernels
-// --------------------------------------------------------------------------------
+// ---- Right kernels ----
 
 __global__ void global_index_kernel(int* out) {  // [grid.z * grid.y * grid.x * threads]
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -165,8 +164,7 @@ TEST(Simt, BitIntrinsics) {
   EXPECT_EQ(__uint_as_float(__float_as_uint(1.5f)), 1.5f);
 }
 
-// ---- Wrong kernels
-// --------------------------------------------------------------------------------
+// ---- Wrong kernels ----
 
 __global__ void missing_barrier_kernel(const int* in, int* out) {  // [kThreads]
   __shared__ int staged[kThreads];
@@ -293,8 +291,7 @@ TEST(Simt, RefusesShapesThatCudaRefuses) {
   EXPECT_COMPLAINT(simt::launch(1, 1025, outside_own_mask_kernel), "CUDA refuses");
 }
 
-// ---- What only one of the builds sees
-// -------------------------------------------------------------
+// ---- What only one of the builds sees ----
 
 #if defined(SIMT_RACECHECK)
 __global__ void lost_update_kernel(int* count) {  // [1]
