@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -76,16 +77,24 @@ constexpr double kGradientTolerance = 1e-6;
 template <>
 inline constexpr double kGradientTolerance<double> = 1e-14;
 
-// Half a unit in the last place of a stored T, relative to its value.
+// Bits of T's significand, and the exponent of its smallest normal number.
 template <class T>
-constexpr double kRoundingOf = 0;
+constexpr int kDigits = std::numeric_limits<T>::digits;
 template <>
-inline constexpr double kRoundingOf<float> = 0x1p-24;
+inline constexpr int kDigits<BFloat16> = 8;
 template <>
-inline constexpr double kRoundingOf<double> = 0x1p-53;
+inline constexpr int kDigits<Half> = 11;
+template <class T>
+constexpr int kMinExponent = std::numeric_limits<T>::min_exponent - 1;
 template <>
-inline constexpr double kRoundingOf<BFloat16> = 0x1p-9;
+inline constexpr int kMinExponent<BFloat16> = -126;
 template <>
-inline constexpr double kRoundingOf<Half> = 0x1p-11;
+inline constexpr int kMinExponent<Half> = -14;
+
+// How far rounding to T moves `value` at most: half a unit in the last place.
+template <class T>
+Real rounding_error(Real value) {
+  return std::ldexp(std::max(std::abs(value), std::ldexp(Real(1), kMinExponent<T>)), -kDigits<T>);
+}
 
 }  // namespace entropy_rl::testing

@@ -36,7 +36,7 @@ class OnlineSoftmaxTest : public ::testing::Test {
       if (std::isinf(x[j])) continue;
       // A log-probability of -1e4 has the spacing of floats around 1e4.
       const Real tolerance =
-          testing::kValueTolerance<Acc> + testing::kRoundingOf<Acc> * std::abs(log_p[j]) * 4;
+          testing::kValueTolerance<Acc> + 4 * testing::rounding_error<Acc>(log_p[j]);
       EXPECT_NEAR((x[j] - state.shift()) * inverse_temperature - log_sum(state), log_p[j],
                   tolerance);
     }
