@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../kernels/dtypes.h"
 #include "../kernels/online_softmax.h"
@@ -21,7 +22,8 @@ namespace entropy_rl::cpu {
 constexpr int kChunk = 1024;
 constexpr int kLanes = 16;
 
-// e^x for x in [-103, 88], NaN kept, zero below the smallest normal float; error under 2 ulp.
+// e^x for x in [-103, 88] (any x below 709 for double), NaN kept, zero where the result is below the
+// smallest normal number; error under 2 ulp.
 // Cody-Waite reduction and a degree-6 polynomial, free of branches so that loops over it vectorise.
 inline float exp_vectorizable(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -39,7 +41,7 @@ inline float exp_vectorizable(float x) {
   const float value = p * detail::float_from_bits(exponent);
   return x < -87.3f ? 0.0f : value;
 }
-inline double exp_vectorizable(double x) { return exp(x); }
+inline double exp_vectorizable(double x) { return x < -708.0 ? 0.0 : exp(x); }
 
 float chunk_max(const float* x, int count);
 double chunk_max(const double* x, int count);
@@ -62,7 +64,7 @@ struct RowStatistics {
   Acc log_sum;
   Acc entropy;
 
-  Acc shift() const { return max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max; }
+  Acc shift() const { return shift_of(max); }
   Acc log_prob(Acc x, Acc temperature) const { return (x - shift()) / temperature - log_sum; }
 };
 
@@ -71,7 +73,7 @@ RowStatistics<accumulate_t<T>> row_statistics(const T* logits /*[vocab]*/, int64
                                               double temperature) {
   using Acc = accumulate_t<T>;
   const Acc inverse_temperature = static_cast<Acc>(1.0 / temperature);
-  OnlineSoftmax<double> row;
+  OnlineSoftmax<double> row = OnlineSoftmax<double>::neutral();
   alignas(64) Acc buffer[kChunk];
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);
