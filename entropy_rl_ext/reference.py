@@ -25,9 +25,7 @@ def _masked_rows(values: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
     return values if logits.dtype == torch.float64 else values.to(torch.float32)
 
 
-def token_entropy(
-    logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
-) -> Tensor:
+def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy of softmax(logits / temperature): [..., V] -> [...]."""
     log_p = _log_softmax(logits, mask, temperature)
     # p log p tends to 0 with p; log p is replaced before the product, or its gradient would be NaN.

@@ -18,11 +18,11 @@ template <class Acc>
 struct ExpFloor;
 template <>
 struct ExpFloor<float> {
-  static constexpr float value = -103.0f;
+  static constexpr float value = -104.0f;
 };
 template <>
 struct ExpFloor<double> {
-  static constexpr double value = -745.0;
+  static constexpr double value = -746.0;
 };
 
 // max(d, floor) that keeps a NaN d, unlike fmax.
