@@ -97,3 +97,8 @@ def global_top_mask(
         inside = (response_mask != 0) & (segments == segment)
         result[inside] = _keep_top(entropy[inside].to(torch.float64), top_ratio, rule, dtype)
     return result
+
+
+def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
+    """`global_top_mask` over the batch as int64."""
+    return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
