@@ -93,7 +93,7 @@ def global_top_mask(
     segments = segments.unsqueeze(-1).expand(entropy.shape)
     dtype = torch.float64 if entropy.dtype == torch.float64 else torch.float32
     result = torch.zeros(entropy.shape, dtype=torch.bool, device=entropy.device)
-    for segment in segments.unique():
+    for segment in torch.unique(segments):
         inside = (response_mask != 0) & (segments == segment)
         result[inside] = _keep_top(entropy[inside].to(torch.float64), top_ratio, rule, dtype)
     return result
@@ -101,4 +101,9 @@ def global_top_mask(
 
 def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
     """`global_top_mask` over the batch as int64."""
+    return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
+
+
+def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
+    """The same choice over the batch as an int64 mask: [B, S] -> [B, S]."""
     return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
