@@ -102,8 +102,3 @@ def global_top_mask(
 def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
     """`global_top_mask` over the batch as int64."""
     return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
-
-
-def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
-    """The same choice over the batch as an int64 mask: [B, S] -> [B, S]."""
-    return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
