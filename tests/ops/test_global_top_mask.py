@@ -138,6 +138,17 @@ def test_equals_independent_statement(rule, scope, kind, device):
                 assert torch.equal(actual.cpu(), expected), (ratio, shape, dtype)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_same_bits_as_on_the_cpu(rule, scope, device):
+    # Long enough for hundreds of tiles, and for ties and NaN on both sides of every tile's edge.
+    for dtype, kind in itertools.product([torch.float32, torch.float64], ["random", "special"]):
+        arguments = make_inputs((3, 400_003), dtype, kind, 11, "cpu")
+        moved = [tensor.to(device) for tensor in arguments]
+        on_device = select(*moved[:2], 0.2, rule, scope, moved[2])
+        assert torch.equal(on_device.cpu(), select(*arguments[:2], 0.2, rule, scope, arguments[2]))
+
+
 def authors_mask(entropy, response_mask, top_ratio):
     """The published implementation's choice: flatten, top-k over the response tokens, scatter back."""
     flat_mask = response_mask.flatten().bool()
