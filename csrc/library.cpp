@@ -28,6 +28,14 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, "
       "Tensor targets, Tensor? mask, Tensor temperature, Tensor entropy, Tensor statistics) "
       "-> Tensor");
+
+  // [..., sequence] -> bool of that shape: the response tokens of highest entropy in each scope.
+  m.def(
+      "global_top_mask(Tensor entropy, Tensor response_mask, Scalar top_ratio=0.2, "
+      "str rule=\"topk\", str scope=\"batch\", Tensor? group_ids=None) -> Tensor");
+  m.def(
+      "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
+      "str scope, Tensor? group_ids) -> Tensor");
 }
 
 // Read through ctypes where the pybind11 module is absent.

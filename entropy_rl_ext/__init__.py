@@ -9,8 +9,16 @@ from entropy_rl_ext._library import build_info, load_libraries
 load_libraries()
 
 from entropy_rl_ext import reference  # noqa: E402
+from entropy_rl_ext.ops.global_top_mask import get_global_entropy_top_mask, global_top_mask  # noqa: E402
 from entropy_rl_ext.ops.logprob_entropy import logprob_entropy  # noqa: E402
 from entropy_rl_ext.ops.token_entropy import token_entropy  # noqa: E402
 
 __version__: str = build_info()["version"]
-__all__ = ["build_info", "logprob_entropy", "reference", "token_entropy"]
+__all__ = [
+    "build_info",
+    "get_global_entropy_top_mask",
+    "global_top_mask",
+    "logprob_entropy",
+    "reference",
+    "token_entropy",
+]

@@ -13,4 +13,9 @@ inline int softmax_row_threads(int64_t vocab) {
   return 32;
 }
 
+// Threads that write the keys, or the mask, of one tile of kTileKeys tokens.
+constexpr int kTileThreads = 256;
+// Threads that search one segment, each a tile at a time: 2^20 tokens are 256 tiles.
+constexpr int kSegmentThreads = 256;
+
 }  // namespace entropy_rl::cuda

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_rl_ext.ops._autograd import register_no_derivative
 from entropy_rl_ext.ops._fakes import check_same_device
 from entropy_rl_ext.ops._temperature import split_temperature, temperature_tensor
 
@@ -25,7 +26,7 @@ def logprob_entropy(
         targets: [...], integer, in [0, V). Where `mask` is 0 a target may be anything (-100, say).
         mask: [...], any dtype, nonzero = in. Rows left out are not read; they give 0 and a zero gradient.
         temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
-        entropy_grad: whether the entropy carries a gradient. Selection does not need one; an entropy bonus does.
+        entropy_grad: whether the entropy carries a gradient: selection needs none, an entropy bonus does.
 
     Returns:
         (log_prob, entropy), both [...], in nats, float32 (float64 for float64 logits). Arithmetic is float32
@@ -108,3 +109,4 @@ def _backward(
 torch.library.register_autograd(
     "entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context
 )
+register_no_derivative("logprob_entropy_backward", "second derivatives are not offered")

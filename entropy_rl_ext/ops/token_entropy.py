@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_rl_ext.ops._autograd import register_no_derivative
 from entropy_rl_ext.ops._fakes import check_same_device
 from entropy_rl_ext.ops._temperature import split_temperature, temperature_tensor
 
 
-def token_entropy(
-    logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
-) -> Tensor:
+def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature) of each row.
 
     Args:
@@ -38,7 +37,10 @@ def token_entropy(
 
 @torch.library.impl("entropy_rl::token_entropy", "CompositeImplicitAutograd")
 def _token_entropy(
-    logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, row_temperature: Tensor | None = None
+    logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    row_temperature: Tensor | None = None,
 ) -> Tensor:
     entropy: Tensor
     entropy, _ = torch.ops.entropy_rl.token_entropy_forward(
@@ -48,9 +50,7 @@ def _token_entropy(
 
 
 @torch.library.register_fake("entropy_rl::token_entropy_forward")
-def _(
-    logits: Tensor, mask: Tensor | None, temperature: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, mask: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
     check_same_device(logits=logits, mask=mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
@@ -84,6 +84,5 @@ def _backward(ctx: Any, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None,
     return grad_logits, None, None
 
 
-torch.library.register_autograd(
-    "entropy_rl::token_entropy_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("entropy_rl::token_entropy_forward", _backward, setup_context=_setup_context)
+register_no_derivative("token_entropy_backward", "second derivatives are not offered")

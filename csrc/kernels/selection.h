@@ -1,0 +1,116 @@
+// What it takes to select the largest values exactly, shared by host and device.
+//
+// Values are compared as unsigned keys of the same order: NaN (of either sign) is the highest key,
+// -0.0 equals +0.0, and key 0, below that of -inf, marks an element that is not eligible. Keys make
+// the choice a matter of integers, so that it is the same on every device and for every split of
+// the work. The few float64 operations (rank and threshold) run as written: no fused multiply-add.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "macros.h"
+
+namespace entropy_rl {
+
+enum class TopRule { kTopK, kThreshold, kQuantile };
+
+// The value type of a key type, and the bits of its sign and of its infinity.
+template <class Key>
+struct KeyTraits;
+template <>
+struct KeyTraits<uint32_t> {
+  using Key = uint32_t;
+  using Value = float;
+  static constexpr Key kSign = 0x80000000u;
+  static constexpr Key kInfinity = 0x7f800000u;
+};
+template <>
+struct KeyTraits<uint64_t> {
+  using Key = uint64_t;
+  using Value = double;
+  static constexpr Key kSign = 0x8000000000000000u;
+  static constexpr Key kInfinity = 0x7ff0000000000000u;
+};
+
+template <class Value>
+using selection_key_t = std::conditional_t<sizeof(Value) == sizeof(uint64_t), uint64_t, uint32_t>;
+
+template <class Key>
+inline constexpr Key kIneligibleKey = 0;
+template <class Key>
+inline constexpr Key kNaNKey = ~Key{0};
+
+// Order-preserving key of a float or double; never kIneligibleKey. Integer operations only: a
+// comparison of floats would take subnormal numbers for zero where the host or the compiler flushes
+// them.
+template <class Value>
+ENTROPY_RL_HD inline selection_key_t<Value> selection_key(Value value) {
+  using Key = selection_key_t<Value>;
+  using Traits = KeyTraits<Key>;
+  Key bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const Key magnitude = bits & ~Traits::kSign;
+  const bool negative = magnitude != 0 && magnitude != bits;
+  const Key ordered = negative ? ~bits : magnitude | Traits::kSign;
+  return magnitude > Traits::kInfinity ? kNaNKey<Key> : ordered;
+}
+
+// The value whose key it is. `key` is not kIneligibleKey.
+template <class Key>
+ENTROPY_RL_HD inline typename KeyTraits<Key>::Value selection_value(Key key) {
+  using Traits = KeyTraits<Key>;
+  const Key bits = key & Traits::kSign ? key ^ Traits::kSign : ~key;
+  typename Traits::Value value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// `value` as it is after rounding: the compiler cannot fuse the operation that made it with the
+// next.
+ENTROPY_RL_HD inline double rounded(double value) {
+  volatile double result = value;
+  return result;
+}
+
+// How many of n > 0 eligible elements `ratio` in (0, 1] keeps: max(1, int(n * ratio + 0.9999)), the
+// expression of the paper's authors, and never more than n.
+ENTROPY_RL_HD inline int64_t top_count(int64_t n, double ratio) {
+  const double product = rounded(static_cast<double>(n) * ratio);
+  const int64_t count = static_cast<int64_t>(product + 0.9999);
+  return count < 1 ? 1 : count > n ? n : count;
+}
+
+// Where the (1 - ratio) quantile of n > 0 ascending values lies: `weight` of the way from value
+// number `lower` to the next one, counted from 0. A next one exists where weight > 0.
+struct QuantilePosition {
+  int64_t lower;
+  double weight;
+};
+
+ENTROPY_RL_HD inline QuantilePosition quantile_position(int64_t n, double ratio) {
+  const double position = rounded((1.0 - ratio) * static_cast<double>(n - 1));
+  const double lower = floor(position);
+  return {static_cast<int64_t>(lower), position - lower};
+}
+
+// Key of the value `weight` of the way between two neighbours, interpolated in float64 and rounded
+// to their own type. Equal neighbours give that value, also where they are infinite; from -inf
+// there is no way up, so -inf stays; NaN above gives NaN.
+template <class Key>
+ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
+  using Value = typename KeyTraits<Key>::Value;
+  if (weight == 0.0 || lower == upper) return lower;
+  if (upper == kNaNKey<Key>) return kNaNKey<Key>;
+  const double low = static_cast<double>(selection_value(lower));
+  const double high = static_cast<double>(selection_value(upper));
+  if (low == -INFINITY) return lower;
+  // One rounding, the same on host and device, where a * b + c would have one or two.
+  const Key key = selection_key(static_cast<Value>(fma(weight, high - low, low)));
+  // Rounding may not lift the threshold above the value that it interpolates towards.
+  return key < upper ? key : upper;
+}
+
+}  // namespace entropy_rl

@@ -1,0 +1,106 @@
+"""global_top_mask: which response tokens have the highest entropy, exactly, over a batch, a sequence or a group."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entropy_rl_ext.ops._autograd import register_no_derivative
+from entropy_rl_ext.ops._fakes import check_same_device
+
+
+def global_top_mask(
+    entropy: Tensor,
+    response_mask: Tensor,
+    top_ratio: float = 0.2,
+    *,
+    rule: Literal["topk", "threshold", "quantile"] = "topk",
+    scope: Literal["batch", "sequence", "group"] = "batch",
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    """Marks the highest-entropy response tokens of each scope.
+
+    With n response tokens in a scope, k = max(1, int(n * top_ratio + 0.9999)) in float64, the expression of the
+    paper's authors (a ceiling, but for products within 1e-4 above an integer). A scope without response tokens
+    selects nothing.
+
+    Args:
+        entropy: [B, S], or any shape whose last dimension is the sequence; float32, bfloat16, float16 or float64.
+        response_mask: same shape, any dtype, nonzero = response token. The entropy of other tokens is ignored.
+        top_ratio: share of the response tokens to keep, in (0, 1].
+        rule: "topk" keeps exactly k tokens, at ties those of the lowest flat index. "threshold" keeps every token
+            whose entropy is at least the k-th largest, ties included. "quantile" keeps every token whose entropy
+            is at least the (1 - top_ratio) quantile, interpolated linearly between its two neighbours.
+        scope: what competes: "batch" the whole tensor, "sequence" each row, "group" the rows of one group id.
+        group_ids: [B] (the shape of `entropy` without its last dimension), integer; for scope "group" alone.
+
+    Returns:
+        Bool, the shape of `entropy`, contiguous, without gradient. It is the same on CPU and CUDA, bit for bit.
+
+        Entropies compare as numbers, bfloat16 and float16 ones after widening to float32: -0.0 equals 0.0, and
+        NaN ranks highest, as in `torch.topk`. The quantile is taken at rank (1 - top_ratio) * (n - 1) in float64,
+        interpolated in float64, then rounded to float32 (float64 for float64 entropies); `torch.quantile`
+        computes the rank in the entropy's own dtype, so that in float32 it may land between other neighbours for
+        large n, and refuses more than 2**24 tokens. A quantile of NaN keeps the NaN tokens alone.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a ratio outside (0, 1] or NaN, an unknown rule or
+            scope, `group_ids` missing for scope "group" or given for another.
+
+    Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that of TRL.
+    """
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask(
+        entropy, response_mask, top_ratio, rule, scope, group_ids
+    )
+    return mask
+
+
+def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
+    """`global_top_mask` over the batch under the name, and with the result, of the paper's own code.
+
+    Args:
+        entropy: [B, S], token entropies.
+        response_mask: [B, S], nonzero = response token.
+        top_ratio: share of the response tokens to keep, in (0, 1].
+
+    Returns:
+        [B, S] int64: 1 for the k = max(1, int(n * top_ratio + 0.9999)) response tokens of highest entropy (ties go
+        to the lowest flat index), 0 elsewhere.
+
+    Raises:
+        ValueError: as `global_top_mask`.
+    """
+    return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
+
+
+@torch.library.impl("entropy_rl::global_top_mask", "CompositeImplicitAutograd")
+def _global_top_mask(
+    entropy: Tensor,
+    response_mask: Tensor,
+    top_ratio: float = 0.2,
+    rule: str = "topk",
+    scope: str = "batch",
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    # A product keeps a symbolic ratio symbolic, where a fill value would be specialised on.
+    ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
+        entropy, response_mask, ratio, rule, scope, group_ids
+    )
+    return mask
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_forward")
+def _(
+    entropy: Tensor,
+    response_mask: Tensor,
+    top_ratio: Tensor,
+    rule: str,
+    scope: str,
+    group_ids: Tensor | None,
+) -> Tensor:
+    check_same_device(entropy=entropy, response_mask=response_mask, group_ids=group_ids)
+    return entropy.new_empty(entropy.shape, dtype=torch.bool)
+
+
+register_no_derivative("global_top_mask_forward", "a choice of tokens has none")
