@@ -9,8 +9,19 @@ from entropy_rl_ext._library import build_info, load_libraries
 load_libraries()
 
 from entropy_rl_ext import reference  # noqa: E402
+from entropy_rl_ext.ops.aggregate import aggregate  # noqa: E402
+from entropy_rl_ext.ops.kl_loss import kl_loss  # noqa: E402
 from entropy_rl_ext.ops.logprob_entropy import logprob_entropy  # noqa: E402
+from entropy_rl_ext.ops.policy_loss import policy_loss  # noqa: E402
 from entropy_rl_ext.ops.token_entropy import token_entropy  # noqa: E402
 
 __version__: str = build_info()["version"]
-__all__ = ["build_info", "logprob_entropy", "reference", "token_entropy"]
+__all__ = [
+    "aggregate",
+    "build_info",
+    "kl_loss",
+    "logprob_entropy",
+    "policy_loss",
+    "reference",
+    "token_entropy",
+]
