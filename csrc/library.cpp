@@ -27,7 +27,8 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "Tensor? row_temperature, Tensor entropy, Tensor statistics) -> Tensor");
   m.def(
       "logprob_entropy(Tensor logits, Tensor targets, Tensor? mask=None, float temperature=1.0, "
-      "Tensor? row_temperature=None, bool entropy_grad=False) -> (Tensor log_prob, Tensor entropy)");
+      "Tensor? row_temperature=None, bool entropy_grad=False) -> (Tensor log_prob, Tensor "
+      "entropy)");
   m.def(
       "logprob_entropy_forward(Tensor logits, Tensor targets, Tensor? mask, float temperature, "
       "Tensor? row_temperature) -> (Tensor log_prob, Tensor entropy, Tensor statistics)");
@@ -35,6 +36,16 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, "
       "Tensor targets, Tensor? mask, float temperature, Tensor? row_temperature, Tensor entropy, "
       "Tensor statistics) -> Tensor");
+
+  // [..., sequence] -> bool of the same shape: the response tokens of highest entropy in each
+  // scope.
+  m.def(
+      "global_top_mask(Tensor entropy, Tensor response_mask, float top_ratio=0.2, "
+      "str rule=\"topk\", str scope=\"batch\", Tensor? group_ids=None) -> Tensor");
+  // The ratio as a float64 number on the CPU: torch.compile specialises a graph on every float.
+  m.def(
+      "global_top_mask.tensor_ratio(Tensor entropy, Tensor response_mask, Tensor top_ratio, "
+      "str rule=\"topk\", str scope=\"batch\", Tensor? group_ids=None) -> Tensor");
 
   // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and the
   // gradient in two factors, one a token and one a row.

@@ -8,6 +8,15 @@ namespace entropy_rl {
 
 enum class TopScope { kBatch, kSequence, kGroup };
 
+// The ratio of the op's overload that takes it as a tensor.
+inline double ratio_value(const Tensor& top_ratio) {
+  check(top_ratio.is_cpu() && top_ratio.scalar_type() == ScalarType::Double && top_ratio.dim() == 0,
+        "top_ratio is a tensor of shape ", shape_name(shape_of(top_ratio)), " and dtype ",
+        dtype_name(top_ratio.scalar_type()),
+        "; it must be a number, or a float64 tensor without dimensions on the CPU");
+  return *const_data<double>(top_ratio);
+}
+
 struct TopMaskArguments {
   Tensor entropy;  // contiguous, as many elements as rows * columns
   Tensor mask;     // bool, contiguous, same shape

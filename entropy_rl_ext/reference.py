@@ -50,3 +50,52 @@ def logprob_entropy(
     log_prob = log_p.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
     entropy = token_entropy(logits, mask=mask, temperature=temperature)
     return _masked_rows(log_prob, mask, logits), entropy if entropy_grad else entropy.detach()
+
+
+# --- global_top_mask -------------------------------------------------------------------------------
+
+
+def _keep_top(values: Tensor, ratio: float, rule: str, dtype: torch.dtype) -> Tensor:
+    """Which of the response entropies of one scope are kept: [n] float64 -> [n] bool."""
+    n = values.numel()
+    if n == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    k = min(n, max(1, int(n * ratio + 0.9999)))
+    ascending = values.sort().values  # NaN last
+    if rule == "topk":
+        keep = torch.zeros_like(values, dtype=torch.bool)
+        keep[values.sort(descending=True, stable=True).indices[:k]] = True
+        return keep
+    if rule == "threshold":
+        threshold = ascending[n - k]
+    else:
+        position = (1 - ratio) * (n - 1)
+        lower = int(position)
+        threshold, upper = ascending[lower], ascending[min(lower + 1, n - 1)]
+        # A step of zero width or from -inf leads nowhere, and inf - inf would be NaN.
+        if position > lower and upper != threshold and threshold != -torch.inf:
+            threshold = torch.minimum(threshold + (position - lower) * (upper - threshold), upper)
+            threshold = threshold.to(dtype).to(torch.float64)
+    return (values >= threshold) | values.isnan()
+
+
+def global_top_mask(
+    entropy: Tensor,
+    response_mask: Tensor,
+    top_ratio: float = 0.2,
+    *,
+    rule: str = "topk",
+    scope: str = "batch",
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    """The highest-entropy response tokens of each scope: [..., S] -> bool of the same shape."""
+    rows = torch.arange(entropy.shape[:-1].numel(), device=entropy.device).view(entropy.shape[:-1])
+    segments = {"batch": torch.zeros_like(rows), "sequence": rows, "group": group_ids}[scope]
+    assert segments is not None
+    segments = segments.unsqueeze(-1).expand(entropy.shape)
+    dtype = torch.float64 if entropy.dtype == torch.float64 else torch.float32
+    result = torch.zeros(entropy.shape, dtype=torch.bool, device=entropy.device)
+    for segment in segments.unique():
+        inside = (response_mask != 0) & (segments == segment)
+        result[inside] = _keep_top(entropy[inside].to(torch.float64), top_ratio, rule, dtype)
+    return result

@@ -18,9 +18,9 @@ void write_keys(const Element* entropy /*[n]*/, const bool* mask /*[n]*/, int64_
   }
 }
 
-template <class Value>
-void select_segment(const selection_key_t<Value>* keys /*[n]*/, int64_t n, double ratio,
-                    TopRule rule, uint8_t* mask /*[n]*/) {
+template <class Key>
+void select_segment(const Key* keys /*[n]*/, int64_t n, double ratio, TopRule rule,
+                    uint8_t* mask /*[n]*/) {
   const int64_t eligible = count_eligible(keys, n);
   if (eligible == 0) {
     std::fill_n(mask, n, uint8_t{0});
@@ -31,9 +31,9 @@ void select_segment(const selection_key_t<Value>* keys /*[n]*/, int64_t n, doubl
   } else {
     const QuantilePosition position = quantile_position(eligible, ratio);
     const int64_t k = eligible - position.lower;
-    const auto lower = kth_largest(keys, n, k).key;
-    const auto upper = position.weight > 0 ? kth_largest(keys, n, k - 1).key : lower;
-    threshold_mask(keys, n, quantile_key<Value>(lower, upper, position.weight), mask);
+    const Key lower = kth_largest(keys, n, k).key;
+    const Key upper = position.weight > 0 ? kth_largest(keys, n, k - 1).key : lower;
+    threshold_mask(keys, n, quantile_key(lower, upper, position.weight), mask);
   }
 }
 
@@ -72,8 +72,7 @@ void for_each_segment(int64_t segments, const F& f) {
 
 template <class Element>
 void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
-  using Value = accumulate_t<Element>;
-  using Key = selection_key_t<Value>;
+  using Key = selection_key_t<accumulate_t<Element>>;
   const Element* entropy = const_data<Element>(in.entropy);
   const bool* mask = const_data<bool>(in.mask);
   const int64_t columns = in.columns;
@@ -85,8 +84,7 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
       write_keys(entropy + begin, mask + begin, end - begin, keys.get() + begin);
     });
     for_each_segment(in.rows, [&](int64_t row) {
-      select_segment<Value>(keys.get() + row * columns, columns, in.ratio, in.rule,
-                            out + row * columns);
+      select_segment(keys.get() + row * columns, columns, in.ratio, in.rule, out + row * columns);
     });
     return;
   }
@@ -104,8 +102,7 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
   for_each_segment(static_cast<int64_t>(order.begins.size()) - 1, [&](int64_t segment) {
     const int64_t begin = order.begins[segment] * columns;
     const int64_t end = order.begins[segment + 1] * columns;
-    select_segment<Value>(keys.get() + begin, end - begin, in.ratio, in.rule,
-                          ordered.get() + begin);
+    select_segment(keys.get() + begin, end - begin, in.ratio, in.rule, ordered.get() + begin);
   });
   torch::stable::parallel_for(0, in.rows, row_grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -125,9 +122,16 @@ Tensor global_top_mask(const Tensor& entropy, const Tensor& response_mask, doubl
   return result;
 }
 
+Tensor global_top_mask_tensor_ratio(const Tensor& entropy, const Tensor& response_mask,
+                                    const Tensor& top_ratio, std::string rule, std::string scope,
+                                    std::optional<Tensor> group_ids) {
+  return global_top_mask(entropy, response_mask, ratio_value(top_ratio), rule, scope, group_ids);
+}
+
 }  // namespace
 }  // namespace entropy_rl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
   m.impl("global_top_mask", TORCH_BOX(&entropy_rl::cpu::global_top_mask));
+  m.impl("global_top_mask.tensor_ratio", TORCH_BOX(&entropy_rl::cpu::global_top_mask_tensor_ratio));
 }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "macros.h"
 
@@ -16,36 +17,39 @@ namespace entropy_rl {
 
 enum class TopRule { kTopK, kThreshold, kQuantile };
 
-// Key type of a value type, and the bits of its sign and of its infinity.
-template <class Value>
+// The value type of a key type, and the bits of its sign and of its infinity.
+template <class Key>
 struct KeyTraits;
 template <>
-struct KeyTraits<float> {
+struct KeyTraits<uint32_t> {
   using Key = uint32_t;
+  using Value = float;
   static constexpr Key kSign = 0x80000000u;
   static constexpr Key kInfinity = 0x7f800000u;
 };
 template <>
-struct KeyTraits<double> {
+struct KeyTraits<uint64_t> {
   using Key = uint64_t;
+  using Value = double;
   static constexpr Key kSign = 0x8000000000000000u;
   static constexpr Key kInfinity = 0x7ff0000000000000u;
 };
 
 template <class Value>
-using selection_key_t = typename KeyTraits<Value>::Key;
+using selection_key_t = std::conditional_t<sizeof(Value) == sizeof(uint64_t), uint64_t, uint32_t>;
 
 template <class Key>
 inline constexpr Key kIneligibleKey = 0;
 template <class Key>
 inline constexpr Key kNaNKey = ~Key{0};
 
-// Order-preserving key of a value; never kIneligibleKey. Integer operations only: a comparison of
-// floats would take subnormal numbers for zero where the host or the compiler flushes them.
+// Order-preserving key of a float or double; never kIneligibleKey. Integer operations only: a
+// comparison of floats would take subnormal numbers for zero where the host or the compiler flushes
+// them.
 template <class Value>
 ENTROPY_RL_HD inline selection_key_t<Value> selection_key(Value value) {
-  using Traits = KeyTraits<Value>;
-  using Key = typename Traits::Key;
+  using Key = selection_key_t<Value>;
+  using Traits = KeyTraits<Key>;
   Key bits;
   memcpy(&bits, &value, sizeof(bits));
   const Key magnitude = bits & ~Traits::kSign;
@@ -55,11 +59,11 @@ ENTROPY_RL_HD inline selection_key_t<Value> selection_key(Value value) {
 }
 
 // The value whose key it is. `key` is not kIneligibleKey.
-template <class Value>
-ENTROPY_RL_HD inline Value selection_value(selection_key_t<Value> key) {
-  using Traits = KeyTraits<Value>;
-  const selection_key_t<Value> bits = key & Traits::kSign ? key ^ Traits::kSign : ~key;
-  Value value;
+template <class Key>
+ENTROPY_RL_HD inline typename KeyTraits<Key>::Value selection_value(Key key) {
+  using Traits = KeyTraits<Key>;
+  const Key bits = key & Traits::kSign ? key ^ Traits::kSign : ~key;
+  typename Traits::Value value;
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
@@ -93,29 +97,20 @@ ENTROPY_RL_HD inline QuantilePosition quantile_position(int64_t n, double ratio)
 }
 
 // Key of the value `weight` of the way between two neighbours, interpolated in float64 and rounded
-// to Value. Equal neighbours give that value, also where they are infinite; from -inf there is no
-// way up, so -inf stays; NaN above gives NaN.
-template <class Value>
-ENTROPY_RL_HD inline selection_key_t<Value> quantile_key(selection_key_t<Value> lower,
-                                                         selection_key_t<Value> upper,
-                                                         double weight) {
-  using Key = selection_key_t<Value>;
+// to their own type. Equal neighbours give that value, also where they are infinite; from -inf
+// there is no way up, so -inf stays; NaN above gives NaN.
+template <class Key>
+ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
+  using Value = typename KeyTraits<Key>::Value;
   if (weight == 0.0 || lower == upper) return lower;
   if (upper == kNaNKey<Key>) return kNaNKey<Key>;
-  const double low = static_cast<double>(selection_value<Value>(lower));
-  const double high = static_cast<double>(selection_value<Value>(upper));
+  const double low = static_cast<double>(selection_value(lower));
+  const double high = static_cast<double>(selection_value(upper));
   if (low == -INFINITY) return lower;
   // One rounding, the same on host and device, where a * b + c would have one or two.
   const Key key = selection_key(static_cast<Value>(fma(weight, high - low, low)));
   // Rounding may not lift the threshold above the value that it interpolates towards.
   return key < upper ? key : upper;
 }
-
-// What one scope keeps: every key above `key`, and of those equal to it the first `ties` in order.
-template <class Key>
-struct Cut {
-  Key key;
-  int64_t ties;
-};
 
 }  // namespace entropy_rl

@@ -46,9 +46,18 @@ def global_top_mask(
 
     Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that of TRL.
     """
-    mask: Tensor = torch.ops.entropy_rl.global_top_mask(
-        entropy, response_mask, top_ratio, rule, scope, group_ids
-    )
+    mask: Tensor
+    if torch.compiler.is_compiling():
+        # A graph is compiled anew for every value of an op's float argument, not for one of a tensor. The
+        # product, and no constructor, is what carries a symbolic float into a tensor.
+        ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
+        mask = torch.ops.entropy_rl.global_top_mask.tensor_ratio(
+            entropy, response_mask, ratio, rule, scope, group_ids
+        )
+    else:
+        mask = torch.ops.entropy_rl.global_top_mask(
+            entropy, response_mask, top_ratio, rule, scope, group_ids
+        )
     return mask
 
 
@@ -70,11 +79,10 @@ def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_rati
     return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
 
 
-@torch.library.register_fake("entropy_rl::global_top_mask")
-def _(
+def _fake(
     entropy: Tensor,
     response_mask: Tensor,
-    top_ratio: float = 0.2,
+    top_ratio: float | Tensor = 0.2,
     rule: str = "topk",
     scope: str = "batch",
     group_ids: Tensor | None = None,
@@ -90,4 +98,6 @@ def _backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
     return None, None, None, None, None, None
 
 
-torch.library.register_autograd("entropy_rl::global_top_mask", _backward, setup_context=_setup_context)
+for _op in ("entropy_rl::global_top_mask", "entropy_rl::global_top_mask.tensor_ratio"):
+    torch.library.register_fake(_op, _fake)
+    torch.library.register_autograd(_op, _backward, setup_context=_setup_context)
