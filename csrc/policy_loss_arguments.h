@@ -174,7 +174,6 @@ struct CheckedNormalization : Normalization {
                    const AggregationArguments& in, const TokenTensors& tokens) {
     check(tensor.has_value() || in.dp_size == 1, name, " is None and dp_size is ", in.dp_size, "; ",
           in.loss_agg_mode, " over several ranks needs it");
-    given_divisor = nullptr;
     if (!tensor) return;
     check(tensor->numel() == 1, name, " has shape ", shape_name(shape_of(*tensor)),
           "; it must be one number");

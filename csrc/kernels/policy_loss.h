@@ -562,7 +562,8 @@ struct Normalization {
   bool by_response;            // divide by response tokens, else by selected tokens
   double dp_size;              // data-parallel ranks whose losses are averaged
   double scale_factor;         // of kSeqMeanTokenSumNorm
-  const double* given_divisor; // the divisor over all ranks and micro-batches; null: of this batch
+  // The divisor over all ranks and micro-batches; null: of this batch.
+  const double* given_divisor = nullptr;
 
   // Tokens of a row that count towards a divisor.
   template <class Sums>
