@@ -42,7 +42,11 @@ def decide_cuda():
     toolkit = find_cuda_toolkit()
     if toolkit is None:
         return False, None, "no CUDA toolkit (nvcc and cuda_runtime.h) was found; set CUDA_HOME to one"
-    return True, toolkit, f"torch {torch.__version__} is a CUDA {torch.version.cuda} build, toolkit in {toolkit}"
+    return (
+        True,
+        toolkit,
+        f"torch {torch.__version__} is a CUDA {torch.version.cuda} build, toolkit in {toolkit}",
+    )
 
 
 BUILD_CUDA, TOOLKIT, REASON = decide_cuda()

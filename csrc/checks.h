@@ -114,6 +114,14 @@ inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(result);
 }
 
+// A number handed to a kernel's op: see library.cpp.
+inline bool is_host_number(const Tensor& tensor) {
+  return tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double;
+}
+inline double host_number(const Tensor& tensor) {
+  return *static_cast<const double*>(tensor.const_data_ptr());
+}
+
 // The dtype of results and sums for inputs of this dtype.
 inline ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -17,9 +17,10 @@ struct LogitsRows {
   double temperature = 1.0;               // used where row_temperature is absent
   std::optional<Tensor> row_temperature;  // [rows], accumulate dtype
 
-  LogitsRows(const Tensor& logits_in, const std::optional<Tensor>& mask_in, double temperature_in,
-             const std::optional<Tensor>& row_temperature_in)
-      : logits(logits_in), temperature(temperature_in) {
+  // `temperature_in` is a 0-dim float64 tensor on the CPU (one number), or holds one value a row.
+  LogitsRows(const Tensor& logits_in, const std::optional<Tensor>& mask_in,
+             const Tensor& temperature_in)
+      : logits(logits_in) {
     check_floating("logits", logits);
     check(logits.dim() >= 1, "logits has no dimension; it must be [..., vocab]");
     row_shape = shape_of(logits);
@@ -28,18 +29,21 @@ struct LogitsRows {
     for (const int64_t size : row_shape) rows *= size;
     check(vocab >= 1, "logits has shape ", shape_name(shape_of(logits)),
           "; the vocabulary (its last dimension) must hold at least one entry");
-    check(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
-          "; it must be a finite number above 0");
+    check(vocab < (int64_t{1} << 31), "logits has shape ", shape_name(shape_of(logits)),
+          "; the vocabulary (its last dimension) must be below 2^31");
     if (mask_in) {
       check_shape("mask", *mask_in, row_shape, "one value for each row of logits");
       check_same_device("mask", *mask_in, "logits", logits);
       mask = as_bool_mask(*mask_in);
     }
-    if (row_temperature_in) {
-      check_shape("temperature", *row_temperature_in, row_shape, "one value for each row of logits");
-      check_same_device("temperature", *row_temperature_in, "logits", logits);
-      check_floating("temperature", *row_temperature_in);
-      row_temperature = as_contiguous(*row_temperature_in, accumulate_dtype(logits.scalar_type()));
+    if (is_host_number(temperature_in)) {
+      temperature = host_number(temperature_in);
+      check(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
+            "; it must be a finite number above 0");
+    } else {
+      check_floating("temperature", temperature_in);
+      row_temperature =
+          row_values("temperature", temperature_in, accumulate_dtype(logits.scalar_type()));
     }
     set_layout();
   }
@@ -82,7 +86,7 @@ struct LogitsRows {
 
  private:
   void set_layout() {
-    if (vocab > 1 && logits.stride(-1) != 1) logits = torch::stable::contiguous(logits);
+    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
     if (!merge_dimensions()) {
       logits = torch::stable::contiguous(logits);
       merge_dimensions();
@@ -91,23 +95,22 @@ struct LogitsRows {
 
   // Folds neighbouring leading dimensions that one stride describes; false where too many are left.
   bool merge_dimensions() {
-    std::vector<std::pair<int64_t, int64_t>> merged;  // (size, stride), outermost first
-    for (size_t i = 0; i < row_shape.size(); ++i) {
-      const int64_t size = row_shape[i];
-      const int64_t stride = logits.stride(static_cast<int64_t>(i));
+    RowLayout merged;
+    int dims = 0;
+    for (int64_t i = logits.dim() - 2; i >= 0; --i) {
+      const int64_t size = logits.size(i);
+      const int64_t stride = logits.stride(i);
       if (size == 1) continue;
-      if (!merged.empty() && merged.back().second == size * stride) {
-        merged.back() = {merged.back().first * size, stride};
-      } else {
-        merged.emplace_back(size, stride);
+      if (dims > 0 && stride == merged.size[dims - 1] * merged.stride[dims - 1]) {
+        merged.size[dims - 1] *= size;
+        continue;
       }
+      if (dims == RowLayout::kMaxDims) return false;
+      merged.size[dims] = size;
+      merged.stride[dims] = stride;
+      ++dims;
     }
-    if (merged.size() > static_cast<size_t>(RowLayout::kMaxDims)) return false;
-    layout.dims = static_cast<int>(merged.size());
-    for (int i = 0; i < layout.dims; ++i) {
-      layout.size[i] = merged[static_cast<size_t>(i)].first;
-      layout.stride[i] = merged[static_cast<size_t>(i)].second;
-    }
+    layout = merged;
     return true;
   }
 };

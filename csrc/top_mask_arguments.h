@@ -8,31 +8,21 @@ namespace entropy_rl {
 
 enum class TopScope { kBatch, kSequence, kGroup };
 
-// The ratio of the op's overload that takes it as a tensor.
-inline double ratio_value(const Tensor& top_ratio) {
-  check(top_ratio.is_cpu() && top_ratio.scalar_type() == ScalarType::Double && top_ratio.dim() == 0,
-        "top_ratio is a tensor of shape ", shape_name(shape_of(top_ratio)), " and dtype ",
-        dtype_name(top_ratio.scalar_type()),
-        "; it must be a number, or a float64 tensor without dimensions on the CPU");
-  return *const_data<double>(top_ratio);
-}
-
 struct TopMaskArguments {
   Tensor entropy;  // contiguous, as many elements as rows * columns
   Tensor mask;     // bool, contiguous, same shape
-  double ratio;
+  double ratio = 0;
   TopRule rule;
   TopScope scope;
   int64_t rows = 1;  // scope batch: one row that holds everything
   int64_t columns = 0;
   std::optional<Tensor> group_ids;  // [rows] int64, contiguous; scope group alone
 
-  TopMaskArguments(const Tensor& entropy_in, const Tensor& response_mask, double top_ratio,
+  TopMaskArguments(const Tensor& entropy_in, const Tensor& response_mask, const Tensor& top_ratio,
                    const std::string& rule_name, const std::string& scope_name,
                    const std::optional<Tensor>& group_ids_in)
       : entropy(entropy_in),
         mask(response_mask),
-        ratio(top_ratio),
         rule(parse_choice<TopRule>("rule", rule_name,
                                    {{"topk", TopRule::kTopK},
                                     {"threshold", TopRule::kThreshold},
@@ -46,6 +36,8 @@ struct TopMaskArguments {
     std::vector<int64_t> row_shape = shape_of(entropy);
     check_shape("response_mask", response_mask, row_shape, "the shape of entropy");
     check_same_device("response_mask", response_mask, "entropy", entropy);
+    check(is_host_number(top_ratio), "top_ratio is a tensor; it must be a number");
+    ratio = host_number(top_ratio);
     check(ratio > 0 && ratio <= 1, "top_ratio is ", ratio, "; it must be in (0, 1]");
 
     columns = row_shape.back();

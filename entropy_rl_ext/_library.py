@@ -24,10 +24,10 @@ def _cpu_library() -> Path:
 
 def load_libraries() -> None:
     """Registers `torch.ops.entropy_rl.*`: CPU kernels always, CUDA kernels where torch is a CUDA build."""
-    torch.ops.load_library(_cpu_library())
+    torch.ops.load_library(_cpu_library())  # type: ignore[no-untyped-call]
     cuda = _find("_cuda")
     if cuda is not None and torch.version.cuda is not None:
-        torch.ops.load_library(cuda)
+        torch.ops.load_library(cuda)  # type: ignore[no-untyped-call]
 
 
 def build_info() -> dict[str, str]:

@@ -27,9 +27,7 @@ def _masked_rows(values: Tensor, mask: Tensor | None, logits: Tensor) -> Tensor:
     return values if logits.dtype == torch.float64 else values.to(torch.float32)
 
 
-def token_entropy(
-    logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
-) -> Tensor:
+def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy of softmax(logits / temperature): [..., V] -> [...]."""
     log_p = _log_softmax(logits, mask, temperature)
     # p log p tends to 0 with p; log p is replaced before the product, or its gradient would be NaN.
@@ -303,7 +301,7 @@ def policy_loss(
         losses = torch.where(valid, -advantage * ratio.clamp(max=clip_ratio_c) * log_p, 0.0)
         clipped, clipped_lower = ~valid, (ratio > clip_ratio_c) & valid
     elif loss_mode == "sapo":
-        tau = torch.where(advantage > 0, tau_pos, tau_neg).to(torch.float64)
+        tau = torch.where(advantage > 0, torch.full_like(advantage, tau_pos), tau_neg)
         losses = -advantage * torch.sigmoid(tau * (clamped.exp() - 1)) * 4 / tau
         loss_agg_mode = "seq-mean-token-mean"
     elif loss_mode == "dro":

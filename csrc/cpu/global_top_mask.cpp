@@ -111,8 +111,9 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
   });
 }
 
-Tensor global_top_mask(const Tensor& entropy, const Tensor& response_mask, double top_ratio,
-                       std::string rule, std::string scope, std::optional<Tensor> group_ids) {
+Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mask,
+                               const Tensor& top_ratio, std::string rule, std::string scope,
+                               std::optional<Tensor> group_ids) {
   const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids);
   Tensor result = in.new_mask();
   if (result.numel() == 0) return result;
@@ -122,16 +123,9 @@ Tensor global_top_mask(const Tensor& entropy, const Tensor& response_mask, doubl
   return result;
 }
 
-Tensor global_top_mask_tensor_ratio(const Tensor& entropy, const Tensor& response_mask,
-                                    const Tensor& top_ratio, std::string rule, std::string scope,
-                                    std::optional<Tensor> group_ids) {
-  return global_top_mask(entropy, response_mask, ratio_value(top_ratio), rule, scope, group_ids);
-}
-
 }  // namespace
 }  // namespace entropy_rl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
-  m.impl("global_top_mask", TORCH_BOX(&entropy_rl::cpu::global_top_mask));
-  m.impl("global_top_mask.tensor_ratio", TORCH_BOX(&entropy_rl::cpu::global_top_mask_tensor_ratio));
+  m.impl("global_top_mask_forward", TORCH_BOX(&entropy_rl::cpu::global_top_mask_forward));
 }

@@ -7,9 +7,8 @@ namespace entropy_rl::cpu {
 std::tuple<Tensor, Tensor, Tensor> logprob_entropy_forward(const Tensor& logits,
                                                            const Tensor& targets,
                                                            std::optional<Tensor> mask,
-                                                           double temperature,
-                                                           std::optional<Tensor> row_temperature) {
-  const LogitsRows in(logits, mask, temperature, row_temperature);
+                                                           const Tensor& temperature) {
+  const LogitsRows in(logits, mask, temperature);
   check_row_temperature(in);
   const Tensor row_targets = in.targets(targets);
   check_targets(in, row_targets);
@@ -23,9 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> logprob_entropy_forward(const Tensor& logits,
 Tensor logprob_entropy_backward(std::optional<Tensor> grad_log_prob,
                                 std::optional<Tensor> grad_entropy, const Tensor& logits,
                                 const Tensor& targets, std::optional<Tensor> mask,
-                                double temperature, std::optional<Tensor> row_temperature,
+                                const Tensor& temperature,
                                 const Tensor& entropy, const Tensor& statistics) {
-  const LogitsRows in(logits, mask, temperature, row_temperature);
+  const LogitsRows in(logits, mask, temperature);
   const SavedRows saved(in, entropy, statistics);
   const Tensor row_targets = in.targets(targets);
   return backward_rows(in, const_data<int64_t>(row_targets),

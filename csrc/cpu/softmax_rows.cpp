@@ -10,7 +10,7 @@ namespace {
 template <class Acc>
 __attribute__((always_inline)) inline Acc max_of(const Acc* x, int count) {
   Acc lanes[kLanes];
-  for (int j = 0; j < kLanes; ++j) lanes[j] = -std::numeric_limits<Acc>::infinity();
+  for (int j = 0; j < kLanes; ++j) lanes[j] = -static_cast<Acc>(INFINITY);
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../kernels/dtypes.h"
 #include "../kernels/exp.h"
@@ -36,7 +37,7 @@ struct RowStatistics {
   Acc log_sum;
   Acc entropy;
 
-  Acc shift() const { return max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max; }
+  Acc shift() const { return shift_of(max); }
   Acc log_prob(Acc x, Acc temperature) const { return (x - shift()) / temperature - log_sum; }
 };
 
@@ -45,7 +46,7 @@ RowStatistics<accumulate_t<T>> row_statistics(const T* logits /*[vocab]*/, int64
                                               double temperature) {
   using Acc = accumulate_t<T>;
   const Acc inverse_temperature = static_cast<Acc>(1.0 / temperature);
-  OnlineSoftmax<double> row;
+  OnlineSoftmax<double> row = OnlineSoftmax<double>::neutral();
   alignas(64) Acc buffer[kChunk];
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);

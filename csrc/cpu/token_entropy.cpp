@@ -5,9 +5,8 @@
 namespace entropy_rl::cpu {
 
 std::tuple<Tensor, Tensor> token_entropy_forward(const Tensor& logits, std::optional<Tensor> mask,
-                                                 double temperature,
-                                                 std::optional<Tensor> row_temperature) {
-  const LogitsRows in(logits, mask, temperature, row_temperature);
+                                                 const Tensor& temperature) {
+  const LogitsRows in(logits, mask, temperature);
   check_row_temperature(in);
   Tensor entropy = in.new_row_tensor();
   Tensor statistics = in.new_statistics();
@@ -16,10 +15,9 @@ std::tuple<Tensor, Tensor> token_entropy_forward(const Tensor& logits, std::opti
 }
 
 Tensor token_entropy_backward(const Tensor& grad_entropy, const Tensor& logits,
-                              std::optional<Tensor> mask, double temperature,
-                              std::optional<Tensor> row_temperature, const Tensor& entropy,
+                              std::optional<Tensor> mask, const Tensor& temperature, const Tensor& entropy,
                               const Tensor& statistics) {
-  const LogitsRows in(logits, mask, temperature, row_temperature);
+  const LogitsRows in(logits, mask, temperature);
   const SavedRows saved(in, entropy, statistics);
   return backward_rows(in, nullptr, std::nullopt, in.gradient("grad_entropy", grad_entropy),
                        saved.entropy, saved.statistics);

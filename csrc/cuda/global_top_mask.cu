@@ -80,8 +80,9 @@ class GroupOrder {
   DeviceArray<int64_t> rows_;
 };
 
-Tensor global_top_mask(const Tensor& entropy, const Tensor& response_mask, double top_ratio,
-                       std::string rule, std::string scope, std::optional<Tensor> group_ids) {
+Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mask,
+                               const Tensor& top_ratio, std::string rule, std::string scope,
+                               std::optional<Tensor> group_ids) {
   const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids);
   const DeviceScope device(in.entropy);
   Tensor result = in.new_mask();
@@ -102,12 +103,6 @@ Tensor global_top_mask(const Tensor& entropy, const Tensor& response_mask, doubl
                         mutable_data<uint8_t>(result), in.entropy, device.stream());
   });
   return result;
-}
-
-Tensor global_top_mask_tensor_ratio(const Tensor& entropy, const Tensor& response_mask,
-                                    const Tensor& top_ratio, std::string rule, std::string scope,
-                                    std::optional<Tensor> group_ids) {
-  return global_top_mask(entropy, response_mask, ratio_value(top_ratio), rule, scope, group_ids);
 }
 
 }  // namespace
@@ -138,7 +133,5 @@ template void selection_mask(const uint64_t*, const TileLayout&, const Segments&
 }  // namespace entropy_rl::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
-  m.impl("global_top_mask", TORCH_BOX(&entropy_rl::cuda::global_top_mask));
-  m.impl("global_top_mask.tensor_ratio",
-         TORCH_BOX(&entropy_rl::cuda::global_top_mask_tensor_ratio));
+  m.impl("global_top_mask_forward", TORCH_BOX(&entropy_rl::cuda::global_top_mask_forward));
 }

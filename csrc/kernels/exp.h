@@ -7,7 +7,8 @@
 
 namespace entropy_rl {
 
-// e^x for x in [-103, 88], NaN kept, zero below the smallest normal float; error under 2 ulp.
+// e^x for x in [-103, 88] (any x below 709 for double), NaN kept, zero where the result is below the
+// smallest normal number; error under 2 ulp.
 // Cody-Waite reduction and a degree-6 polynomial, free of branches so that loops over it vectorise.
 inline float exp_vectorizable(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -25,6 +26,6 @@ inline float exp_vectorizable(float x) {
   const float value = p * detail::float_from_bits(exponent);
   return x < -87.3f ? 0.0f : value;
 }
-inline double exp_vectorizable(double x) { return exp(x); }
+inline double exp_vectorizable(double x) { return x < -708.0 ? 0.0 : exp(x); }
 
 }  // namespace entropy_rl

@@ -7,23 +7,22 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "macros.h"
 
 namespace entropy_rl {
 
-// Below this exponent e^d is zero to the accumulate type. Clamping d here keeps 0 * inf out of `dot`
-// and of the gradient.
+// Below this exponent e^d is zero to the accumulate type. Clamping d where it multiplies e^d keeps
+// 0 * inf out of `dot` and of the gradient.
 template <class Acc>
 struct ExpFloor;
 template <>
 struct ExpFloor<float> {
-  static constexpr float value = -103.0f;
+  static constexpr float value = -104.0f;
 };
 template <>
 struct ExpFloor<double> {
-  static constexpr double value = -745.0;
+  static constexpr double value = -746.0;
 };
 
 // max(d, floor) that keeps a NaN d, unlike fmax.
@@ -41,16 +40,21 @@ ENTROPY_RL_HD inline float exp_shifted(float d) {
 }
 ENTROPY_RL_HD inline double exp_shifted(double d) { return exp(d); }
 
+// The value that elements are shifted by: shifting by -inf would turn -inf - max into NaN.
+template <class Acc>
+ENTROPY_RL_HD inline Acc shift_of(Acc max) {
+  return max == -static_cast<Acc>(INFINITY) ? Acc(0) : max;
+}
+
+// Trivial, so that it can live in shared memory; neutral() is the state before any element.
 template <class Acc>
 struct OnlineSoftmax {
-  Acc max = -std::numeric_limits<Acc>::infinity();
-  Acc sum = 0;
-  Acc dot = 0;
+  Acc max;
+  Acc sum;
+  Acc dot;
 
-  // The value that elements are shifted by: -inf would turn -inf - max into NaN.
-  ENTROPY_RL_HD Acc shift() const {
-    return max == -std::numeric_limits<Acc>::infinity() ? Acc(0) : max;
-  }
+  ENTROPY_RL_HD static OnlineSoftmax neutral() { return {-static_cast<Acc>(INFINITY), 0, 0}; }
+  ENTROPY_RL_HD Acc shift() const { return shift_of(max); }
 };
 
 // Re-expresses a partial row against a new, not smaller, maximum.
@@ -59,14 +63,14 @@ ENTROPY_RL_HD inline OnlineSoftmax<Acc> rescaled(const OnlineSoftmax<Acc>& part,
                                                  Acc inverse_temperature) {
   OnlineSoftmax<Acc> out;
   out.max = max;
-  const Acc d = clamp_exponent((part.max - out.shift()) * inverse_temperature);
+  const Acc d = (part.max - out.shift()) * inverse_temperature;
   const Acc scale = exp_shifted(d);
   out.sum = part.sum * scale;
-  out.dot = scale * (part.dot + part.sum * d);
+  out.dot = scale * (part.dot + part.sum * clamp_exponent(d));
   return out;
 }
 
-// Combines two partial rows; associative and commutative up to rounding, with OnlineSoftmax{} as the
+// Combines two partial rows; associative and commutative up to rounding, with neutral() as the
 // neutral element.
 template <class Acc>
 ENTROPY_RL_HD inline OnlineSoftmax<Acc> merge(const OnlineSoftmax<Acc>& a,
@@ -89,10 +93,10 @@ ENTROPY_RL_HD inline void accumulate(OnlineSoftmax<Acc>* state, const Acc (&x)[k
   if (max > state->max) *state = rescaled(*state, max, inverse_temperature);
   const Acc shift = state->shift();
   for (int i = 0; i < kCount; ++i) {
-    const Acc d = clamp_exponent((x[i] - shift) * inverse_temperature);
+    const Acc d = (x[i] - shift) * inverse_temperature;
     const Acc e = exp_shifted(d);
     state->sum += e;
-    state->dot += e * d;
+    state->dot += e * clamp_exponent(d);
   }
 }
 
@@ -120,10 +124,11 @@ struct SoftmaxGradient {
   Acc grad_entropy;
 
   ENTROPY_RL_HD Acc operator()(Acc x, bool is_target) const {
-    const Acc log_p = clamp_exponent((x - shift) * inverse_temperature - log_sum);
+    const Acc log_p = (x - shift) * inverse_temperature - log_sum;
     const Acc p = exp_shifted(log_p);
     const Acc pull = is_target ? grad_log_prob : Acc(0);
-    return inverse_temperature * (pull - p * (grad_log_prob + grad_entropy * (log_p + entropy)));
+    const Acc push = grad_log_prob + grad_entropy * (clamp_exponent(log_p) + entropy);
+    return inverse_temperature * (pull - p * push);
   }
 };
 

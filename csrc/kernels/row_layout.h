@@ -10,18 +10,22 @@ namespace entropy_rl {
 
 struct RowLayout {
   static constexpr int kMaxDims = 4;
-  int dims = 0;                 // leading dimensions left after merging neighbours
-  int64_t size[kMaxDims] = {};  // outermost first
-  int64_t stride[kMaxDims] = {};
+  int64_t size[kMaxDims] = {1, 1, 1, 1};  // innermost first, after merging neighbours
+  int64_t stride[kMaxDims] = {0, 0, 0, 0};
 
   // Offset in elements of the row's first element.
   ENTROPY_RL_HD int64_t offset(int64_t row) const {
     int64_t offset = 0;
-    for (int i = dims - 1; i > 0; --i) {
+#if defined(__CUDACC__)
+    // A loop left rolled would index the kernel's parameters at run time: a copy in local memory.
+#pragma unroll
+#endif
+    for (int i = 0; i < kMaxDims; ++i) {
+      if (size[i] == 1) continue;
       offset += (row % size[i]) * stride[i];
       row /= size[i];
     }
-    return dims > 0 ? offset + row * stride[0] : offset;
+    return offset;
   }
 };
 

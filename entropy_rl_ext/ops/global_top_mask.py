@@ -5,6 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entropy_rl_ext.ops._fakes import check_same_device
+
 
 def global_top_mask(
     entropy: Tensor,
@@ -46,18 +48,9 @@ def global_top_mask(
 
     Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that of TRL.
     """
-    mask: Tensor
-    if torch.compiler.is_compiling():
-        # A graph is compiled anew for every value of an op's float argument, not for one of a tensor. The
-        # product, and no constructor, is what carries a symbolic float into a tensor.
-        ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
-        mask = torch.ops.entropy_rl.global_top_mask.tensor_ratio(
-            entropy, response_mask, ratio, rule, scope, group_ids
-        )
-    else:
-        mask = torch.ops.entropy_rl.global_top_mask(
-            entropy, response_mask, top_ratio, rule, scope, group_ids
-        )
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask(
+        entropy, response_mask, top_ratio, rule, scope, group_ids
+    )
     return mask
 
 
@@ -79,14 +72,33 @@ def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_rati
     return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
 
 
-def _fake(
+@torch.library.impl("entropy_rl::global_top_mask", "CompositeImplicitAutograd")
+def _global_top_mask(
     entropy: Tensor,
     response_mask: Tensor,
-    top_ratio: float | Tensor = 0.2,
+    top_ratio: float = 0.2,
     rule: str = "topk",
     scope: str = "batch",
     group_ids: Tensor | None = None,
 ) -> Tensor:
+    # A product keeps a symbolic ratio symbolic, where a fill value would be specialised on.
+    ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
+        entropy, response_mask, ratio, rule, scope, group_ids
+    )
+    return mask
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_forward")
+def _(
+    entropy: Tensor,
+    response_mask: Tensor,
+    top_ratio: Tensor,
+    rule: str,
+    scope: str,
+    group_ids: Tensor | None,
+) -> Tensor:
+    check_same_device(entropy=entropy, response_mask=response_mask, group_ids=group_ids)
     return entropy.new_empty(entropy.shape, dtype=torch.bool)
 
 
@@ -98,6 +110,6 @@ def _backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
     return None, None, None, None, None, None
 
 
-for _op in ("entropy_rl::global_top_mask", "entropy_rl::global_top_mask.tensor_ratio"):
-    torch.library.register_fake(_op, _fake)
-    torch.library.register_autograd(_op, _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "entropy_rl::global_top_mask_forward", _backward, setup_context=_setup_context
+)

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._temperature import split_temperature
+from entropy_rl_ext.ops._autograd import register_no_derivative
+from entropy_rl_ext.ops._fakes import check_same_device
+from entropy_rl_ext.ops._temperature import split_temperature, temperature_tensor
 
 
 def logprob_entropy(
@@ -24,7 +26,7 @@ def logprob_entropy(
         targets: [...], integer, in [0, V). Where `mask` is 0 a target may be anything (-100, say).
         mask: [...], any dtype, nonzero = in. Rows left out are not read; they give 0 and a zero gradient.
         temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
-        entropy_grad: whether the entropy carries a gradient. Selection does not need one; an entropy bonus does.
+        entropy_grad: whether the entropy carries a gradient: selection needs none, an entropy bonus does.
 
     Returns:
         (log_prob, entropy), both [...], in nats, float32 (float64 for float64 logits). Arithmetic is float32
@@ -53,15 +55,16 @@ def _logprob_entropy(
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     log_prob, entropy, _ = torch.ops.entropy_rl.logprob_entropy_forward(
-        logits, targets, mask, temperature, row_temperature
+        logits, targets, mask, temperature_tensor(temperature, row_temperature)
     )
     return log_prob, entropy if entropy_grad else entropy.detach()
 
 
 @torch.library.register_fake("entropy_rl::logprob_entropy_forward")
 def _(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, row_temperature: Tensor | None
+    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device(logits=logits, targets=targets, mask=mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
     return (
@@ -78,8 +81,7 @@ def _(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    row_temperature: Tensor | None,
+    temperature: Tensor,
     entropy: Tensor,
     statistics: Tensor,
 ) -> Tensor:
@@ -87,23 +89,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, targets, mask, ctx.temperature, row_temperature = inputs
+    logits, targets, mask, temperature = inputs
     _, entropy, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, row_temperature, entropy, statistics)
+    ctx.save_for_backward(logits, targets, mask, temperature, entropy, statistics)
 
 
 def _backward(
     ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits, targets, mask, row_temperature, entropy, statistics = ctx.saved_tensors
+    logits, targets, mask, temperature, entropy, statistics = ctx.saved_tensors
     grad_logits = torch.ops.entropy_rl.logprob_entropy_backward(
-        grad_log_prob, grad_entropy, logits, targets, mask, ctx.temperature, row_temperature, entropy, statistics
+        grad_log_prob, grad_entropy, logits, targets, mask, temperature, entropy, statistics
     )
-    return grad_logits, None, None, None, None
+    return grad_logits, None, None, None
 
 
 torch.library.register_autograd(
     "entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context
 )
+register_no_derivative("logprob_entropy_backward", "second derivatives are not offered")

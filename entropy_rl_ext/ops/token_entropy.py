@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._temperature import split_temperature
+from entropy_rl_ext.ops._autograd import register_no_derivative
+from entropy_rl_ext.ops._fakes import check_same_device
+from entropy_rl_ext.ops._temperature import split_temperature, temperature_tensor
 
 
-def token_entropy(
-    logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0
-) -> Tensor:
+def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature) of each row.
 
     Args:
@@ -37,17 +37,21 @@ def token_entropy(
 
 @torch.library.impl("entropy_rl::token_entropy", "CompositeImplicitAutograd")
 def _token_entropy(
-    logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, row_temperature: Tensor | None = None
+    logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    row_temperature: Tensor | None = None,
 ) -> Tensor:
     entropy: Tensor
-    entropy, _ = torch.ops.entropy_rl.token_entropy_forward(logits, mask, temperature, row_temperature)
+    entropy, _ = torch.ops.entropy_rl.token_entropy_forward(
+        logits, mask, temperature_tensor(temperature, row_temperature)
+    )
     return entropy
 
 
 @torch.library.register_fake("entropy_rl::token_entropy_forward")
-def _(
-    logits: Tensor, mask: Tensor | None, temperature: float, row_temperature: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, mask: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    check_same_device(logits=logits, mask=mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
     return logits.new_empty(rows, dtype=dtype), logits.new_empty((*rows, 2), dtype=dtype)
@@ -58,8 +62,7 @@ def _(
     grad_entropy: Tensor,
     logits: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    row_temperature: Tensor | None,
+    temperature: Tensor,
     entropy: Tensor,
     statistics: Tensor,
 ) -> Tensor:
@@ -67,20 +70,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, mask, ctx.temperature, row_temperature = inputs
+    logits, mask, temperature = inputs
     entropy, statistics = output
     ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(logits, mask, row_temperature, entropy, statistics)
+    ctx.save_for_backward(logits, mask, temperature, entropy, statistics)
 
 
 def _backward(ctx: Any, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    logits, mask, row_temperature, entropy, statistics = ctx.saved_tensors
+    logits, mask, temperature, entropy, statistics = ctx.saved_tensors
     grad_logits = torch.ops.entropy_rl.token_entropy_backward(
-        grad_entropy, logits, mask, ctx.temperature, row_temperature, entropy, statistics
+        grad_entropy, logits, mask, temperature, entropy, statistics
     )
-    return grad_logits, None, None, None
+    return grad_logits, None, None
 
 
-torch.library.register_autograd(
-    "entropy_rl::token_entropy_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("entropy_rl::token_entropy_forward", _backward, setup_context=_setup_context)
+register_no_derivative("token_entropy_backward", "second derivatives are not offered")

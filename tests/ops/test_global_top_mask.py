@@ -365,10 +365,10 @@ def test_opcheck(scope, requires_grad, device):
     entropy, mask, groups = make_inputs((4, 50), torch.float32, "random", 10, device)
     group_ids = groups if scope == "group" else None
     arguments = (entropy.requires_grad_(requires_grad), mask, 0.2, "topk", scope, group_ids)
-    torch.library.opcheck(torch.ops.entropy_rl.global_top_mask.default, arguments)
+    torch.library.opcheck(torch.ops.entropy_rl.global_top_mask, arguments)
     ratio = torch.tensor(0.2, dtype=torch.float64)
     arguments = (*arguments[:2], ratio, *arguments[3:])
-    torch.library.opcheck(torch.ops.entropy_rl.global_top_mask.tensor_ratio, arguments)
+    torch.library.opcheck(torch.ops.entropy_rl.global_top_mask_forward, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -421,14 +421,6 @@ def test_bad_input(arguments, message, device):
     }
     with pytest.raises(ValueError, match=message):
         global_top_mask(**arguments)
-
-
-@pytest.mark.parametrize("ratio", [torch.tensor(0.2), torch.tensor([0.2], dtype=torch.float64)], ids=str)
-def test_bad_tensor_ratio(ratio, device):
-    with pytest.raises(ValueError, match="top_ratio is a tensor of shape .* it must be a number"):
-        torch.ops.entropy_rl.global_top_mask.tensor_ratio(
-            torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device), ratio
-        )
 
 
 def test_bad_ratio_under_the_papers_name(device):

@@ -1,0 +1,97 @@
+# make demo        train a small model by RL on its highest-entropy tokens, from nothing
+# make test        gtests and pytest on the CPU
+# make test-verl   policy losses against verl's own functions, in an environment of their own
+# make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
+# make cuda-build  the CUDA wheel, built and tested without a GPU
+# make lint        formatting and types; make format mends the formatting
+#
+# Each target makes the virtual environment it needs. PYTHON chooses the interpreter.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+BIN := .venv/bin
+CUDA_BIN := .venv-cuda/bin
+VERL_BIN := .venv-verl/bin
+# What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
+GPU_PYTHON ?= $(PYTHON)
+CUDA_TORCH := torch==2.14.1
+
+# The tested versions, for what is installed and for what pip's isolated builds install.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
+PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
+
+.PHONY: help demo test gtest pytest test-verl test-gpu cuda-build lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# The development environment, with the package built in place; a change of the sources builds it again.
+.venv/libraries: $(SOURCES) pyproject.toml constraints.txt
+	[ -d .venv ] || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch setuptools ninja pybind11
+	$(BIN)/pip install -q --no-build-isolation -e '.[train,test,lint]'
+	touch $@
+
+demo: .venv/libraries
+	$(BIN)/python -m entropy_rl.demo
+
+test: gtest pytest
+
+gtest: .venv/libraries
+	[ -e /usr/include/gtest/gtest.h ] || { apt-get update -qq && apt-get install -y -qq libgtest-dev; }
+	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build build/gtest -j $(JOBS)
+	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
+
+pytest: .venv/libraries
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu -q
+
+.venv-verl/environment: tests/integrations/verl/requirements.txt
+	$(PYTHON) -m venv .venv-verl
+	PIP_CONSTRAINT= $(VERL_BIN)/pip install -q -r tests/integrations/verl/requirements.txt
+	touch $@
+
+test-verl: .venv-verl/environment
+	$(VERL_BIN)/pip install -q --no-deps .
+	$(VERL_BIN)/pytest tests/integrations/verl -q
+
+.venv-cuda/environment: Makefile
+	$(PYTHON) -m venv .venv-cuda
+	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
+	touch $@
+
+cuda-build: .venv-cuda/environment
+	rm -rf build/lib* build/temp* build/bdist* dist
+	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
+	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
+	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
+
+test-gpu:
+	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU, and torch sees none')"
+	cd tests && $(GPU_PYTHON) -m pytest ops gpu test_registration.py --device cuda -q
+	cd tests && for tool in memcheck racecheck synccheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) gpu/sanitize.py; done
+
+lint: .venv/libraries
+	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: .venv/libraries
+	$(BIN)/ruff check --fix $(wildcard $(PYTHON_FILES))
+	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf .venv .venv-cuda .venv-verl build dist entropy_rl_ext/*.so

@@ -1,0 +1,55 @@
+#include "../kernels/token_entropy.cuh"
+
+#include <tuple>
+
+#include "logits_rows.h"
+
+namespace entropy_rl::cuda {
+
+std::tuple<Tensor, Tensor> token_entropy_forward(const Tensor& logits, std::optional<Tensor> mask,
+                                                 const Tensor& temperature) {
+  const DeviceScope device(logits);
+  const LogitsRows in(logits, mask, temperature);
+  Tensor entropy = in.new_row_tensor();
+  Tensor statistics = in.new_statistics();
+  if (in.rows == 0) return {entropy, statistics};
+  dispatch_floating(in.logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Acc = accumulate_t<T>;
+    token_entropy_kernel<T>
+        <<<grid_size(in.rows), softmax_row_threads(in.vocab), 0, device.stream()>>>(
+            softmax_rows<T>(in, std::nullopt), mutable_data<Acc>(entropy),
+            mutable_data<Acc>(statistics));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {entropy, statistics};
+}
+
+Tensor token_entropy_backward(const Tensor& grad_entropy, const Tensor& logits,
+                              std::optional<Tensor> mask, const Tensor& temperature, const Tensor& entropy,
+                              const Tensor& statistics) {
+  const DeviceScope device(logits);
+  const LogitsRows in(logits, mask, temperature);
+  const SavedRows saved(in, entropy, statistics);
+  const std::optional<Tensor> g_entropy = in.gradient("grad_entropy", grad_entropy);
+  Tensor grad_logits = torch::stable::new_empty(logits, in.row_shape_with(in.vocab));
+  if (in.rows == 0) return grad_logits;
+  dispatch_floating(in.logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Acc = accumulate_t<T>;
+    token_entropy_backward_kernel<T>
+        <<<grid_size(in.rows), softmax_row_threads(in.vocab), 0, device.stream()>>>(
+            softmax_rows<T>(in, std::nullopt), const_data<Acc>(g_entropy),
+            const_data<Acc>(saved.entropy), const_data<Acc>(saved.statistics),
+            mutable_data<T>(grad_logits));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return grad_logits;
+}
+
+}  // namespace entropy_rl::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
+  m.impl("token_entropy_forward", TORCH_BOX(&entropy_rl::cuda::token_entropy_forward));
+  m.impl("token_entropy_backward", TORCH_BOX(&entropy_rl::cuda::token_entropy_backward));
+}

@@ -1,0 +1,694 @@
+// Runs the unmodified CUDA kernels of csrc/kernels/*.cuh on the CPU under g++ (compile with
+// `-include simt.h`). THIS IS NOT A GPU TEST. It checks indexing, barriers and shuffles; it says
+// nothing about speed, occupancy, memory coalescing, memory ordering or the rounding of fast maths.
+//
+// Every thread of a block is a fiber, and a fiber runs until it meets a barrier or a warp
+// primitive. `launch` runs the grid several times, each time in another order of blocks and
+// threads, with shared memory full of garbage at the start of each block, and compares every
+// `Buffer` bit for bit: a result that depends on the order of threads is a missing barrier (or an
+// atomic whose order matters). Barriers and warp primitives are strict: every named thread must
+// arrive, at the same place, or `launch` throws `simt::Error` with the ids of the threads that wait
+// and of those that never came. Out-of-bounds and misaligned accesses to Buffers are left to ASan
+// and UBSan, which see every fiber's stack; simt_race.cpp adds a search for data races.
+// `__shared__` arrays have no red zones around them.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <link.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// ---- The language ----
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// Thread-local, because the fibers share one OS thread and because the program's thread-local block
+// is one contiguous range, which `poison_shared_memory` can find and fill.
+#define __shared__ static thread_local
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Set on every switch to the fiber that runs; a kernel only reads them.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+// CUDA's vector types, with CUDA's alignment, so that UBSan reports a misaligned vector access.
+#define SIMT_VECTOR_TYPES(type, name, align2, align4)              \
+  struct alignas(align2) name##2 {                                 \
+    type x, y;                                                     \
+  };                                                               \
+  struct alignas(align4) name##4 {                                 \
+    type x, y, z, w;                                               \
+  };                                                               \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+SIMT_VECTOR_TYPES(unsigned char, uchar, 2, 4)
+SIMT_VECTOR_TYPES(unsigned short, ushort, 4, 8)
+SIMT_VECTOR_TYPES(int, int, 8, 16)
+SIMT_VECTOR_TYPES(unsigned, uint, 8, 16)
+SIMT_VECTOR_TYPES(float, float, 8, 16)
+SIMT_VECTOR_TYPES(long long, longlong, 16, 16)
+SIMT_VECTOR_TYPES(unsigned long long, ulonglong, 16, 16)
+SIMT_VECTOR_TYPES(double, double, 16, 16)
+#undef SIMT_VECTOR_TYPES
+
+namespace simt {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// ---- Data races ----
+
+// What simt_race.cpp needs to know. Nothing where the program is not compiled for it.
+namespace race {
+constexpr int kWarpSize = warpSize;
+#if defined(SIMT_RACECHECK)
+void begin_launch();
+void watch(const void* begin, size_t bytes, const std::string& name);
+void begin_block(uint32_t number, size_t threads, const void* shared_memory);
+void run_thread(int rank);  // -1: the host
+void barrier();
+void warp_barrier(int warp, unsigned mask);
+void fence();
+void atomic(const void* address, size_t bytes);
+std::string finding();  // the first race since begin_launch; empty: none
+#else
+inline void begin_launch() {}
+inline void watch(const void*, size_t, const std::string&) {}
+inline void begin_block(uint32_t, size_t, const void*) {}
+inline void run_thread(int) {}
+inline void barrier() {}
+inline void warp_barrier(int, unsigned) {}
+inline void fence() {}
+inline void atomic(const void*, size_t) {}
+inline std::string finding() { return ""; }
+#endif
+}  // namespace race
+
+// ---- Device memory ----
+
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_(bytes), storage_(new (kAlign) char[bytes]) {
+    // Unwritten results must not look right: 0xff is NaN as a float and -1 as an integer.
+    std::memset(storage_, 0xff, bytes);
+    all().push_back(this);
+  }
+  ~Memory() {
+    all().erase(std::find(all().begin(), all().end(), this));
+    operator delete[](storage_, kAlign);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  bool contains(const void* pointer) const {
+    auto* address = static_cast<const char*>(pointer);
+    // One past the end belongs to it: the pointer of an empty tensor.
+    return address >= storage_ && address <= storage_ + bytes_;
+  }
+  std::vector<char> contents() const { return {storage_, storage_ + bytes_}; }
+  void restore(const std::vector<char>& contents) {
+    std::copy(contents.begin(), contents.end(), storage_);
+  }
+
+  void watch(const std::string& name) const { race::watch(storage_, bytes_, name); }
+
+  static std::vector<Memory*>& all() {
+    static std::vector<Memory*> memories;
+    return memories;
+  }
+
+ protected:
+  static constexpr std::align_val_t kAlign{256};  // what cudaMalloc guarantees
+  size_t bytes_;
+  char* storage_;
+};
+
+// An array in "device memory". `launch` compares all that are alive between its orders.
+template <class T>
+class Buffer : public Memory {
+ public:
+  explicit Buffer(size_t size) : Memory(size * sizeof(T)) {}
+  explicit Buffer(const std::vector<T>& values) : Buffer(values.size()) {
+    std::copy(values.begin(), values.end(), data());
+  }
+  T* data() { return reinterpret_cast<T*>(storage_); }
+  size_t size() const { return bytes_ / sizeof(T); }
+  T& operator[](size_t i) { return data()[i]; }
+  T* begin() { return data(); }
+  T* end() { return data() + size(); }
+};
+
+// ---- Fibers ----
+
+// A line of a kernel's source.
+struct Place {
+  const char* file;
+  int line;
+
+  static constexpr Place caller(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+// Where a thread waits. Threads meet only where all of this is equal.
+struct Site {
+  const char* op;
+  Place place;
+  unsigned mask;  // lanes of the warp; 0: the whole block
+
+  bool operator==(const Site& other) const {
+    return place.line == other.place.line && mask == other.mask && std::strcmp(op, other.op) == 0 &&
+           std::strcmp(place.file, other.place.file) == 0;
+  }
+};
+
+enum class Order { kForward, kReverse, kShuffled };
+
+inline std::string to_string(const uint3& id) {
+  return "(" + std::to_string(id.x) + "," + std::to_string(id.y) + "," + std::to_string(id.z) + ")";
+}
+
+// A block of threads, from its first instruction to the end of its last thread.
+class Block {
+ public:
+  Block(uint3 index, dim3 shape, Order order, std::mt19937* random,
+        const std::function<void()>* body)
+      : index_(index), order_(order), random_(random), body_(body) {
+    fibers_.resize(size_t{shape.x} * shape.y * shape.z);
+    for (size_t i = 0; i < fibers_.size(); ++i) {
+      const auto rank = static_cast<unsigned>(i);
+      fibers_[i].id = {rank % shape.x, rank / shape.x % shape.y, rank / shape.x / shape.y};
+      ready_.push_back(static_cast<int>(i));
+    }
+  }
+
+  // Runs until every thread has returned. Throws what a thread threw, or Error on a deadlock.
+  void run() {
+    current() = this;
+    for (size_t i = 0; i < fibers_.size(); ++i) start(i);
+    while (!ready_.empty() && !failure_) {
+      running_ = take_ready();
+      threadIdx = fibers_[running_].id;
+      blockIdx = index_;
+      race::run_thread(running_);
+      switch_to_fiber(fibers_[running_]);
+      race::run_thread(-1);
+    }
+    current() = nullptr;
+    if (failure_) std::rethrow_exception(failure_);
+    if (done_ != fibers_.size()) throw Error(deadlock());
+  }
+
+  static Block*& current() {
+    static Block* block = nullptr;
+    return block;
+  }
+
+  int rank() const { return running_; }
+  int lane() const { return running_ % warpSize; }
+  int warp() const { return running_ / warpSize; }
+  const uint3& index() const { return index_; }
+
+  // Blocks the calling thread until every thread of `site.mask` stands at the same site. The value
+  // that lane l brought is then `received(l)`.
+  void meet(const Site& site, uint64_t value) {
+    Fiber& self = fibers_[running_];
+    self.site = site;
+    self.value = value;
+    self.waiting = true;
+    if (site.mask == 0) ++at_barrier_;
+    if (complete(site)) release(site);
+    switch_to_scheduler(self);
+  }
+
+  template <class T>
+  T received(int lane) const {
+    const Fiber& self = fibers_[running_];
+    if (!(self.site.mask >> lane & 1)) {
+      throw Error(describe(self.site) + ": thread " + to_string(self.id) + " reads lane " +
+                  std::to_string(lane) + ", which is not in the mask");
+    }
+    T value;
+    std::memcpy(&value, &self.received[lane], sizeof(T));
+    return value;
+  }
+
+  static std::string describe(const Site& site) {
+    char text[256];
+    std::snprintf(text, sizeof text, "%s at %s:%d", site.op, site.place.file, site.place.line);
+    std::string description = text;
+    if (site.mask != 0) {
+      std::snprintf(text, sizeof text, " (mask 0x%08x)", site.mask);
+      description += text;
+    }
+    return description;
+  }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    void* fake_stack = nullptr;  // ASan's
+    uint3 id;
+    bool waiting = false, done = false;
+    Site site;
+    uint64_t value = 0;
+    uint64_t received[warpSize];
+  };
+
+  // ASan's frames are several times larger than plain ones.
+  static constexpr size_t kStackBytes = 128 * 1024;
+
+  static char* stack(size_t i) {
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() <= i) stacks.emplace_back(new char[kStackBytes]);
+    return stacks[i].get();
+  }
+
+  void start(size_t i) {
+    Fiber& fiber = fibers_[i];
+#if defined(__SANITIZE_ADDRESS__)
+    // A fiber abandoned by an error leaves its red zones behind on the stack used again here.
+    ASAN_UNPOISON_MEMORY_REGION(stack(i), kStackBytes);
+#endif
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack(i);
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Block::enter, 0);
+  }
+
+  static void enter() {
+    Block& block = *current();
+    Fiber& self = block.fibers_[block.running_];
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_,
+                                    &block.scheduler_stack_bytes_);
+#endif
+    // An exception must not unwind past the first frame of a fiber: the scheduler throws it again.
+    try {
+      (*block.body_)();
+    } catch (...) {
+      block.failure_ = std::current_exception();
+    }
+    self.done = true;
+    ++block.done_;
+    block.switch_to_scheduler(self);
+  }
+
+  void switch_to_fiber(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber.context.uc_stack.ss_sp, kStackBytes);
+#endif
+    swapcontext(&scheduler_, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+  }
+
+  void switch_to_scheduler(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, scheduler_stack_,
+                                   scheduler_stack_bytes_);
+#endif
+    swapcontext(&fiber.context, &scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+  }
+
+  // Forward and reverse let the first or the last warp run as far ahead as the barriers allow,
+  // which no order that takes turns would show.
+  int take_ready() {
+    auto chosen = ready_.begin();
+    if (order_ == Order::kForward) chosen = std::min_element(ready_.begin(), ready_.end());
+    if (order_ == Order::kReverse) chosen = std::max_element(ready_.begin(), ready_.end());
+    if (order_ == Order::kShuffled) chosen += (*random_)() % ready_.size();
+    const int rank = *chosen;
+    *chosen = ready_.back();
+    ready_.pop_back();
+    return rank;
+  }
+
+  template <class Visit>
+  bool every_member(const Site& site, Visit visit) {
+    const size_t first = site.mask == 0 ? 0 : size_t(warp()) * warpSize;
+    const size_t last = site.mask == 0 ? fibers_.size() : first + warpSize;
+    for (size_t i = first; i < last; ++i) {
+      if (site.mask != 0 && !(site.mask >> (i - first) & 1)) continue;
+      if (i >= fibers_.size() || !visit(static_cast<int>(i))) return false;
+    }
+    return true;
+  }
+
+  bool complete(const Site& site) {
+    if (site.mask == 0 && at_barrier_ != fibers_.size()) return false;
+    return every_member(site, [&](int i) { return fibers_[i].waiting && fibers_[i].site == site; });
+  }
+
+  void release(const Site& site) {
+    uint64_t values[warpSize] = {};
+    every_member(site, [&](int i) {
+      values[i % warpSize] = fibers_[i].value;
+      return true;
+    });
+    every_member(site, [&](int i) {
+      std::copy(values, values + warpSize, fibers_[i].received);
+      fibers_[i].waiting = false;
+      ready_.push_back(i);
+      return true;
+    });
+    if (site.mask == 0) {
+      at_barrier_ = 0;
+      race::barrier();
+    } else if (std::strcmp(site.op, "__syncwarp") == 0) {
+      race::warp_barrier(warp(), site.mask);
+    }
+  }
+
+  // "threads 0-31 wait for __syncthreads at file:line; threads 32-63 have returned".
+  std::string deadlock() const {
+    std::map<std::string, std::vector<int>> groups;
+    for (size_t i = 0; i < fibers_.size(); ++i) {
+      const Fiber& fiber = fibers_[i];
+      groups[fiber.done ? "have returned" : "wait for " + describe(fiber.site)].push_back(int(i));
+    }
+    std::string text = "deadlock in block " + to_string(index_);
+    for (const auto& [what, ranks] : groups) {
+      text += "; threads ";
+      for (size_t i = 0; i < ranks.size();) {
+        size_t last = i;
+        while (last + 1 < ranks.size() && ranks[last + 1] == ranks[last] + 1) ++last;
+        if (i > 0) text += ",";
+        text += std::to_string(ranks[i]);
+        if (last > i) text += "-" + std::to_string(ranks[last]);
+        i = last + 1;
+      }
+      text += " " + what;
+    }
+    return text;
+  }
+
+  uint3 index_;
+  Order order_;
+  std::mt19937* random_;
+  const std::function<void()>* body_;
+  std::vector<Fiber> fibers_;
+  std::vector<int> ready_;
+  size_t at_barrier_ = 0, done_ = 0;
+  int running_ = 0;
+  std::exception_ptr failure_;
+  ucontext_t scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+};
+
+// ---- Launching ----
+
+// The range that holds every `__shared__` array of the program: its thread-local variables.
+inline std::pair<char*, size_t> shared_memory() {
+  auto find = [](dl_phdr_info* info, size_t, void* found) {
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data != nullptr) {
+        *static_cast<std::pair<char*, size_t>*>(found) = {static_cast<char*>(info->dlpi_tls_data),
+                                                          info->dlpi_phdr[i].p_memsz};
+      }
+    }
+    return 1;  // the first object is the program itself; the libraries keep their thread-locals
+  };
+  std::pair<char*, size_t> found{nullptr, 0};
+  dl_iterate_phdr(find, &found);
+  return found;
+}
+
+inline void check_shape(dim3 grid, dim3 block) {
+  const bool grid_fits = grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 &&
+                         grid.z >= 1 && grid.z <= 65535;
+  const bool block_fits = block.x >= 1 && block.y >= 1 && block.z >= 1 && block.z <= 64 &&
+                          uint64_t{block.x} * block.y * block.z <= 1024;
+  if (!grid_fits || !block_fits) throw Error("CUDA refuses this grid or block shape");
+}
+
+inline void run_grid(dim3 grid, dim3 block, Order order, unsigned seed,
+                     const std::function<void()>& body) {
+  gridDim = grid;
+  blockDim = block;
+  std::mt19937 random(seed);
+  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
+  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  if (order == Order::kReverse) std::reverse(blocks.begin(), blocks.end());
+  if (order == Order::kShuffled) std::shuffle(blocks.begin(), blocks.end(), random);
+  const auto [shared, shared_bytes] = shared_memory();
+  for (uint64_t i : blocks) {
+    const uint3 index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                         unsigned(i / grid.x / grid.y)};
+    // NaN, then large finite numbers: a reduction that reads garbage may hide the one or the other.
+    std::fill_n(shared, shared_bytes, order == Order::kForward ? '\xff' : '\x4b');
+    race::begin_block(uint32_t(i), size_t{block.x} * block.y * block.z, shared);
+    Block(index, block, order, &random, &body).run();
+  }
+}
+
+// Runs `kernel<<<grid, block>>>(args...)` in every order. Every pointer argument must point into a
+// Buffer, so that each order can start from the same memory. Throws Error where the kernel is
+// wrong.
+template <class... Params, class... Args>
+void launch(dim3 grid, dim3 block, void (*kernel)(Params...), Args... args) {
+  check_shape(grid, block);
+  const std::vector<Memory*> memories = Memory::all();
+  [[maybe_unused]] auto check_pointer = [&](auto arg) {
+    if constexpr (std::is_pointer_v<decltype(arg)>) {
+      auto holds = [&](const Memory* memory) { return memory->contains(arg); };
+      if (arg != nullptr && std::none_of(memories.begin(), memories.end(), holds)) {
+        throw Error("a pointer argument does not point into a simt::Buffer");
+      }
+    }
+  };
+  (check_pointer(static_cast<Params>(args)), ...);
+  const std::function<void()> body = [&] { kernel(static_cast<Params>(args)...); };
+
+  const std::pair<Order, unsigned> orders[] = {
+      {Order::kForward, 0}, {Order::kReverse, 0}, {Order::kShuffled, 1}, {Order::kShuffled, 2}};
+  std::vector<std::vector<char>> before, expected;
+  for (const Memory* memory : memories) before.push_back(memory->contents());
+  for (const auto& [order, seed] : orders) {
+    for (size_t i = 0; i < memories.size(); ++i) memories[i]->restore(before[i]);
+    race::begin_launch();
+    for (size_t i = 0; i < memories.size(); ++i) memories[i]->watch("buffer " + std::to_string(i));
+    race::watch(shared_memory().first, shared_memory().second, "shared memory");
+    run_grid(grid, block, order, seed, body);
+    if (!race::finding().empty()) throw Error(race::finding());
+    for (size_t i = 0; i < memories.size(); ++i) {
+      std::vector<char> after = memories[i]->contents();
+      if (order == Order::kForward) {
+        expected.push_back(std::move(after));
+      } else if (after != expected[i]) {
+        const auto difference =
+            std::mismatch(after.begin(), after.end(), expected[i].begin()).first - after.begin();
+        throw Error("byte " + std::to_string(difference) + " of buffer " + std::to_string(i) +
+                    " depends on the order of threads: a barrier or an atomic is missing");
+      }
+    }
+  }
+}
+
+// ---- Warp primitives ----
+
+inline Site warp_site(const char* op, Place place, unsigned mask) {
+  const Site site{op, place, mask};
+  const Block& block = *Block::current();
+  if (!(mask >> block.lane() & 1)) {
+    throw Error(Block::describe(site) + ": thread " + to_string(threadIdx) +
+                " is not in its own mask");
+  }
+  return site;
+}
+
+// What lane `source(lane)` brought; the caller's own value where `source` leaves the segment of
+// `width` lanes, as CUDA defines it.
+template <class T, class Source>
+T shuffle(const Site& site, T value, int width, Source source) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) <= sizeof(uint64_t));
+  if (width < 1 || width > warpSize || (width & (width - 1)) != 0) {
+    throw Error(Block::describe(site) + ": width must be a power of two up to 32");
+  }
+  Block& block = *Block::current();
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  block.meet(site, bits);
+  const int first = block.lane() / width * width;
+  const int from = source(block.lane() - first);
+  return from < 0 || from >= width ? value : block.received<T>(first + from);
+}
+
+inline unsigned vote(const Site& site, bool predicate) {
+  Block& block = *Block::current();
+  block.meet(site, predicate);
+  unsigned ballot = 0;
+  for (int lane = 0; lane < warpSize; ++lane) {
+    if (site.mask >> lane & 1) ballot |= unsigned(block.received<uint64_t>(lane) != 0) << lane;
+  }
+  return ballot;
+}
+
+template <class T>
+__attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* address, T (*update)(T, T),
+                                                                     T value) {
+  // A fiber gives way only at barriers and warp primitives, so this is atomic as it stands.
+  race::atomic(address, sizeof(T));
+  const T old = *address;
+  *address = update(old, value);
+  return old;
+}
+
+template <class T, class... Allowed>
+using OneOf = std::enable_if_t<(std::is_same_v<T, Allowed> || ...), T>;
+
+}  // namespace simt
+
+inline void __syncthreads(simt::Place place = simt::Place::caller()) {
+  simt::Block::current()->meet({"__syncthreads", place, 0}, 0);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Place place = simt::Place::caller()) {
+  simt::Block::current()->meet(simt::warp_site("__syncwarp", place, mask), 0);
+}
+
+// `+value` gives the type of CUDA's overload: bool and short travel as int.
+#define SIMT_SHUFFLE(name, argument, from)                                      \
+  template <class T>                                                            \
+  auto name(unsigned mask, T value, argument, int width = warpSize,             \
+            simt::Place place = simt::Place::caller()) {                        \
+    return simt::shuffle(simt::warp_site(#name, place, mask), +value, width,    \
+                         [&]([[maybe_unused]] int lane) { return int(from); }); \
+  }
+SIMT_SHUFFLE(__shfl_sync, int source, (source & (width - 1)))
+SIMT_SHUFFLE(__shfl_up_sync, unsigned delta, (lane - delta))
+SIMT_SHUFFLE(__shfl_down_sync, unsigned delta, (lane + delta))
+SIMT_SHUFFLE(__shfl_xor_sync, int lane_mask, (lane ^ lane_mask))
+#undef SIMT_SHUFFLE
+
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              simt::Place place = simt::Place::caller()) {
+  return simt::vote(simt::warp_site("__ballot_sync", place, mask), predicate != 0);
+}
+inline int __any_sync(unsigned mask, int predicate, simt::Place place = simt::Place::caller()) {
+  return simt::vote(simt::warp_site("__any_sync", place, mask), predicate != 0) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::Place::caller()) {
+  return simt::vote(simt::warp_site("__all_sync", place, mask), predicate != 0) == mask;
+}
+
+inline void __threadfence() { simt::race::fence(); }
+
+// ---- Atomics, for the types CUDA has them for ----
+
+#define SIMT_ATOMIC(name, result, ...)                                                \
+  template <class T>                                                                  \
+  simt::OneOf<T, __VA_ARGS__> name(T* address, std::common_type_t<T> value) {         \
+    return simt::read_modify_write<T>(                                                \
+        address, [](T old, [[maybe_unused]] T value) -> T { return result; }, value); \
+  }
+SIMT_ATOMIC(atomicAdd, old + value, int, unsigned, unsigned long long, float, double)
+SIMT_ATOMIC(atomicExch, value, int, unsigned, unsigned long long, float)
+SIMT_ATOMIC(atomicMax, old < value ? value : old, int, unsigned, long long, unsigned long long)
+SIMT_ATOMIC(atomicMin, value < old ? value : old, int, unsigned, long long, unsigned long long)
+SIMT_ATOMIC(atomicOr, old | value, int, unsigned, unsigned long long)
+SIMT_ATOMIC(atomicAnd, old& value, int, unsigned, unsigned long long)
+#undef SIMT_ATOMIC
+
+// ---- Intrinsics ----
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+inline int __clzll(long long x) {
+  return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __brev(unsigned x) {
+  unsigned reversed = 0;
+  for (int bit = 0; bit < 32; ++bit) reversed |= (x >> bit & 1) << (31 - bit);
+  return reversed;
+}
+
+template <class T>
+T __ldg(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+void __stcs(T* pointer, T value) {
+  *pointer = value;
+}
+
+template <class To, class From>
+To simt_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline unsigned __float_as_uint(float x) { return simt_bits<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return simt_bits<float>(x); }
+inline int __float_as_int(float x) { return simt_bits<int>(x); }
+inline float __int_as_float(int x) { return simt_bits<float>(x); }
+inline long long __double_as_longlong(double x) { return simt_bits<long long>(x); }
+inline double __longlong_as_double(long long x) { return simt_bits<double>(x); }
+
+// Fast maths, at the precision of the host's libm.
+inline float __expf(float x) { return expf(x); }
+inline float __exp2f(float x) { return exp2f(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __log2f(float x) { return log2f(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline double rsqrt(double x) { return 1.0 / sqrt(x); }
+
+// CUDA has these in the global namespace.
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+using std::max;
+using std::min;
