@@ -5,9 +5,10 @@
 //     // Writes all outputs of a token loss.
 //     template <class T, class TokenLoss>
 //     static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&, const LossOutputs&);
-//     // uint8 [rows, cols]: 1 for the response tokens that a covariance key chooses.
+//     // Writes uint8 [rows, cols]: 1 for the response tokens that a covariance key chooses.
 //     template <class T, class CovarianceKey>
-//     static Tensor choose(const CovarianceKey&, const TokenInputs<T>&, const Tensor& seed, const Tensor& like);
+//     static void choose(const CovarianceKey&, const TokenInputs<T>&, const Tensor& seed,
+//                        const Tensor& chosen);
 //   };
 #pragma once
 
@@ -305,7 +306,8 @@ LossTuple policy_loss_forward(
             dtype_name(seed->scalar_type()), " tensor of shape ", shape_name(shape_of(*seed)),
             "; it must be one integer");
       check_same_device("seed", *seed, "log_prob", tokens.values);
-      chosen = Backend::choose(key, inputs, as_contiguous(*seed, ScalarType::Long), tokens.values);
+      chosen = torch::stable::new_empty(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
+      Backend::choose(key, inputs, as_contiguous(*seed, ScalarType::Long), *chosen);
       inputs.chosen = const_data<uint8_t>(*chosen);
     };
     with_policy_loss<T>(mode, numbers, choose, [&](const auto& token_loss) {
@@ -331,7 +333,7 @@ LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
       {"k1+", {KlPenalty::kK1, true}},         {"abs+", {KlPenalty::kAbs, true}},
       {"mse+", {KlPenalty::kK2, true}},        {"k2+", {KlPenalty::kK2, true}},
       {"low_var_kl+", {KlPenalty::kK3, true}}, {"k3+", {KlPenalty::kK3, true}}};
-  const auto [penalty, straight_through] = parse_choice("kl_loss_type", kl_loss_type, types);
+  const std::pair<KlPenalty, bool> type = parse_choice("kl_loss_type", kl_loss_type, types);
   TokenTensors tokens("log_prob", log_prob, "response_mask", response_mask);
   tokens.old_log_prob = tokens.floats_of("ref_log_prob", ref_log_prob);
   const CheckedNormalization normalization({loss_agg_mode, "response", dp_size, batch_num_tokens,
@@ -340,7 +342,7 @@ LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
   const LossOutputs out(tokens);
   dispatch_accumulate(tokens.dtype, [&](auto element) {
     using T = decltype(element);
-    with_kl_penalty<T>(penalty, straight_through, [&](const auto& token_loss) {
+    with_kl_penalty<T>(type.first, type.second, [&](const auto& token_loss) {
       Backend::run(token_loss, tokens.inputs<T>(), normalization, out);
     });
   });

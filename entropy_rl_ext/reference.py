@@ -101,6 +101,11 @@ def global_top_mask(
     return result
 
 
+def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
+    """`global_top_mask` over the batch as int64."""
+    return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
+
+
 # --- aggregate, kl_loss, policy_loss ---------------------------------------------------------------
 
 

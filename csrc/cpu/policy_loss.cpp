@@ -92,7 +92,7 @@ template <class T, class TokenLoss>
 ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in,
                                              int64_t begin, int64_t end, T sequence_log_ratio,
                                              T* gradient) {
-  LossSums<T> sums;
+  LossSums<T> sums{};
   alignas(64) T loss[kChunkTokens], selected[kChunkTokens], response[kChunkTokens],
       clipped[kChunkTokens], clipped_lower[kChunkTokens], kl[kChunkTokens],
       advantage[kChunkTokens], log_weight[kChunkTokens];
@@ -133,7 +133,7 @@ ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const 
 template <class T>
 ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t begin,
                                                int64_t end) {
-  Moments<T> sums;
+  Moments<T> sums{};
   alignas(64) T response[kChunkTokens], log_ratio[kChunkTokens], log_prob[kChunkTokens],
       advantage[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
@@ -194,7 +194,7 @@ struct PolicyLossBackend {
       sums[tile] = tile_loss(token_loss, in, begin, end, sequence, gradient);
     });
 
-    BatchSums batch;
+    BatchSums batch{};
     for (int64_t row = 0; row < in.rows; ++row) {
       batch.add_row(row_sum(sums.data(), row, in.tiles_per_row()), normalization);
     }
@@ -212,10 +212,10 @@ struct PolicyLossBackend {
   }
 
   template <class T, class CovarianceKey>
-  static Tensor choose(const CovarianceKey& key, const TokenInputs<T>& in, const Tensor& seed,
-                       const Tensor& like) {
+  static void choose(const CovarianceKey& key, const TokenInputs<T>& in, const Tensor& seed,
+                     const Tensor& chosen) {
     const std::vector<Moments<T>> tiles = all_moments(in);
-    Moments<double> batch;
+    Moments<double> batch{};
     for (const Moments<T>& tile : tiles) batch += tile;
     const CovarianceMoments moments(batch, key.ratio, CovarianceKey::kEpsilon);
 
@@ -224,9 +224,7 @@ struct PolicyLossBackend {
     for_each_tile(in, [&](int64_t, int64_t, int64_t begin, int64_t end) {
       tile_keys(key, in, moments, seed_value, begin, end, keys.data());
     });
-    Tensor chosen = torch::stable::new_empty(like, {in.rows, in.cols}, ScalarType::Byte);
     top_k_mask(keys.data(), in.rows * in.cols, moments.count, mutable_data<uint8_t>(chosen));
-    return chosen;
   }
 };
 

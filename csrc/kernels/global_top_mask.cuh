@@ -167,11 +167,12 @@ struct SegmentSearch {
 
   // The smallest key that lies above every range.
   __device__ Key next_larger() const {
-    Key next = kNaNKey<Key>;
+    const Key highest = kNaNKey<Key>;
+    Key next = highest;
     for_each_tile([&](const Key* keys, int size, TileRange& range) {
       if (range.end < size) next = SmallerKey{}(next, keys[range.end]);
     });
-    return block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared_keys);
+    return block_reduce(next, highest, SmallerKey{}, shared_keys);
   }
 
   // Keeps everything from `key` up.

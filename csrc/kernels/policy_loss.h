@@ -411,18 +411,19 @@ struct TokenInputs {
   ENTROPY_RL_HD int64_t tiles() const { return rows * tiles_per_row(); }
 };
 
-// Of a tile in T, of a row and of the batch in double. `loss` is over selected tokens, the rest over
+// Of a tile in T, of a row and of the batch in double; {} is zero, and the constructor trivial, as
+// shared memory wants it. `loss` is over selected tokens, the rest over
 // response tokens; the last two are kept for a sequence loss alone.
 template <class T>
 struct LossSums {
-  T loss = 0;
-  T selected = 0;
-  T response = 0;
-  T clipped = 0;
-  T clipped_lower = 0;
-  T kl = 0;
-  T advantage = 0;
-  T log_weight = 0;
+  T loss;
+  T selected;
+  T response;
+  T clipped;
+  T clipped_lower;
+  T kl;
+  T advantage;
+  T log_weight;
 
   template <class U>
   ENTROPY_RL_HD LossSums& operator+=(const LossSums<U>& other) {
@@ -441,10 +442,10 @@ struct LossSums {
 // Sums over response tokens that some losses need before their pass.
 template <class T>
 struct Moments {
-  T response = 0;
-  T log_ratio = 0;
-  T log_prob = 0;
-  T advantage = 0;
+  T response;
+  T log_ratio;
+  T log_prob;
+  T advantage;
 
   template <class U>
   ENTROPY_RL_HD Moments& operator+=(const Moments<U>& other) {
@@ -460,7 +461,7 @@ struct Moments {
 template <template <class> class Sums, class T>
 ENTROPY_RL_HD inline Sums<double> row_sum(const Sums<T>* tile_sums /*[rows, tiles_per_row]*/,
                                           int64_t row, int64_t tiles_per_row) {
-  Sums<double> sum;
+  Sums<double> sum{};
   for (int64_t tile = 0; tile < tiles_per_row; ++tile) sum += tile_sums[row * tiles_per_row + tile];
   return sum;
 }
@@ -575,7 +576,7 @@ struct Normalization {
 // Sums over rows.
 struct BatchSums {
   LossSums<double> tokens;
-  double counted_rows = 0;  // rows with a token that counts
+  double counted_rows;  // rows with a token that counts
 
   ENTROPY_RL_HD BatchSums& operator+=(const BatchSums& other) {
     tokens += other.tokens;

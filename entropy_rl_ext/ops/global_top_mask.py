@@ -1,10 +1,11 @@
 """global_top_mask: which response tokens have the highest entropy, exactly, over a batch, a sequence or a group."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from entropy_rl_ext.ops._autograd import register_no_derivative
 from entropy_rl_ext.ops._fakes import check_same_device
 
 
@@ -102,14 +103,4 @@ def _(
     return entropy.new_empty(entropy.shape, dtype=torch.bool)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
-    return None, None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "entropy_rl::global_top_mask_forward", _backward, setup_context=_setup_context
-)
+register_no_derivative("global_top_mask_forward", "a choice of tokens has none")

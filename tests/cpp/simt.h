@@ -204,7 +204,7 @@ inline std::string to_string(const uint3& id) {
   return "(" + std::to_string(id.x) + "," + std::to_string(id.y) + "," + std::to_string(id.z) + ")";
 }
 
-// A block of threads, from its first instruction to the end of its last thread.
+// A block of threads, one fiber each, from its first instruction to the end of its last thread.
 class Block {
  public:
   Block(uint3 index, dim3 shape, Order order, std::mt19937* random,
@@ -291,7 +291,7 @@ class Block {
     uint64_t received[warpSize];
   };
 
-  // ASan's frames are several times larger than plain ones.
+  // Several times what a kernel needs without ASan, whose frames are larger.
   static constexpr size_t kStackBytes = 128 * 1024;
 
   static char* stack(size_t i) {
@@ -331,6 +331,8 @@ class Block {
     block.switch_to_scheduler(self);
   }
 
+  // libasan warns once that it does not fully support swapcontext; the annotations are what it
+  // lacks.
   void switch_to_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake_stack;

@@ -1,0 +1,296 @@
+// Keys, counts and thresholds of csrc/kernels/selection.h, and the kernels of global_top_mask.cuh
+// under the SIMT shim, against rules written on sorted values. std::sort stands in for CUB's sort
+// of the tiles, std::stable_sort for its sort of the rows.
+#include "kernels/global_top_mask.cuh"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <numeric>
+
+namespace entropy_rl {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// ---- selection.h ----
+
+template <class Value>
+class SelectionKeyTest : public ::testing::Test {};
+using Values = ::testing::Types<float, double>;
+TYPED_TEST_SUITE(SelectionKeyTest, Values);
+
+TYPED_TEST(SelectionKeyTest, KeysAreOrderedAsTheirValuesAndLeadBackToThem) {
+  using Limits = std::numeric_limits<TypeParam>;
+  const std::vector<TypeParam> ascending = {
+      -Limits::infinity(),   Limits::lowest(),      -1,
+      -Limits::min(),        -Limits::denorm_min(), 0,
+      Limits::denorm_min(),  Limits::min(),         1,
+      1 + Limits::epsilon(), Limits::max(),         Limits::infinity()};
+  for (size_t i = 0; i < ascending.size(); ++i) {
+    const auto key = selection_key(ascending[i]);
+    EXPECT_EQ(selection_value(key), ascending[i]);
+    if (i > 0) {
+      EXPECT_LT(selection_key(ascending[i - 1]), key);
+    }
+  }
+}
+
+TYPED_TEST(SelectionKeyTest, NaNOfEitherSignIsTheHighestKey) {
+  const TypeParam nan = std::numeric_limits<TypeParam>::quiet_NaN();
+  using Key = selection_key_t<TypeParam>;
+  EXPECT_EQ(selection_key(nan), kNaNKey<Key>);
+  EXPECT_EQ(selection_key(-nan), kNaNKey<Key>);
+  EXPECT_LT(selection_key(std::numeric_limits<TypeParam>::infinity()), kNaNKey<Key>);
+}
+
+TYPED_TEST(SelectionKeyTest, ZerosShareAKeyAndNoValueHasTheIneligibleOne) {
+  using Key = selection_key_t<TypeParam>;
+  EXPECT_EQ(selection_key(TypeParam{-0.0}), selection_key(TypeParam{0.0}));
+  EXPECT_GT(selection_key(-std::numeric_limits<TypeParam>::infinity()), kIneligibleKey<Key>);
+}
+
+TEST(TopCount, IsTheAuthorsExpressionBetweenOneAndN) {
+  EXPECT_EQ(top_count(1, 1e-9), 1);
+  EXPECT_EQ(top_count(10, 0.2), 2);
+  EXPECT_EQ(top_count(11, 0.2), 3);
+  EXPECT_EQ(top_count(10, 1.0), 10);
+  // 1e-5 above an integer is below the ceiling's 1e-4.
+  EXPECT_EQ(top_count(10, 0.200001), 2);
+  // n + 0.9999 rounds to n + 1 once a double's last place is that coarse.
+  EXPECT_EQ(top_count(int64_t{1} << 41, 1.0), int64_t{1} << 41);
+}
+
+TEST(QuantileKey, LiesBetweenItsNeighbours) {
+  const auto quantile = [](double low, double high, double weight) {
+    return selection_value(quantile_key(selection_key(low), selection_key(high), weight));
+  };
+  EXPECT_EQ(quantile(1, 3, 0.0), 1);
+  EXPECT_EQ(quantile(1, 3, 0.25), 1.5);
+  EXPECT_EQ(quantile(1, kInfinity, 0.25), kInfinity);
+  EXPECT_EQ(quantile(-kInfinity, 3, 0.25), -kInfinity);
+  EXPECT_EQ(quantile(kInfinity, kInfinity, 0.5), kInfinity);
+  EXPECT_TRUE(std::isnan(quantile(1, kNaN, 0.5)));
+  // Their difference overflows; the threshold stays within them.
+  EXPECT_EQ(quantile(-1.7e308, 1.7e308, 0.5), 1.7e308);
+}
+
+TEST(QuantileKey, IsRoundedToTheTypeOfItsNeighbours) {
+  const float low = 1.0f, high = 1.0f + 0x1p-23f;
+  const uint32_t key = quantile_key(selection_key(low), selection_key(high), 0.75);
+  EXPECT_EQ(selection_value(key), high);
+}
+
+// ---- The kernels ----
+
+template <class Element>
+Element element(double value) {
+  Element result;
+  store_value(static_cast<accumulate_t<Element>>(value), &result);
+  return result;
+}
+
+struct Problem {
+  int64_t rows;
+  int64_t columns;
+  std::vector<double> entropy;  // [rows, columns]
+  std::vector<bool> mask;       // [rows, columns]
+  std::vector<int64_t> ids;     // [rows]; empty: every row by itself
+
+  int64_t segment(int64_t row) const { return ids.empty() ? row : ids[row]; }
+};
+
+// The values are few, so that ties run across tiles and rows.
+Problem make_problem(int64_t rows, int64_t columns, int groups, double share, unsigned seed) {
+  std::mt19937 random(seed);
+  const double special[] = {kNaN, -kNaN, kInfinity, -kInfinity, -0.0, 0.0};
+  Problem problem{rows, columns, {}, {}, {}};
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    problem.entropy.push_back(random() % 64 == 0 ? special[random() % 6]
+                                                 : static_cast<double>(random() % 100) / 8);
+    problem.mask.push_back(random() < share * 4294967296.0);
+  }
+  for (int64_t row = 0; groups > 0 && row < rows; ++row) problem.ids.push_back(random() % groups);
+  return problem;
+}
+
+bool ranks_above(double a, double b) {
+  return std::isnan(a) ? !std::isnan(b) : !std::isnan(b) && a > b;
+}
+
+// Which of a segment's values are kept; `count` replaces the ratio's k where it is not null.
+std::vector<bool> keep(const std::vector<double>& values, const SelectionRule& rule, bool single) {
+  const int64_t n = values.size();
+  std::vector<bool> kept(n, false);
+  if (n == 0) return kept;
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return ranks_above(values[a], values[b]); });
+  const double product = static_cast<double>(n) * rule.ratio;
+  int64_t k = std::min(n, std::max<int64_t>(1, static_cast<int64_t>(product + 0.9999)));
+  if (rule.count) k = std::min(n, std::max<int64_t>(0, *rule.count));
+  if (rule.rule == TopRule::kTopK) {
+    for (int64_t i = 0; i < k; ++i) kept[order[i]] = true;
+    return kept;
+  }
+  double threshold = values[order[k - 1]];
+  if (rule.rule == TopRule::kQuantile) {
+    const double position = (1.0 - rule.ratio) * static_cast<double>(n - 1);
+    const int64_t lower = static_cast<int64_t>(position);
+    const double low = values[order[n - 1 - lower]];
+    const double high = values[order[std::max<int64_t>(0, n - 2 - lower)]];
+    const double weight = position - static_cast<double>(lower);
+    threshold = low;
+    if (weight > 0 && low != high && low != -kInfinity) threshold = low + weight * (high - low);
+    if (single) threshold = static_cast<float>(threshold);
+  }
+  for (int64_t i = 0; i < n; ++i) kept[i] = !ranks_above(threshold, values[i]);
+  return kept;
+}
+
+std::vector<uint8_t> expected_mask(const Problem& problem, const SelectionRule& rule, bool single) {
+  std::map<int64_t, std::vector<int64_t>> members;  // segment -> flat indices
+  for (int64_t i = 0; i < problem.rows * problem.columns; ++i) {
+    if (problem.mask[i]) members[problem.segment(i / problem.columns)].push_back(i);
+  }
+  std::vector<uint8_t> mask(problem.rows * problem.columns, 0);
+  for (const auto& [segment, indices] : members) {
+    std::vector<double> values;
+    for (const int64_t i : indices) values.push_back(problem.entropy[i]);
+    const std::vector<bool> kept = keep(values, rule, single);
+    for (size_t i = 0; i < indices.size(); ++i) mask[indices[i]] = kept[i];
+  }
+  return mask;
+}
+
+template <class Element>
+std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& rule) {
+  using Key = selection_key_t<accumulate_t<Element>>;
+  // Fewer blocks than tiles or rows, so that every kernel goes around its grid-stride loop.
+  const int blocks = 2, threads = 64;
+  const TileLayout layout(problem.rows, problem.columns);
+  const size_t n = problem.rows * problem.columns;
+
+  simt::Buffer<Element> entropy(n);
+  simt::Buffer<bool> mask(n);
+  for (size_t i = 0; i < n; ++i) {
+    entropy[i] = element<Element>(problem.entropy[i]);
+    mask[i] = problem.mask[i];
+  }
+  simt::Buffer<int64_t> row_order(problem.rows), ids(problem.rows);
+  simt::launch(blocks, threads, row_indices_kernel, problem.rows, row_order.data());
+  std::stable_sort(row_order.begin(), row_order.end(),
+                   [&](int64_t a, int64_t b) { return problem.segment(a) < problem.segment(b); });
+  for (int64_t row = 0; row < problem.rows; ++row) ids[row] = problem.segment(row_order[row]);
+  int64_t* ids_or_null = problem.ids.empty() ? nullptr : ids.data();
+  int64_t* order_or_null = problem.ids.empty() ? nullptr : row_order.data();
+
+  simt::Buffer<Key> keys(n);
+  simt::launch(blocks, threads, selection_keys_kernel<Element>, entropy.data(), mask.data(),
+               order_or_null, layout, keys.data());
+  simt::Buffer<Key> sorted(n);
+  std::copy(keys.begin(), keys.end(), sorted.begin());
+  for (int64_t tile = 0; tile < layout.tiles(); ++tile) {
+    Key* begin = sorted.data() + layout.begin(tile);
+    std::sort(begin, begin + layout.size(tile));
+  }
+  simt::Buffer<TileRange> ranges(layout.tiles());
+  simt::Buffer<TileCut<Key>> cuts(layout.tiles());
+  simt::launch(blocks, threads, selection_cut_kernel<Key>, sorted.data(), ids_or_null, layout, rule,
+               ranges.data(), cuts.data());
+  simt::Buffer<uint8_t> result(n);
+  simt::launch(blocks, threads, selection_mask_kernel<Key>, keys.data(), cuts.data(), order_or_null,
+               layout, result.data());
+  return {result.begin(), result.end()};
+}
+
+template <class Element>
+void expect_equal(const Problem& problem, const SelectionRule& rule) {
+  Problem rounded = problem;
+  for (double& value : rounded.entropy) value = load_value(element<Element>(value));
+  const bool single = !std::is_same_v<Element, double>;
+  EXPECT_EQ(run_kernels<Element>(problem, rule), expected_mask(rounded, rule, single))
+      << "rule " << static_cast<int>(rule.rule) << ", ratio " << rule.ratio;
+}
+
+constexpr TopRule kRules[] = {TopRule::kTopK, TopRule::kThreshold, TopRule::kQuantile};
+
+template <class Element>
+class GlobalTopMaskTest : public ::testing::Test {};
+using Elements = ::testing::Types<float, double, BFloat16, Half>;
+TYPED_TEST_SUITE(GlobalTopMaskTest, Elements);
+
+TYPED_TEST(GlobalTopMaskTest, OneSegmentOfSeveralTiles) {
+  const Problem problem = make_problem(1, 2 * kTileKeys + 77, 0, 0.7, 1);
+  for (const TopRule rule : kRules) expect_equal<TypeParam>(problem, {rule, 0.2, nullptr});
+}
+
+TYPED_TEST(GlobalTopMaskTest, EveryRowASegment) {
+  const Problem problem = make_problem(3, 45, 0, 0.5, 2);
+  for (const TopRule rule : kRules) expect_equal<TypeParam>(problem, {rule, 0.3, nullptr});
+}
+
+TYPED_TEST(GlobalTopMaskTest, GroupsOfScatteredRows) {
+  const Problem problem = make_problem(7, 45, 2, 0.5, 3);
+  for (const TopRule rule : kRules) expect_equal<TypeParam>(problem, {rule, 0.3, nullptr});
+}
+
+TEST(GlobalTopMask, GroupsOfRowsOfSeveralTiles) {
+  const Problem problem = make_problem(4, kTileKeys + 5, 2, 0.6, 4);
+  for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 0.2, nullptr});
+}
+
+TEST(GlobalTopMask, MoreTilesThanThreadsOfABlock) {
+  const Problem problem = make_problem(150, 3, 1, 0.6, 5);  // a tile a row, one group
+  for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 0.2, nullptr});
+}
+
+TEST(GlobalTopMask, RowsOfExactlyOneTile) {
+  const Problem problem = make_problem(2, kTileKeys, 0, 0.6, 6);
+  expect_equal<float>(problem, {TopRule::kTopK, 0.2, nullptr});
+}
+
+TEST(GlobalTopMask, OneToken) {
+  for (const double share : {0.0, 1.0}) {
+    const Problem problem = make_problem(1, 1, 0, share, 7);
+    for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 0.2, nullptr});
+  }
+}
+
+TEST(GlobalTopMask, NothingEligible) {
+  const Problem problem = make_problem(3, 40, 0, 0.0, 8);
+  for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 1.0, nullptr});
+}
+
+TEST(GlobalTopMask, EqualEntropiesGoToTheLowestIndex) {
+  Problem problem = make_problem(1, kTileKeys + 300, 0, 1.0, 9);
+  std::fill(problem.entropy.begin(), problem.entropy.end(), 1.5);
+  // The last tie kept lies before, at and beyond the end of the first tile, and within the second.
+  for (const int64_t k : {kTileKeys - 1, kTileKeys, kTileKeys + 1, kTileKeys + 100}) {
+    simt::Buffer<int64_t> count(std::vector<int64_t>{k});
+    const std::vector<uint8_t> mask =
+        run_kernels<float>(problem, {TopRule::kTopK, 0.0, count.data()});
+    for (int64_t i = 0; i < problem.columns; ++i) EXPECT_EQ(mask[i], i < k) << i;
+  }
+}
+
+TEST(GlobalTopMask, CountsGivenOnTheDevice) {
+  const Problem problem = make_problem(1, 500, 0, 0.5, 10);
+  // None, one, some, and more than there are.
+  for (const int64_t k : {-1, 0, 1, 100, 1000}) {
+    simt::Buffer<int64_t> count(std::vector<int64_t>{k});
+    expect_equal<float>(problem, {TopRule::kTopK, 0.0, count.data()});
+  }
+}
+
+TEST(GlobalTopMask, Ratios) {
+  const Problem problem = make_problem(1, 333, 0, 0.8, 11);
+  for (const double ratio : {1e-9, 0.01, 1.0 / 3, 0.5, 0.999, 1.0}) {
+    for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, ratio, nullptr});
+  }
+}
+
+}  // namespace
+}  // namespace entropy_rl

@@ -1,0 +1,73 @@
+"""The house rules that a reader relies on: dependencies point one way, and an op has its file in every room."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "csrc/kernels").iterdir())
+CUDA = sorted((ROOT / "csrc/cuda").iterdir())
+EXTENSION = sorted((ROOT / "entropy_rl_ext").rglob("*.py"))
+
+ROOMS = (
+    "csrc/cpu/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "csrc/kernels/{}.cuh",
+    "entropy_rl_ext/ops/{}.py",
+    "tests/ops/test_{}.py",
+    "tests/cpp/test_{}.cpp",
+)
+
+
+def included(source: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', source.read_text(), flags=re.MULTILINE)
+
+
+def imported(source: Path) -> set[str]:
+    """Top-level packages that a Python file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def ops() -> list[str]:
+    """Ops of the schema block, `_forward` and `_backward` counted to the op they belong to."""
+    schemas = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/library.cpp").read_text())
+    return sorted({re.sub(r"_(forward|backward)$", "", name) for name in schemas})
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernels_include_no_framework(source: Path) -> None:
+    """A kernel file includes its neighbours, the C++ library and CUDA's own headers, nothing else."""
+    for name in included(source):
+        neighbour = (source.parent / name).is_file()
+        standard = re.fullmatch(r"[a-z]+", name) is not None
+        assert neighbour or standard or name.startswith("cuda_"), f"{source.name} includes {name}"
+
+
+@pytest.mark.parametrize("source", CUDA, ids=lambda path: path.name)
+def test_cuda_sources_include_no_aten(source: Path) -> None:
+    """ATen headers would make a .cu compile five times as long and tie it to one version of torch."""
+    for name in included(source):
+        assert not name.startswith(("ATen/", "c10/", "torch/extension.h")), f"{source.name} includes {name}"
+
+
+@pytest.mark.parametrize("source", EXTENSION, ids=lambda path: str(path.relative_to(ROOT)))
+def test_op_library_never_imports_training_layer(source: Path) -> None:
+    assert "entropy_rl" not in imported(source)
+
+
+def test_schema_block_is_found() -> None:
+    assert "token_entropy" in ops()
+
+
+@pytest.mark.parametrize("op", ops())
+def test_op_has_its_file_in_every_room(op: str) -> None:
+    missing = [room.format(op) for room in ROOMS if not (ROOT / room.format(op)).is_file()]
+    assert not missing, f"{op} lacks {', '.join(missing)}"
