@@ -1,143 +1,19 @@
-// policy_loss, kl_loss and aggregate on the CPU: tiles in parallel, each in chunks that stay in the
-// first-level cache: a loop that maps tokens to results, which vectorises, then one that sums them.
-// Tiles and rows are summed in order, so results do not depend on the number of threads.
-#include "../policy_loss_arguments.h"
-
-#include <algorithm>
-#include <vector>
+#include "../policy_loss_op.h"
 
 #include "selection.h"
-#include "simd.h"
+#include "token_losses.h"
 
 namespace entropy_rl::cpu {
 namespace {
 
-constexpr int kChunkTokens = 256;
-// Fewer tokens than this are not worth a thread of their own.
-constexpr int64_t kTokensPerTask = 1 << 14;
-
-// Stands in for an input that the caller has not given.
 template <class T>
-struct Constant {
-  explicit constexpr Constant(T value) {
-    for (int i = 0; i < kChunkTokens; ++i) values[i] = value;
-  }
-  alignas(64) T values[kChunkTokens] = {};
-};
-template <class T>
-constexpr Constant<T> kZeros(0);
-template <class T>
-constexpr Constant<T> kOnes(1);
-
-// The inputs of one chunk of one row, none of them null.
-template <class T>
-struct Chunk {
-  const T* log_prob;
-  const T* old_log_prob;
-  const T* advantages;
-  const T* weights;
-  const uint8_t* response_mask;
-  const uint8_t* entropy_mask;
-  const uint8_t* chosen;
-  int64_t first;
-  int count;
-
-  Chunk(const TokenInputs<T>& in, int64_t begin, int64_t end)
-      : log_prob(in.log_prob + begin),
-        old_log_prob(in.old_log_prob ? in.old_log_prob + begin : kZeros<T>.values),
-        advantages(in.advantages ? in.advantages + begin : kZeros<T>.values),
-        weights(in.weights ? in.weights + begin : kOnes<T>.values),
-        response_mask(in.response_mask + begin),
-        entropy_mask(in.entropy_mask ? in.entropy_mask + begin : kOnes<uint8_t>.values),
-        chosen(in.chosen ? in.chosen + begin : kZeros<uint8_t>.values),
-        first(begin),
-        count(static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens))) {}
-
-  __attribute__((always_inline)) Token<T> token(int i, T sequence_log_ratio) const {
-    return {log_prob[i], old_log_prob[i], advantages[i], sequence_log_ratio, chosen[i] != 0};
-  }
-};
-
-// Calls fn(tile, row, first token, end) for every tile.
-template <class T, class Fn>
-void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
-  const int64_t tokens_per_tile = std::max<int64_t>(1, std::min(in.cols, kTileTokens));
-  const int64_t tiles_per_task = std::max<int64_t>(1, kTokensPerTask / tokens_per_tile);
-  torch::stable::parallel_for(0, in.tiles(), tiles_per_task, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t row = tile / in.tiles_per_row();
-      const int64_t column = tile % in.tiles_per_row() * kTileTokens;
-      fn(tile, row, row * in.cols + column,
-         row * in.cols + std::min(column + kTileTokens, in.cols));
-    }
-  });
-}
-
-template <class T>
-__attribute__((always_inline)) inline T sum_of(const T* x, int count) {
-  T lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
-  }
-  for (int j = 0; i < count; ++i, ++j) lanes[j] += x[i];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
-}
-
-// Gradient and sums of the tokens in [begin, end), all of one row.
-template <class T, class TokenLoss>
-ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in,
-                                             int64_t begin, int64_t end, T sequence_log_ratio,
-                                             T* gradient) {
-  LossSums<T> sums{};
-  alignas(64) T loss[kChunkTokens], selected[kChunkTokens], response[kChunkTokens],
-      clipped[kChunkTokens], clipped_lower[kChunkTokens], kl[kChunkTokens],
-      advantage[kChunkTokens], log_weight[kChunkTokens];
-  for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, begin, end);
-    for (int i = 0; i < chunk.count; ++i) {
-      const bool is_response = chunk.response_mask[i] != 0;
-      const bool is_selected = is_response && chunk.entropy_mask[i] != 0;
-      const TokenResult<T> result = token_loss(chunk.token(i, sequence_log_ratio));
-      const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weights[i];
-      // A token that is out may hold NaN: select, where multiplying by 0 would keep it.
-      loss[i] = is_selected ? result.loss * weight : T(0);
-      gradient[begin + i] = is_selected ? result.gradient * weight : T(0);
-      selected[i] = is_selected ? T(1) : T(0);
-      response[i] = is_response ? T(1) : T(0);
-      clipped[i] = is_response ? result.clipped : T(0);
-      clipped_lower[i] = is_response ? result.clipped_lower : T(0);
-      kl[i] = is_response ? result.kl : T(0);
-    }
-    sums.loss += sum_of(loss, chunk.count);
-    sums.selected += sum_of(selected, chunk.count);
-    sums.response += sum_of(response, chunk.count);
-    sums.clipped += sum_of(clipped, chunk.count);
-    sums.clipped_lower += sum_of(clipped_lower, chunk.count);
-    sums.kl += sum_of(kl, chunk.count);
-    if constexpr (kIsSequenceLoss<TokenLoss>) {
-      for (int i = 0; i < chunk.count; ++i) {
-        advantage[i] = chunk.response_mask[i] ? chunk.advantages[i] : T(0);
-        log_weight[i] = chunk.response_mask[i] ? log_of_weight(chunk.weights[i]) : T(0);
-      }
-      sums.advantage += sum_of(advantage, chunk.count);
-      sums.log_weight += sum_of(log_weight, chunk.count);
-    }
-  }
-  return sums;
-}
-
-template <class T>
-ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t begin,
-                                               int64_t end) {
+ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row,
+                                               int64_t begin, int64_t end) {
   Moments<T> sums{};
   alignas(64) T response[kChunkTokens], log_ratio[kChunkTokens], log_prob[kChunkTokens],
       advantage[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, begin, end);
+    const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
       const bool is_response = chunk.response_mask[i] != 0;
       response[i] = is_response ? T(1) : T(0);
@@ -156,13 +32,13 @@ ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t
 template <class T, class CovarianceKey>
 ENTROPY_RL_SIMD_CLONES void tile_keys(const CovarianceKey& key, const TokenInputs<T>& in,
                                       const CovarianceMoments& moments, uint64_t seed,
-                                      int64_t begin, int64_t end,
+                                      int64_t row, int64_t begin, int64_t end,
                                       typename CovarianceKey::Key* keys) {
   for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, begin, end);
+    const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
       keys[begin + i] = chunk.response_mask[i] != 0
-                            ? key(chunk.token(i, T(0)), moments, seed, begin + i)
+                            ? key(chunk.token(i), moments, seed, begin + i)
                             : kIneligibleKey<typename CovarianceKey::Key>;
     }
   }
@@ -171,44 +47,21 @@ ENTROPY_RL_SIMD_CLONES void tile_keys(const CovarianceKey& key, const TokenInput
 template <class T>
 std::vector<Moments<T>> all_moments(const TokenInputs<T>& in) {
   std::vector<Moments<T>> sums(in.tiles());
-  for_each_tile(in, [&](int64_t tile, int64_t, int64_t begin, int64_t end) {
-    sums[tile] = tile_moments(in, begin, end);
+  for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
+    sums[tile] = tile_moments(in, row, begin, end);
   });
   return sums;
 }
 
-struct PolicyLossBackend {
-  template <class T, class TokenLoss>
-  static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
-                  const Normalization& normalization, const LossOutputs& out) {
-    std::vector<Moments<T>> moments;
-    if constexpr (kNeedsSequenceRatio<TokenLoss>) moments = all_moments(in);
-    std::vector<LossSums<T>> sums(in.tiles());
-    T* gradient = mutable_data<T>(out.gradient);
-    for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
-      T sequence = 0;
-      if constexpr (kNeedsSequenceRatio<TokenLoss>) {
-        sequence = static_cast<T>(
-            sequence_log_ratio(row_sum(moments.data(), row, in.tiles_per_row())));
-      }
-      sums[tile] = tile_loss(token_loss, in, begin, end, sequence, gradient);
-    });
-
-    BatchSums batch{};
+struct PolicyLoss : TokenLosses {
+  template <class T>
+  static void sequence_log_ratios(const TokenInputs<T>& in, const Tensor& out) {
+    const std::vector<Moments<T>> tiles = all_moments(in);
+    T* sequence = mutable_data<T>(out);
     for (int64_t row = 0; row < in.rows; ++row) {
-      batch.add_row(row_sum(sums.data(), row, in.tiles_per_row()), normalization);
+      sequence[row] =
+          static_cast<T>(sequence_log_ratio(row_sum(tiles.data(), row, in.tiles_per_row())));
     }
-    T* row_scale = mutable_data<T>(out.row_scale);
-    double loss = 0;
-    for (int64_t row = 0; row < in.rows; ++row) {
-      const LossSums<double> tokens = row_sum(sums.data(), row, in.tiles_per_row());
-      const RowLoss result =
-          row_loss<TokenLoss>(tokens, batch, normalization, static_cast<double>(in.rows));
-      loss += result.loss;
-      row_scale[row] = static_cast<T>(result.scale);
-    }
-    *mutable_data<T>(out.loss) = static_cast<T>(loss);
-    write_metrics(batch, mutable_data<T>(out.metrics));
   }
 
   template <class T, class CovarianceKey>
@@ -221,8 +74,8 @@ struct PolicyLossBackend {
 
     std::vector<typename CovarianceKey::Key> keys(in.rows * in.cols);
     const uint64_t seed_value = static_cast<uint64_t>(*const_data<int64_t>(seed));
-    for_each_tile(in, [&](int64_t, int64_t, int64_t begin, int64_t end) {
-      tile_keys(key, in, moments, seed_value, begin, end, keys.data());
+    for_each_tile(in, [&](int64_t, int64_t row, int64_t begin, int64_t end) {
+      tile_keys(key, in, moments, seed_value, row, begin, end, keys.data());
     });
     top_k_mask(keys.data(), in.rows * in.cols, moments.count, mutable_data<uint8_t>(chosen));
   }
@@ -232,8 +85,6 @@ struct PolicyLossBackend {
 }  // namespace entropy_rl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
-  using Backend = entropy_rl::cpu::PolicyLossBackend;
-  m.impl("policy_loss_forward", TORCH_BOX(&entropy_rl::policy_loss_forward<Backend>));
-  m.impl("kl_loss_forward", TORCH_BOX(&entropy_rl::kl_loss_forward<Backend>));
-  m.impl("aggregate_forward", TORCH_BOX(&entropy_rl::aggregate_forward<Backend>));
+  m.impl("policy_loss_forward",
+         TORCH_BOX(&entropy_rl::policy_loss_forward<entropy_rl::cpu::PolicyLoss>));
 }

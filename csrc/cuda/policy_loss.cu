@@ -1,9 +1,8 @@
 #include "../kernels/policy_loss.cuh"
 
-#include "../policy_loss_arguments.h"
-#include "launch.h"
+#include "../policy_loss_op.h"
 #include "selection.h"
-#include "tuning.h"
+#include "token_losses.h"
 
 namespace entropy_rl::cuda {
 namespace {
@@ -18,25 +17,15 @@ DeviceArray<Moments<T>> tile_moments(const TokenInputs<T>& in, const Tensor& on_
   return moments;
 }
 
-struct PolicyLossBackend {
-  template <class T, class TokenLoss>
-  static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
-                  const Normalization& normalization, const LossOutputs& out) {
-    const DeviceScope device(out.loss);
-    std::optional<DeviceArray<Moments<T>>> moments;
-    if (kNeedsSequenceRatio<TokenLoss>) moments = tile_moments(in, out.loss, device.stream());
-    const DeviceArray<LossSums<T>> sums(out.loss, in.tiles());
-    if (in.tiles() > 0) {
-      policy_loss_kernel<T, TokenLoss>
-          <<<grid_size(in.tiles()), kLossTileThreads, 0, device.stream()>>>(
-              token_loss, in, moments ? moments->data() : nullptr, mutable_data<T>(out.gradient),
-              sums.data());
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    // One block: it also writes the zeros of a batch without tokens.
-    finish_loss_kernel<T, TokenLoss><<<1, kLossRowThreads, 0, device.stream()>>>(
-        sums.data(), in.rows, in.tiles_per_row(), normalization, mutable_data<T>(out.loss),
-        mutable_data<T>(out.metrics), mutable_data<T>(out.row_scale));
+struct PolicyLoss : TokenLosses {
+  template <class T>
+  static void sequence_log_ratios(const TokenInputs<T>& in, const Tensor& out) {
+    if (in.rows == 0) return;
+    const DeviceScope device(out);
+    const DeviceArray<Moments<T>> moments = tile_moments(in, out, device.stream());
+    const int64_t blocks = (in.rows + kLossTileThreads - 1) / kLossTileThreads;
+    sequence_log_ratio_kernel<T><<<grid_size(blocks), kLossTileThreads, 0, device.stream()>>>(
+        moments.data(), in.rows, in.tiles_per_row(), mutable_data<T>(out));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -64,8 +53,6 @@ struct PolicyLossBackend {
 }  // namespace entropy_rl::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
-  using Backend = entropy_rl::cuda::PolicyLossBackend;
-  m.impl("policy_loss_forward", TORCH_BOX(&entropy_rl::policy_loss_forward<Backend>));
-  m.impl("kl_loss_forward", TORCH_BOX(&entropy_rl::kl_loss_forward<Backend>));
-  m.impl("aggregate_forward", TORCH_BOX(&entropy_rl::aggregate_forward<Backend>));
+  m.impl("policy_loss_forward",
+         TORCH_BOX(&entropy_rl::policy_loss_forward<entropy_rl::cuda::PolicyLoss>));
 }

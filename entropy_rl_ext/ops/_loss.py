@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from entropy_rl_ext.ops._fakes import check_same_device
+
 
 def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
     """A number as a 0-dim tensor: as a plain argument, each new value would be compiled or captured anew."""
@@ -13,10 +15,13 @@ def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device)
         return value
     if value < 0:
         raise ValueError(f"{name} is {value}; it must be 0 or above")
-    return torch.full((), value, dtype=torch.int64 if name == "seed" else torch.float64, device=device)
+    one = torch.ones((), dtype=torch.int64 if name == "seed" else torch.float64, device=device)
+    # A product keeps a symbolic number symbolic, where a fill value would be specialised on.
+    return one * value
 
 
-def _fake(values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(values: Tensor, *others: Tensor | None, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_same_device(values=values, **{f"argument {i}": other for i, other in enumerate(others, 2)})
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     return (
         values.new_empty((), dtype=dtype),
