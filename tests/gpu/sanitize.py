@@ -1,0 +1,38 @@
+"""One small pass over every CUDA kernel, forward and backward, to run under compute-sanitizer."""
+
+import torch
+
+import entropy_rl_ext as ext
+
+LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean"]
+LOSS_MODES += ["dppo_tv", "dppo_kl", "sapo", "dro", "cispo"]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(3, 70, device="cuda") < 0.8
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for vocab in (1, 33, 4099):
+            logits = torch.randn(3, 70, vocab, device="cuda").to(dtype)[..., : max(1, vocab - 1)].requires_grad_()
+            targets = torch.randint(0, logits.shape[-1], (3, 70), device="cuda")
+            log_prob, entropy = ext.logprob_entropy(logits, targets, mask=mask, entropy_grad=True)
+            (log_prob.sum() + entropy.sum() + ext.token_entropy(logits).sum()).backward()
+        for rule in ("topk", "threshold", "quantile"):
+            for scope in ("batch", "sequence", "group"):
+                group_ids = torch.tensor([7, 1, 7], device="cuda") if scope == "group" else None
+                ext.global_top_mask(entropy.to(dtype), mask, rule=rule, scope=scope, group_ids=group_ids)
+        entropy = torch.rand(2, 9001, device="cuda").to(dtype)  # several tiles a row
+        ext.global_top_mask(entropy, torch.ones_like(entropy))
+        chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
+        old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
+        for mode in LOSS_MODES:
+            leaf = torch.randn(3, 70, device="cuda").to(dtype).requires_grad_()
+            extra = {"dro_beta": 0.1} if mode == "dro" else {}
+            loss, _ = ext.policy_loss(leaf, old, advantages, mask, loss_mode=mode, entropy_mask=chosen, **extra)
+            (loss + ext.kl_loss(leaf, old, mask) + ext.aggregate(leaf, mask)).backward()
+    torch.cuda.synchronize()
+    print("sanitize: every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
