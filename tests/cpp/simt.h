@@ -49,7 +49,7 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // Thread-local, because the fibers share one OS thread and because the program's thread-local block
-// is one contiguous range, which `poison_shared_memory` can find and fill.
+// is one contiguous range, which `shared_memory` can find.
 #define __shared__ static thread_local
 
 struct uint3 {
