@@ -68,12 +68,8 @@ inline constexpr int warpSize = 32;
 
 // CUDA's vector types, with CUDA's alignment, so that UBSan reports a misaligned vector access.
 #define SIMT_VECTOR_TYPES(type, name, align2, align4)              \
-  struct alignas(align2) name##2 {                                 \
-    type x, y;                                                     \
-  };                                                               \
-  struct alignas(align4) name##4 {                                 \
-    type x, y, z, w;                                               \
-  };                                                               \
+  struct alignas(align2) name##2 { type x, y; };                   \
+  struct alignas(align4) name##4 { type x, y, z, w; };             \
   inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SIMT_VECTOR_TYPES(unsigned char, uchar, 2, 4)
