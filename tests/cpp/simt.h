@@ -236,10 +236,8 @@ class Block {
     return block;
   }
 
-  int rank() const { return running_; }
   int lane() const { return running_ % warpSize; }
   int warp() const { return running_ / warpSize; }
-  const uint3& index() const { return index_; }
 
   // Blocks the calling thread until every thread of `site.mask` stands at the same site. The value
   // that lane l brought is then `received(l)`.
