@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: dependencies point one way, and an op has its file in every room."""
+"""House rules that a reader relies on: dependencies point one way, and an op has its file in every room."""
 
 import ast
 import re
