@@ -88,6 +88,19 @@ inline void check_same_device(const char* name, const Tensor& tensor, const char
         "; all tensors of one call must be on the same device");
 }
 
+// The choice that `value` names, or an error that lists the valid names.
+template <class Choice, size_t count>
+inline Choice parse_choice(const char* argument, const std::string& value,
+                           const std::pair<const char*, Choice> (&choices)[count]) {
+  std::string names;
+  for (const auto& [name, choice] : choices) {
+    if (value == name) return choice;
+    names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
+  }
+  check(false, argument, " is '", value, "'; it must be one of ", names);
+  return choices[0].second;
+}
+
 // A mask of any dtype as contiguous bool, nonzero meaning in.
 inline Tensor as_bool_mask(const Tensor& mask) {
   Tensor result = mask;

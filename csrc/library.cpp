@@ -7,6 +7,17 @@
 
 #include "build_info.h"
 
+// Parts that several schemas share.
+#define AGGREGATION_OPTIONS \
+  ", str loss_agg_mode=\"token-mean\", int dp_size=1, float? loss_scale_factor=None"
+#define POLICY_LOSS_OPTIONS                                                                       \
+  ", str loss_mode=\"vanilla\", str normalize=\"selected\", float clip_ratio=0.2, "               \
+  "float? clip_ratio_low=None, float? clip_ratio_high=None, float clip_ratio_c=3.0, "             \
+  "float clip_cov_ratio=0.0002, float clip_cov_lb=1.0, float clip_cov_ub=5.0, "                   \
+  "float kl_cov_ratio=0.0002, float ppo_kl_coef=0.1, float tau_pos=1.0, float tau_neg=1.05, "     \
+  "float? dro_beta=None" AGGREGATION_OPTIONS
+#define LOSS_OUTPUTS "(Tensor loss, Tensor metrics, Tensor gradient, Tensor row_scale)"
+
 STABLE_TORCH_LIBRARY(entropy_rl, m) {
   // [..., vocab] -> [...]: entropy, and log-prob of the target, of softmax(logits / temperature).
   m.def(
@@ -36,6 +47,33 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
   m.def(
       "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
       "str scope, Tensor? group_ids) -> Tensor");
+
+  // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and the
+  // gradient in two factors, one a token and one a row.
+  m.def(
+      "policy_loss(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor response_mask, "
+      "Tensor? entropy_mask=None, Tensor? rollout_is_weights=None, Tensor? batch_num_tokens=None, "
+      "Tensor? global_batch_size=None, Tensor? seed=None, *" POLICY_LOSS_OPTIONS
+      ") -> (Tensor loss, Tensor metrics)");
+  m.def(
+      "policy_loss_forward(Tensor log_prob, Tensor old_log_prob, Tensor advantages, "
+      "Tensor response_mask, Tensor? entropy_mask=None, Tensor? rollout_is_weights=None, "
+      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? seed=None, "
+      "*" POLICY_LOSS_OPTIONS ") -> " LOSS_OUTPUTS);
+  m.def(
+      "kl_loss(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "
+      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, "
+      "str kl_loss_type=\"low_var_kl\"" AGGREGATION_OPTIONS ") -> Tensor");
+  m.def(
+      "kl_loss_forward(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "
+      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, "
+      "str kl_loss_type=\"low_var_kl\"" AGGREGATION_OPTIONS ") -> " LOSS_OUTPUTS);
+  m.def(
+      "aggregate(Tensor values, Tensor mask, Tensor? batch_num_tokens=None, "
+      "Tensor? global_batch_size=None, *" AGGREGATION_OPTIONS ") -> Tensor");
+  m.def(
+      "aggregate_forward(Tensor values, Tensor mask, Tensor? batch_num_tokens=None, "
+      "Tensor? global_batch_size=None, *" AGGREGATION_OPTIONS ") -> " LOSS_OUTPUTS);
 }
 
 // Read through ctypes where the pybind11 module is absent.

@@ -8,19 +8,6 @@ namespace entropy_rl {
 
 enum class TopScope { kBatch, kSequence, kGroup };
 
-// The choice that `value` names, or an error that lists the valid names.
-template <class Choice, size_t count>
-inline Choice parse_choice(const char* argument, const std::string& value,
-                           const std::pair<const char*, Choice> (&choices)[count]) {
-  std::string names;
-  for (const auto& [name, choice] : choices) {
-    if (value == name) return choice;
-    names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
-  }
-  check(false, argument, " is '", value, "'; it must be one of ", names);
-  return choices[0].second;
-}
-
 struct TopMaskArguments {
   Tensor entropy;  // contiguous, as many elements as rows * columns
   Tensor mask;     // bool, contiguous, same shape

@@ -9,16 +9,22 @@ from entropy_rl_ext._library import build_info, load_libraries
 load_libraries()
 
 from entropy_rl_ext import reference  # noqa: E402
+from entropy_rl_ext.ops.aggregate import aggregate  # noqa: E402
 from entropy_rl_ext.ops.global_top_mask import get_global_entropy_top_mask, global_top_mask  # noqa: E402
+from entropy_rl_ext.ops.kl_loss import kl_loss  # noqa: E402
 from entropy_rl_ext.ops.logprob_entropy import logprob_entropy  # noqa: E402
+from entropy_rl_ext.ops.policy_loss import policy_loss  # noqa: E402
 from entropy_rl_ext.ops.token_entropy import token_entropy  # noqa: E402
 
 __version__: str = build_info()["version"]
 __all__ = [
+    "aggregate",
     "build_info",
     "get_global_entropy_top_mask",
     "global_top_mask",
+    "kl_loss",
     "logprob_entropy",
+    "policy_loss",
     "reference",
     "token_entropy",
 ]

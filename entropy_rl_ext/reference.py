@@ -4,6 +4,8 @@ Each function has the name and arguments of the op it stands for and is differen
 the op is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -102,3 +104,229 @@ def global_top_mask(
 def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
     """`global_top_mask` over the batch as int64."""
     return global_top_mask(entropy, response_mask, top_ratio).to(torch.int64)
+
+
+# --- aggregate, kl_loss, policy_loss ---------------------------------------------------------------
+
+
+def _inside(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` in float64, and 0 outside the mask, so that nothing there reaches a sum or a gradient."""
+    return torch.where(mask, values.to(torch.float64), 0.0)
+
+
+def _count(mask: Tensor, dim: int | None = None) -> Tensor:
+    # As float64: an integer tensor plus 1e-8 would be float32, and the 1e-8 lost.
+    return mask.sum(dim, dtype=torch.float64)
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return _inside(values, mask).sum() / (_count(mask) + 1e-8)
+
+
+def _as_result(value: Tensor, like: Tensor) -> Tensor:
+    return value if like.dtype == torch.float64 else value.to(torch.float32)
+
+
+def _aggregate(
+    values: Tensor,
+    counted: Tensor,
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+    loss_scale_factor: float | None = None,
+) -> Tensor:
+    """`values` are 0 where they are out; `counted` says which tokens a mean divides by."""
+    row_counts = _count(counted, 1)
+    row_sums = torch.where(row_counts > 0, values.sum(1), 0.0)
+    divisor: float | Tensor
+    if loss_agg_mode == "token-mean":
+        divisor = counted.sum() if batch_num_tokens is None else batch_num_tokens
+    elif loss_agg_mode == "token-sum":
+        divisor = 1
+    else:
+        divisor = (row_counts > 0).sum() if global_batch_size is None else global_batch_size
+    if loss_agg_mode == "seq-mean-token-mean":
+        row_sums = row_sums / (row_counts + 1e-8)
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        row_sums = row_sums / (counted.shape[1] if loss_scale_factor is None else loss_scale_factor)
+    return row_sums.sum() / divisor * dp_size if divisor > 0 else row_sums.sum() * 0.0
+
+
+def aggregate(values: Tensor, mask: Tensor, *, loss_agg_mode: str = "token-mean", **batch: Any) -> Tensor:
+    """[B, S] -> []; `batch` is dp_size, batch_num_tokens, global_batch_size, loss_scale_factor."""
+    inside = mask != 0
+    return _as_result(_aggregate(_inside(values, inside), inside, loss_agg_mode, **batch), values)
+
+
+def kl_loss(
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    response_mask: Tensor,
+    *,
+    kl_loss_type: str = "low_var_kl",
+    loss_agg_mode: str = "token-mean",
+    **batch: Any,
+) -> Tensor:
+    """KL estimate of each token, aggregated: [B, S] -> []; `batch` as in `aggregate`."""
+    mask = response_mask != 0
+    d = _inside(log_prob, mask) - _inside(ref_log_prob, mask).detach()
+    k2 = 0.5 * d**2
+    estimator = kl_loss_type.removesuffix("+")
+    if estimator in ("kl", "k1"):
+        value = d
+    elif estimator == "abs":
+        value = d.abs()
+    elif estimator in ("mse", "k2"):
+        value = k2
+    else:
+        d = d.clamp(-20, 20)
+        value = (torch.exp(-d) + d - 1).clamp(-10, 10)
+    if kl_loss_type.endswith("+"):
+        value = value.detach() + k2 - k2.detach()
+    return aggregate(value, mask, loss_agg_mode=loss_agg_mode, **batch).to(
+        torch.float64 if log_prob.dtype == torch.float64 else torch.float32
+    )
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on int64 tensors that stand for unsigned words."""
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)
+
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ shifted(x, 31)
+
+
+def _first_largest(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Marks the `count` largest eligible keys, the first ones where keys are equal: [B, S] -> [B, S] bool."""
+    indices = eligible.flatten().nonzero().squeeze(1)
+    order = keys.flatten()[indices].sort(descending=True, stable=True).indices
+    chosen = torch.zeros(keys.numel(), dtype=torch.bool, device=keys.device)
+    chosen[indices[order[:count]]] = True
+    return chosen.view_as(keys)
+
+
+def policy_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    loss_mode: str = "vanilla",
+    entropy_mask: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    normalize: str = "selected",
+    clip_ratio: float = 0.2,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    clip_ratio_c: float = 3.0,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    kl_cov_ratio: float = 0.0002,
+    ppo_kl_coef: float = 0.1,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    dro_beta: float | None = None,
+    seed: int = 0,
+    **batch: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics): [B, S] -> []; `batch` as in `aggregate`."""
+    response = response_mask != 0
+    log_p, old = _inside(log_prob, response), _inside(old_log_prob, response).detach()
+    advantage = _inside(advantages, response).detach()
+    weight = torch.ones_like(old) if rollout_is_weights is None else _inside(rollout_is_weights, response)
+    selected = response
+    if entropy_mask is not None and loss_mode not in ("gspo", "geo_mean"):
+        selected = response & (entropy_mask != 0)
+    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+
+    d = log_p - old
+    clamped = d.clamp(-20, 20)
+    none = torch.zeros_like(response)
+    clipped, clipped_lower, kl = none, none, -clamped
+    reported = ["actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"]
+
+    def surrogate(ratio: Tensor) -> tuple[Tensor, Tensor]:
+        unclipped_loss, clipped_loss = -advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high)
+        return torch.maximum(unclipped_loss, clipped_loss), clipped_loss > unclipped_loss
+
+    if loss_mode == "vanilla":
+        losses, clipped = surrogate(clamped.exp())
+        bound = -advantage * clip_ratio_c
+        clipped_lower = (advantage < 0) & (losses > bound)
+        losses = torch.where(clipped_lower, bound, losses)
+    elif loss_mode == "gpg":
+        losses, reported = -advantage * log_p, []
+    elif loss_mode in ("clip_cov", "kl_cov"):
+        epsilon = 1e-8 if loss_mode == "clip_cov" else 0.0
+        n = _count(response) + epsilon
+        covariance = (advantage - advantage.sum() / n) * (log_p - log_p.sum() / n).detach()
+        if loss_mode == "clip_cov":
+            losses, by_ratio = surrogate(d.exp())
+            eligible = response & ~by_ratio & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
+            index = torch.arange(d.numel(), device=d.device).view_as(response)
+            words = _mixed(_mixed(torch.full_like(index, seed)) + index)
+            keys = ((words >> 32) & 0xFFFFFFFF).clamp(min=1)
+            clipped = _first_largest(keys, eligible, max(1, int(clip_cov_ratio * int(response.sum()))))
+            losses, kl, reported = torch.where(clipped, 0.0, losses), -d, reported[:2]
+        else:
+            chosen = _first_largest(covariance, response, max(1, int(kl_cov_ratio * int(response.sum()))))
+            losses = -advantage * d.exp()
+            losses = torch.where(chosen, losses + ppo_kl_coef * d.abs(), losses)
+            kl, reported = d.abs(), reported[1:2]
+    elif loss_mode == "gspo":
+        sequence = d.sum(1, keepdim=True) / response.sum(1, keepdim=True).clamp(min=1)
+        losses, clipped = surrogate((log_p - log_p.detach() + sequence.detach()).clamp(max=10).exp())
+        kl = -d
+    elif loss_mode == "geo_mean":
+        bounded = d.clamp(-low, high)
+        towards = torch.where(advantage > 0, torch.minimum(d, bounded), torch.maximum(d, bounded))
+        count = _count(response, 1) + 1e-8
+        ratio = (torch.where(advantage != 0, towards, 0.0).sum(1) / count).exp()
+        log_weight = torch.where(response, (weight + 1e-10).log(), 0.0)
+        losses = -advantage.sum(1) / count * ratio * (log_weight.sum(1) / count).exp()
+        clipped, clipped_lower, kl = (d != bounded) & (advantage > 0), (d != bounded) & (advantage < 0), -d
+    elif loss_mode in ("dppo_tv", "dppo_kl"):
+        p, q = log_p.exp(), old.exp()
+        if loss_mode == "dppo_tv":
+            valid = torch.where(advantage > 0, p - q <= high, p - q >= -low)
+        else:
+            divergence = q * (old - log_p) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+            valid = torch.where(
+                advantage > 0, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q)
+            )
+        ratio = clamped.exp().detach()
+        losses = torch.where(valid, -advantage * ratio.clamp(max=clip_ratio_c) * log_p, 0.0)
+        clipped, clipped_lower = ~valid, (ratio > clip_ratio_c) & valid
+    elif loss_mode == "sapo":
+        tau = torch.where(advantage > 0, torch.full_like(advantage, tau_pos), tau_neg)
+        losses = -advantage * torch.sigmoid(tau * (clamped.exp() - 1)) * 4 / tau
+        loss_agg_mode = "seq-mean-token-mean"
+    elif loss_mode == "dro":
+        assert dro_beta is not None
+        losses, kl, reported = -(log_p * advantage - 0.5 * dro_beta * d**2), -d, reported[1:2]
+    else:  # cispo
+        ratio = clamped.exp().detach()
+        bounded = ratio.clamp(1 - low, 1 + high)
+        losses, clipped = -bounded * advantage * log_p, ratio != bounded
+
+    if loss_mode == "geo_mean":
+        loss = losses.sum() / max(1, losses.numel())
+    else:
+        counted = response if normalize == "response" else selected
+        loss = _aggregate(_inside(losses * weight, selected), counted, loss_agg_mode, **batch)
+    values = (clipped.to(torch.float64), kl, clipped_lower.to(torch.float64))
+    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+    metrics = {name: _masked_mean(v.detach(), response) for name, v in zip(names, values, strict=True)}
+    metrics = {name: _as_result(value, log_prob) for name, value in metrics.items() if name in reported}
+    if entropy_mask is not None:
+        ratio = _count(selected) / _count(response).clamp(min=1)
+        metrics["actor/entropy_token_ratio"] = _as_result(ratio, log_prob)
+    return _as_result(loss, log_prob), metrics

@@ -3,22 +3,10 @@
 #pragma once
 
 #include "../kernels/global_top_mask.cuh"
+#include "device_array.h"
 #include "launch.h"
 
 namespace entropy_rl::cuda {
-
-// Uninitialised device memory, `count` elements of T; belongs to the current stream.
-template <class T>
-class DeviceArray {
- public:
-  DeviceArray(const Tensor& on_device_of, int64_t count)
-      : storage_(torch::stable::new_empty(on_device_of, {count * static_cast<int64_t>(sizeof(T))},
-                                          ScalarType::Byte)) {}
-  T* data() const { return mutable_data<T>(storage_); }
-
- private:
-  Tensor storage_;
-};
 
 // Segments of rows, and the order in which `keys` holds the rows. Both null: every row is a
 // segment.

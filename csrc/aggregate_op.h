@@ -1,0 +1,185 @@
+// aggregate over a backend, and what the loss ops share in front of the kernels: the checks of
+// arguments, and the tensors that a kernel reads and writes. A backend has
+//
+//   // Writes all outputs of a token loss.
+//   template <class T, class TokenLoss>
+//   static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&, const LossOutputs&);
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "checks.h"
+#include "kernels/aggregate.h"
+
+namespace entropy_rl {
+
+// The value of an argument, checked.
+inline double at_least_zero(const char* name, double value) {
+  check(std::isfinite(value) && value >= 0, name, " is ", value,
+        "; it must be a finite number, 0 or above");
+  return value;
+}
+inline double above(double bound, const char* name, double value) {
+  check(std::isfinite(value) && value > bound, name, " is ", value,
+        "; it must be a finite number above ", bound);
+  return value;
+}
+
+// What a call reads. Half-precision tensors are widened here: log-probs are float32 in practice.
+struct TokenTensors {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  ScalarType dtype;  // float32 or float64
+  Tensor values;
+  Tensor response_mask;
+  std::optional<Tensor> old_log_prob;
+  std::optional<Tensor> advantages;
+  std::optional<Tensor> weights;
+  std::optional<Tensor> entropy_mask;
+
+  TokenTensors(const char* values_name, const Tensor& values_in, const char* mask_name,
+               const Tensor& mask)
+      : dtype(accumulate_dtype(values_in.scalar_type())),
+        values(values_in),
+        response_mask(mask),
+        name_(values_name) {
+    check_floating(name_, values);
+    check(values.dim() == 2, name_, " has shape ", shape_name(shape_of(values)),
+          "; it must be [rows, tokens]");
+    rows = values.size(0);
+    cols = values.size(1);
+    response_mask = mask_of(mask_name, mask);
+    values = as_contiguous(values_in, dtype);
+  }
+
+  Tensor floats_of(const char* name, const Tensor& tensor) const {
+    check_floating(name, tensor);
+    check_fits(name, tensor);
+    return as_contiguous(tensor, dtype);
+  }
+  Tensor mask_of(const char* name, const Tensor& mask) const {
+    check_fits(name, mask);
+    return as_bool_mask(mask);
+  }
+
+  template <class T>
+  TokenInputs<T> inputs() const {
+    return {const_data<T>(values),
+            const_data<T>(old_log_prob),
+            const_data<T>(advantages),
+            const_data<T>(weights),
+            const_data<uint8_t>(response_mask),
+            const_data<uint8_t>(entropy_mask),
+            nullptr,
+            nullptr,
+            rows,
+            cols};
+  }
+
+ private:
+  void check_fits(const char* name, const Tensor& tensor) const {
+    check_shape(name, tensor, {rows, cols}, "the shape of the first argument");
+    check_same_device(name, tensor, name_, values);
+  }
+
+  const char* name_;
+};
+
+// The four outputs of every loss op.
+struct LossOutputs {
+  Tensor loss;       // []
+  Tensor metrics;    // [kMetrics]
+  Tensor gradient;   // [rows, cols], d loss / d values but for the factor of the row
+  Tensor row_scale;  // [rows], that factor
+
+  explicit LossOutputs(const TokenTensors& in)
+      : loss(torch::stable::new_empty(in.values, {}, in.dtype)),
+        metrics(torch::stable::new_empty(in.values, {kMetrics}, in.dtype)),
+        gradient(torch::stable::new_empty(in.values, {in.rows, in.cols}, in.dtype)),
+        row_scale(torch::stable::new_empty(in.values, {in.rows}, in.dtype)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const {
+    return {loss, metrics, gradient, row_scale};
+  }
+};
+
+// How a loss is averaged, as the caller says it.
+struct AggregationArguments {
+  std::string loss_agg_mode;
+  std::string normalize;
+  int64_t dp_size;
+  std::optional<Tensor> batch_num_tokens;   // one number
+  std::optional<Tensor> global_batch_size;  // one number
+  std::optional<double> loss_scale_factor;
+};
+
+inline Aggregation parse_aggregation(const std::string& name) {
+  return parse_choice<Aggregation>(
+      "loss_agg_mode", name,
+      {{"token-mean", Aggregation::kTokenMean},
+       {"token-sum", Aggregation::kTokenSum},
+       {"seq-mean-token-sum", Aggregation::kSeqMeanTokenSum},
+       {"seq-mean-token-sum-norm", Aggregation::kSeqMeanTokenSumNorm},
+       {"seq-mean-token-mean", Aggregation::kSeqMeanTokenMean}});
+}
+
+// Normalization with the tensor that its pointer points into.
+struct CheckedNormalization : Normalization {
+  std::optional<Tensor> divisor;
+
+  CheckedNormalization(const AggregationArguments& in, const TokenTensors& tokens) {
+    aggregation = parse_aggregation(in.loss_agg_mode);
+    by_response =
+        parse_choice<bool>("normalize", in.normalize, {{"selected", false}, {"response", true}});
+    check(in.dp_size >= 1, "dp_size is ", in.dp_size, "; it must be 1 or above");
+    dp_size = static_cast<double>(in.dp_size);
+    scale_factor = above(
+        0, "loss_scale_factor",
+        in.loss_scale_factor.value_or(static_cast<double>(std::max<int64_t>(tokens.cols, 1))));
+    if (aggregation == Aggregation::kTokenMean) {
+      set_divisor("batch_num_tokens", in.batch_num_tokens, in, tokens);
+    } else if (aggregation != Aggregation::kTokenSum) {
+      set_divisor("global_batch_size", in.global_batch_size, in, tokens);
+    }
+  }
+
+ private:
+  void set_divisor(const char* name, const std::optional<Tensor>& tensor,
+                   const AggregationArguments& in, const TokenTensors& tokens) {
+    check(tensor.has_value() || in.dp_size == 1, name, " is None and dp_size is ", in.dp_size, "; ",
+          in.loss_agg_mode, " over several ranks needs it");
+    if (!tensor) return;
+    check(tensor->numel() == 1, name, " has shape ", shape_name(shape_of(*tensor)),
+          "; it must be one number");
+    check_same_device(name, *tensor, "the first argument", tokens.values);
+    divisor = as_contiguous(*tensor, ScalarType::Double);
+    given_divisor = const_data<double>(*divisor);
+  }
+};
+
+template <class Fn>
+void dispatch_accumulate(ScalarType dtype, Fn fn) {
+  dtype == ScalarType::Double ? fn(double{}) : fn(float{});
+}
+
+using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Backend>
+LossTuple aggregate_forward(const Tensor& values, const Tensor& mask,
+                            std::optional<Tensor> batch_num_tokens,
+                            std::optional<Tensor> global_batch_size, std::string loss_agg_mode,
+                            int64_t dp_size, std::optional<double> loss_scale_factor) {
+  const TokenTensors tokens("values", values, "mask", mask);
+  const CheckedNormalization normalization({loss_agg_mode, "response", dp_size, batch_num_tokens,
+                                            global_batch_size, loss_scale_factor},
+                                           tokens);
+  const LossOutputs out(tokens);
+  dispatch_accumulate(tokens.dtype, [&](auto element) {
+    using T = decltype(element);
+    Backend::run(PlainValue<T>{}, tokens.inputs<T>(), normalization, out);
+  });
+  return out.tuple();
+}
+
+}  // namespace entropy_rl

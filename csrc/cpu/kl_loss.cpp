@@ -1,0 +1,7 @@
+#include "../kl_loss_op.h"
+
+#include "token_losses.h"
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
+  m.impl("kl_loss_forward", TORCH_BOX(&entropy_rl::kl_loss_forward<entropy_rl::cpu::TokenLosses>));
+}

@@ -1,0 +1,160 @@
+// Token losses on the CPU: tiles in parallel, each in chunks that stay in the first-level cache: a loop
+// that maps tokens to results, which vectorises, then one that sums them. Tiles and rows are summed in
+// order, so results do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../aggregate_op.h"
+#include "simd.h"
+
+namespace entropy_rl::cpu {
+
+constexpr int kChunkTokens = 256;
+// Fewer tokens than this are not worth a thread of their own.
+constexpr int64_t kTokensPerTask = 1 << 14;
+
+// Stands in for an input that the caller has not given.
+template <class T>
+struct Constant {
+  explicit constexpr Constant(T value) {
+    for (int i = 0; i < kChunkTokens; ++i) values[i] = value;
+  }
+  alignas(64) T values[kChunkTokens] = {};
+};
+template <class T>
+constexpr Constant<T> kZeros(0);
+template <class T>
+constexpr Constant<T> kOnes(1);
+
+// The inputs of one chunk of one row, none of them null.
+template <class T>
+struct Chunk {
+  const T* log_prob;
+  const T* old_log_prob;
+  const T* advantages;
+  const T* weights;
+  const uint8_t* response_mask;
+  const uint8_t* entropy_mask;
+  const uint8_t* chosen;
+  T sequence_log_ratio;
+  int count;
+
+  Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end)
+      : log_prob(in.log_prob + begin),
+        old_log_prob(in.old_log_prob ? in.old_log_prob + begin : kZeros<T>.values),
+        advantages(in.advantages ? in.advantages + begin : kZeros<T>.values),
+        weights(in.weights ? in.weights + begin : kOnes<T>.values),
+        response_mask(in.response_mask + begin),
+        entropy_mask(in.entropy_mask ? in.entropy_mask + begin : kOnes<uint8_t>.values),
+        chosen(in.chosen ? in.chosen + begin : kZeros<uint8_t>.values),
+        sequence_log_ratio(in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0)),
+        count(static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens))) {}
+
+  __attribute__((always_inline)) Token<T> token(int i) const {
+    return {log_prob[i], old_log_prob[i], advantages[i], sequence_log_ratio, chosen[i] != 0};
+  }
+};
+
+// Calls fn(tile, row, first token, end) for every tile.
+template <class T, class Fn>
+void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
+  const int64_t tokens_per_tile = std::max<int64_t>(1, std::min(in.cols, kTileTokens));
+  const int64_t tiles_per_task = std::max<int64_t>(1, kTokensPerTask / tokens_per_tile);
+  torch::stable::parallel_for(0, in.tiles(), tiles_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row = tile / in.tiles_per_row();
+      const int64_t column = tile % in.tiles_per_row() * kTileTokens;
+      fn(tile, row, row * in.cols + column,
+         row * in.cols + std::min(column + kTileTokens, in.cols));
+    }
+  });
+}
+
+template <class T>
+__attribute__((always_inline)) inline T sum_of(const T* x, int count) {
+  T lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
+  }
+  for (int j = 0; i < count; ++i, ++j) lanes[j] += x[i];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  }
+  return lanes[0];
+}
+
+// Gradient and sums of the tokens [begin, end), all of one row.
+template <class T, class TokenLoss>
+ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in,
+                                             int64_t row, int64_t begin, int64_t end,
+                                             T* gradient /*[rows, cols]*/) {
+  LossSums<T> sums{};
+  alignas(64) T loss[kChunkTokens], selected[kChunkTokens], response[kChunkTokens],
+      clipped[kChunkTokens], clipped_lower[kChunkTokens], kl[kChunkTokens],
+      advantage[kChunkTokens], log_weight[kChunkTokens];
+  for (; begin < end; begin += kChunkTokens) {
+    const Chunk<T> chunk(in, row, begin, end);
+    for (int i = 0; i < chunk.count; ++i) {
+      const bool is_response = chunk.response_mask[i] != 0;
+      const bool is_selected = is_response && chunk.entropy_mask[i] != 0;
+      const TokenResult<T> result = token_loss(chunk.token(i));
+      const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weights[i];
+      // A token that is out may hold NaN: select, where multiplying by 0 would keep it.
+      loss[i] = is_selected ? result.loss * weight : T(0);
+      gradient[begin + i] = is_selected ? result.gradient * weight : T(0);
+      selected[i] = is_selected ? T(1) : T(0);
+      response[i] = is_response ? T(1) : T(0);
+      clipped[i] = is_response ? result.clipped : T(0);
+      clipped_lower[i] = is_response ? result.clipped_lower : T(0);
+      kl[i] = is_response ? result.kl : T(0);
+    }
+    sums.loss += sum_of(loss, chunk.count);
+    sums.selected += sum_of(selected, chunk.count);
+    sums.response += sum_of(response, chunk.count);
+    sums.clipped += sum_of(clipped, chunk.count);
+    sums.clipped_lower += sum_of(clipped_lower, chunk.count);
+    sums.kl += sum_of(kl, chunk.count);
+    if constexpr (kIsSequenceLoss<TokenLoss>) {
+      for (int i = 0; i < chunk.count; ++i) {
+        advantage[i] = chunk.response_mask[i] ? chunk.advantages[i] : T(0);
+        log_weight[i] = chunk.response_mask[i] ? log_of_weight(chunk.weights[i]) : T(0);
+      }
+      sums.advantage += sum_of(advantage, chunk.count);
+      sums.log_weight += sum_of(log_weight, chunk.count);
+    }
+  }
+  return sums;
+}
+
+struct TokenLosses {
+  template <class T, class TokenLoss>
+  static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
+                  const Normalization& normalization, const LossOutputs& out) {
+    std::vector<LossSums<T>> sums(in.tiles());
+    T* gradient = mutable_data<T>(out.gradient);
+    for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
+      sums[tile] = tile_loss(token_loss, in, row, begin, end, gradient);
+    });
+
+    BatchSums batch{};
+    for (int64_t row = 0; row < in.rows; ++row) {
+      batch.add_row(row_sum(sums.data(), row, in.tiles_per_row()), normalization);
+    }
+    T* row_scale = mutable_data<T>(out.row_scale);
+    double loss = 0;
+    for (int64_t row = 0; row < in.rows; ++row) {
+      const LossSums<double> tokens = row_sum(sums.data(), row, in.tiles_per_row());
+      const RowLoss result =
+          row_loss<TokenLoss>(tokens, batch, normalization, static_cast<double>(in.rows));
+      loss += result.loss;
+      row_scale[row] = static_cast<T>(result.scale);
+    }
+    *mutable_data<T>(out.loss) = static_cast<T>(loss);
+    write_metrics(batch, mutable_data<T>(out.metrics));
+  }
+};
+
+}  // namespace entropy_rl::cpu

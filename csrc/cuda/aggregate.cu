@@ -1,0 +1,7 @@
+#include "../aggregate_op.h"
+
+#include "token_losses.h"
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
+  m.impl("aggregate_forward", TORCH_BOX(&entropy_rl::aggregate_forward<entropy_rl::cuda::TokenLosses>));
+}

@@ -1,0 +1,32 @@
+// Token losses on the device: a pass over the tokens and one block that sums up.
+#pragma once
+
+#include "../aggregate_op.h"
+#include "../kernels/aggregate.cuh"
+#include "device_array.h"
+#include "launch.h"
+#include "tuning.h"
+
+namespace entropy_rl::cuda {
+
+struct TokenLosses {
+  template <class T, class TokenLoss>
+  static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
+                  const Normalization& normalization, const LossOutputs& out) {
+    const DeviceScope device(out.loss);
+    const DeviceArray<LossSums<T>> sums(out.loss, in.tiles());
+    if (in.tiles() > 0) {
+      token_loss_kernel<T, TokenLoss>
+          <<<grid_size(in.tiles()), kLossTileThreads, 0, device.stream()>>>(
+              token_loss, in, mutable_data<T>(out.gradient), sums.data());
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    // Also writes the zeros of a batch without tokens.
+    finish_loss_kernel<T, TokenLoss><<<1, kLossRowThreads, 0, device.stream()>>>(
+        sums.data(), in.rows, in.tiles_per_row(), normalization, mutable_data<T>(out.loss),
+        mutable_data<T>(out.metrics), mutable_data<T>(out.row_scale));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+}  // namespace entropy_rl::cuda

@@ -1,0 +1,41 @@
+// Probability ratios from log-probs, with the clamps that keep them finite; host and device.
+#pragma once
+
+#include "aggregate.h"
+#include "exp.h"
+
+namespace entropy_rl {
+
+ENTROPY_RL_HD inline float ratio_exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  return x > 88.0f ? INFINITY : exp_vectorizable(x);
+#endif
+}
+ENTROPY_RL_HD inline double ratio_exp(double x) { return exp(x); }
+
+// Comparisons with NaN are false, so that NaN stays.
+template <class T>
+ENTROPY_RL_HD inline T clamped(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
+}
+template <class T>
+ENTROPY_RL_HD inline bool within(T x, T low, T high) {
+  return x >= low && x <= high;
+}
+
+// d clamped to [-20, 20], its exponential, and whether d is inside, where alone it has a gradient.
+template <class T>
+struct ClampedRatio {
+  T log_ratio;
+  T ratio;
+  bool inside;
+
+  ENTROPY_RL_HD explicit ClampedRatio(T d)
+      : log_ratio(clamped(d, T(-20), T(20))),
+        ratio(ratio_exp(log_ratio)),
+        inside(within(d, T(-20), T(20))) {}
+};
+
+}  // namespace entropy_rl

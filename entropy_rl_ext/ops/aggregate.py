@@ -1,0 +1,69 @@
+"""aggregate: a [B, S] tensor averaged over its masked-in tokens to one number, as losses are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_rl_ext.ops._loss import register_loss, scalar_tensor
+
+
+def aggregate(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+    loss_scale_factor: float | None = None,
+) -> Tensor:
+    """Aggregates token values to one number. An entropy bonus is `coeff * aggregate(entropy, response_mask)`.
+
+        token-mean               sum over tokens / tokens
+        token-sum                sum over tokens
+        seq-mean-token-sum       mean over rows of the sum over the row's tokens
+        seq-mean-token-sum-norm  the same, divided by loss_scale_factor
+        seq-mean-token-mean      mean over rows of the mean over the row's tokens
+
+    all times dp_size. Tokens and rows count where the mask is nonzero; a row without tokens does not count, and
+    without any token the result is 0.
+
+    Args:
+        values: [B, S], float32, bfloat16, float16 or float64; differentiable.
+        mask: [B, S], any dtype, nonzero = in. A value that is out contributes exactly 0, even NaN.
+        loss_agg_mode: one of the names above.
+        dp_size: data-parallel ranks whose gradients are averaged.
+        batch_num_tokens: tokens to divide by in token-mean, over all ranks and micro-batches; this batch's
+            where None. A number or a 0-dim tensor on the device.
+        global_batch_size: rows to divide by in the means over rows, likewise.
+        loss_scale_factor: S where None.
+
+    Returns:
+        0-dim, float32 (float64 for float64 values).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown loss_agg_mode, a number out of its
+            range, dp_size > 1 without the divisor that the mode needs.
+
+    Source: verl 0.9.1, agg_loss.
+    """
+    loss: Tensor = torch.ops.entropy_rl.aggregate(
+        values,
+        mask,
+        scalar_tensor("batch_num_tokens", batch_num_tokens, values.device),
+        scalar_tensor("global_batch_size", global_batch_size, values.device),
+        loss_agg_mode=loss_agg_mode,
+        dp_size=dp_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    return loss
+
+
+@torch.library.impl("entropy_rl::aggregate", "CompositeImplicitAutograd")
+def _aggregate(*tensors: Tensor | None, **options: Any) -> Tensor:
+    loss: Tensor = torch.ops.entropy_rl.aggregate_forward(*tensors, **options)[0]
+    return loss
+
+
+register_loss("entropy_rl::aggregate_forward")

@@ -1,0 +1,71 @@
+"""kl_loss: the KL penalty of the policy against a reference policy, with its gradient, in one pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_rl_ext.ops._loss import register_loss, scalar_tensor
+
+
+def kl_loss(
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    response_mask: Tensor,
+    *,
+    kl_loss_type: str = "low_var_kl",
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+    loss_scale_factor: float | None = None,
+) -> Tensor:
+    """Estimated KL divergence of the policy from a reference policy, aggregated over the response tokens.
+
+    With d = log_prob - ref_log_prob, a token's estimate is
+
+        kl, k1           d
+        abs              |d|
+        mse, k2          d^2 / 2
+        low_var_kl, k3   e^-d + d - 1, d clamped to [-20, 20] and the result to [-10, 10]
+
+    and a final + (`k3+`) keeps the value but takes the gradient of k2, d, whose expectation is the gradient of
+    the KL divergence.
+
+    Args:
+        log_prob: [B, S], float32, bfloat16, float16 or float64. It alone carries a gradient.
+        ref_log_prob: [B, S].
+        response_mask: [B, S], any dtype, nonzero = in. A token that is out contributes exactly 0.
+        kl_loss_type: one of the names above.
+        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as in `aggregate`.
+
+    Returns:
+        0-dim, float32 (float64 for float64 log-probs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown kl_loss_type or loss_agg_mode, a
+            number out of its range.
+
+    Sources: verl 0.9.1, kl_penalty; joschu.net/blog/kl-approx.html.
+    """
+    loss: Tensor = torch.ops.entropy_rl.kl_loss(
+        log_prob,
+        ref_log_prob,
+        response_mask,
+        scalar_tensor("batch_num_tokens", batch_num_tokens, log_prob.device),
+        scalar_tensor("global_batch_size", global_batch_size, log_prob.device),
+        kl_loss_type=kl_loss_type,
+        loss_agg_mode=loss_agg_mode,
+        dp_size=dp_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    return loss
+
+
+@torch.library.impl("entropy_rl::kl_loss", "CompositeImplicitAutograd")
+def _kl_loss(*tensors: Tensor | None, **options: Any) -> Tensor:
+    loss: Tensor = torch.ops.entropy_rl.kl_loss_forward(*tensors, **options)[0]
+    return loss
+
+
+register_loss("entropy_rl::kl_loss_forward")

@@ -1,0 +1,152 @@
+"""policy_loss: every policy loss of verl, with its gradient and metrics, in one pass over the tokens."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_rl_ext.ops._loss import register_loss, scalar_tensor
+
+# The op gives all metrics; each loss reports those that mean something for it.
+_METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower", "actor/entropy_token_ratio")
+_UNREPORTED = {
+    "gpg": {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"},
+    "clip_cov": {"actor/pg_clipfrac_lower"},
+    "kl_cov": {"actor/pg_clipfrac", "actor/pg_clipfrac_lower"},
+    "dro": {"actor/pg_clipfrac", "actor/pg_clipfrac_lower"},
+}
+
+
+def policy_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    loss_mode: str = "vanilla",
+    entropy_mask: Tensor | None = None,
+    rollout_is_weights: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    normalize: str = "selected",
+    clip_ratio: float = 0.2,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    clip_ratio_c: float = 3.0,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    kl_cov_ratio: float = 0.0002,
+    ppo_kl_coef: float = 0.1,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    dro_beta: float | None = None,
+    seed: int | Tensor = 0,
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+    loss_scale_factor: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy loss over the selected response tokens, with verl's formulas, clamps and metric names.
+
+    Every tensor is [B, S], of any strides, on one device. log-probs, advantages and weights are float32,
+    bfloat16, float16 or float64; masks are of any dtype, nonzero = in. A token that is out contributes exactly
+    0 to loss, gradient and metrics, whatever it holds; with nothing selected the loss is 0.
+
+    Args:
+        log_prob: log-probabilities under the policy that trains. They alone carry a gradient.
+        old_log_prob: log-probabilities under the policy before this update.
+        advantages: advantage of each token.
+        response_mask: which tokens are response tokens.
+        loss_mode: vanilla, gpg, clip_cov, kl_cov, gspo, geo_mean, dppo_tv, dppo_kl, sapo, dro or cispo.
+        entropy_mask: which tokens train (see `global_top_mask`). It narrows `response_mask` where the loss is
+            aggregated; metrics, covariances and the sequence sums use all response tokens. gspo and geo_mean
+            weigh a sequence as a whole: they accept the mask, do not apply it, and warn once.
+        rollout_is_weights: factor of each token's loss.
+        loss_agg_mode: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm or
+            seq-mean-token-mean. sapo is always seq-mean-token-mean, geo_mean always the mean over rows.
+        normalize: what a mean divides by: "selected" tokens (Eq. 6 of the paper) or all "response" tokens
+            (TRL). At ratio 0.2 the first gives a loss, and so a gradient, five times the second's. A row
+            counts in a mean over rows when it has such a token.
+        clip_ratio, clip_ratio_low, clip_ratio_high: how far the ratio may go below and above 1 before it is
+            clipped; for dppo_tv and dppo_kl the divergence allowed. The first stands in for the other two.
+        clip_ratio_c: dual clip of vanilla (above 1); truncation of the ratio for dppo_tv and dppo_kl.
+        clip_cov_ratio, clip_cov_lb, clip_cov_ub: clip_cov drops max(1, int(ratio * response tokens)) tokens,
+            drawn at random from the unclipped ones whose covariance lies between the bounds.
+        kl_cov_ratio, ppo_kl_coef: kl_cov adds coef * |log ratio| to the loss of the max(1, int(ratio *
+            response tokens)) tokens of the largest covariance, the first ones where covariances are equal.
+        tau_pos, tau_neg: temperatures of sapo for advantages above 0 and the others.
+        dro_beta: penalty of dro, which needs it.
+        seed: of clip_cov's draw: the same seed and the same token positions draw alike on every device.
+        dp_size: data-parallel ranks whose gradients are averaged.
+        batch_num_tokens: divisor of token-mean over all ranks and micro-batches, in place of this batch's
+            tokens, whatever `normalize` says: count selected tokens for "selected", else response tokens.
+        global_batch_size: likewise for the means over rows.
+        loss_scale_factor: divisor of seq-mean-token-sum-norm; S where None.
+
+    `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device.
+
+    Returns:
+        (loss, metrics). The loss is 0-dim, float32 (float64 for float64 log-probs), as is all arithmetic. The
+        metrics are 0-dim tensors on the device: `actor/pg_clipfrac`, `actor/ppo_kl` and
+        `actor/pg_clipfrac_lower`, as far as verl reports them for this loss, and, where `entropy_mask` is given,
+        `actor/entropy_token_ratio`: the share of response tokens that train.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown loss_mode, loss_agg_mode or normalize,
+            a number out of its range, dp_size > 1 without the divisor that the aggregation needs.
+
+    Sources: verl 0.9.1, verl/trainer/ppo/core_algos.py; "Beyond the 80/20 Rule", arXiv 2506.01939.
+    """
+    if entropy_mask is not None and loss_mode in ("gspo", "geo_mean"):
+        _warn_not_applied(loss_mode)
+    loss, values = torch.ops.entropy_rl.policy_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        response_mask,
+        entropy_mask,
+        rollout_is_weights,
+        scalar_tensor("batch_num_tokens", batch_num_tokens, log_prob.device),
+        scalar_tensor("global_batch_size", global_batch_size, log_prob.device),
+        scalar_tensor("seed", seed, log_prob.device) if loss_mode == "clip_cov" else None,
+        loss_mode=loss_mode,
+        normalize=normalize,
+        clip_ratio=clip_ratio,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+        clip_ratio_c=clip_ratio_c,
+        clip_cov_ratio=clip_cov_ratio,
+        clip_cov_lb=clip_cov_lb,
+        clip_cov_ub=clip_cov_ub,
+        kl_cov_ratio=kl_cov_ratio,
+        ppo_kl_coef=ppo_kl_coef,
+        tau_pos=tau_pos,
+        tau_neg=tau_neg,
+        dro_beta=dro_beta,
+        loss_agg_mode=loss_agg_mode,
+        dp_size=dp_size,
+        loss_scale_factor=loss_scale_factor,
+    )
+    metrics = dict(zip(_METRICS, values.unbind(), strict=True))
+    unreported = _UNREPORTED.get(loss_mode, set())
+    if entropy_mask is None:
+        unreported = unreported | {"actor/entropy_token_ratio"}
+    return loss, {name: value for name, value in metrics.items() if name not in unreported}
+
+
+@functools.cache
+def _warn_not_applied(loss_mode: str) -> None:
+    warnings.warn(
+        f"entropy_mask is not applied: loss_mode '{loss_mode}' weighs each sequence as a whole", stacklevel=3
+    )
+
+
+@torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd")
+def _policy_loss(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    loss, metrics, _, _ = torch.ops.entropy_rl.policy_loss_forward(*tensors, **options)
+    return loss, metrics
+
+
+register_loss("entropy_rl::policy_loss_forward")
