@@ -48,7 +48,8 @@ test: gtest pytest
 
 gtest: .venv/libraries
 	[ -e /usr/include/gtest/gtest.h ] || { apt-get update -qq && apt-get install -y -qq libgtest-dev; }
-	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DTORCH_INCLUDE_DIRS="$$($(BIN)/python -c 'import torch.utils.cpp_extension as e; print(";".join(e.include_paths()))')"
 	$(BIN)/cmake --build build/gtest -j $(JOBS)
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 

@@ -95,7 +95,7 @@ def global_top_mask(
     segments = segments.unsqueeze(-1).expand(entropy.shape)
     dtype = torch.float64 if entropy.dtype == torch.float64 else torch.float32
     result = torch.zeros(entropy.shape, dtype=torch.bool, device=entropy.device)
-    for segment in segments.unique():
+    for segment in torch.unique(segments):
         inside = (response_mask != 0) & (segments == segment)
         result[inside] = _keep_top(entropy[inside].to(torch.float64), top_ratio, rule, dtype)
     return result

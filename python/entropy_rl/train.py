@@ -1,0 +1,655 @@
+"""Reinforcement learning with verifiable rewards, the policy gradient on the tokens of highest entropy only.
+
+    python -m entropy_rl.train actor_rollout_ref.model.path=MODEL data.train_files=train.parquet \
+        actor_rollout_ref.actor.entropy_top_ratio=0.2
+
+A step samples a group of responses to each problem, scores them, turns scores into advantages, computes the
+log-probabilities that the responses have under the policy as it is, and then takes optimizer steps.
+--help lists every key.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import entropy_rl.config
+from entropy_rl import advantages, checkpoint
+from entropy_rl.config import ConfigError
+from entropy_rl.logs import Logs
+from entropy_rl.selection import select_tokens, token_divisor, top_k_count
+from entropy_rl.tasks import Problem, Scorer, load_tasks
+
+Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
+
+
+@dataclass
+class Batch:
+    """Prompts, padded on the left, and their responses, padded on the right."""
+
+    tokens: Tensor  # [B, P + S] int64
+    attention_mask: Tensor  # [B, P + S] int64
+    response_mask: Tensor  # [B, S] bool; the end-of-text token is in
+
+    @property
+    def responses(self) -> Tensor:  # [B, S] int64
+        return self.tokens[:, -self.response_mask.shape[1] :]
+
+    def rows(self, index: Tensor) -> "Batch":
+        return Batch(self.tokens[index], self.attention_mask[index], self.response_mask[index])
+
+
+@dataclass
+class Experience:
+    """What the update needs to know of a batch of responses."""
+
+    batch: Batch
+    advantages: Tensor  # [B, S]
+    old_log_prob: Tensor  # [B, S]
+    ref_log_prob: Tensor | None  # [B, S], with use_kl_loss
+
+    def rows(self, index: Tensor) -> "Experience":
+        ref_log_prob = None if self.ref_log_prob is None else self.ref_log_prob[index]
+        return Experience(
+            self.batch.rows(index), self.advantages[index], self.old_log_prob[index], ref_log_prob
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 2 for what the user can mend, told in one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        print((Path(entropy_rl.config.__file__).parent / "train.yaml").read_text())
+        return 0
+    try:
+        train(entropy_rl.config.load(arguments))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: DictConfig) -> None:
+    """Trains as `config` says (config/train.yaml). Raises ConfigError for what the user can mend."""
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = choose_device(trainer.device)
+    directory = Path(trainer.default_local_dir).expanduser()
+    resumed = find_checkpoint(config.trainer, directory)
+    first_step = checkpoint.step_of(resumed) if resumed else 0
+
+    problems, validation_problems, scorer = load_tasks(config)
+    settings = config.actor_rollout_ref.model
+    tokenizer = load_tokenizer(settings)
+    examples = encode(tokenizer, problems, config, "data.train_files")
+    validation = encode(tokenizer, validation_problems, config, "data.val_files")
+    if len(examples) < config.data.train_batch_size:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size}: it must be at most the number of training "
+            f"problems, {len(examples)}"
+        )
+    steps_per_epoch = len(examples) // config.data.train_batch_size
+    total_steps = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
+
+    torch.manual_seed(rollout.seed)
+    model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
+    reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
+    optimizer = AdamW(
+        model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay
+    )
+    checkpoint.remove_partial(directory)
+    if resumed:
+        checkpoint.restore(resumed, optimizer)
+
+    with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps)) as logs:
+        if trainer.val_before_train and validation and not resumed:
+            logs.write(0, validate(model, tokenizer, validation, scorer, config))
+
+        for step in range(first_step + 1, total_steps + 1):
+            timer = Timer()
+            metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
+            chosen = batch_of_step(examples, step, config.data)
+            # Group by group: the responses to a problem stand side by side.
+            group = [example for example in chosen for _ in range(rollout.n)]
+
+            with timer.phase("gen"):
+                generator = torch.Generator(device).manual_seed(rollout.seed * 1_000_003 + step)
+                prompts = [prompt for _, prompt in group]
+                batch = generate(model, tokenizer, prompts, config, rollout, generator)
+
+            with timer.phase("reward"):
+                rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer).to(device)
+
+            with timer.phase("old_log_prob"):
+                old_log_prob, entropy = compute_log_prob(model, batch, config)
+
+            ref_log_prob = None
+            if reference is not None:
+                with timer.phase("ref"):
+                    ref_log_prob, _ = compute_log_prob(reference, batch, config)
+
+            with timer.phase("adv"):
+                advantage = compute_advantages(rewards, batch.response_mask, config)
+
+            with timer.phase("update_actor"):
+                experience = Experience(batch, advantage, old_log_prob, ref_log_prob)
+                metrics |= update(model, optimizer, experience, step, total_steps, config)
+
+            metrics |= batch_metrics(batch, rewards, advantage, entropy, config)
+
+            last = step == total_steps
+            if validation and (last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)):
+                with timer.phase("testing"):
+                    metrics |= validate(model, tokenizer, validation, scorer, config)
+
+            if trainer.save_freq > 0 and (last or step % trainer.save_freq == 0):
+                with timer.phase("save_checkpoint"):
+                    checkpoint.save(
+                        directory, step, model, tokenizer, optimizer, trainer.max_actor_ckpt_to_keep
+                    )
+
+            logs.write(step, metrics | timer.metrics(int(batch.attention_mask.sum())))
+    print(f"metrics, curves and checkpoints: {directory.resolve()}")
+
+
+# ---- Setting up
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device=cuda: no GPU is visible to PyTorch; auto and cpu are allowed here")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
+    if trainer.resume_mode == "disable":
+        return None
+    if trainer.resume_mode == "resume_path":
+        return Path(trainer.resume_from_path).expanduser().resolve()
+    return checkpoint.find_latest(directory)
+
+
+def load_model(settings: DictConfig, path: str | Path) -> PreTrainedModel:
+    """The model in float32, which is what the optimizer updates."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, "model", error) from None
+    if settings.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def load_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.path, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, "tokenizer", error) from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={settings.path}: its tokenizer has no end-of-text token; one that has "
+            "was expected"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _cannot_load(settings: DictConfig, what: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"actor_rollout_ref.model.path={settings.path}: no {what} of a Hugging Face causal language model can be "
+        f"loaded from it: {reason}"
+    )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig, key: str
+) -> list[Example]:
+    """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
+    limit, examples = config.data.max_prompt_length, []
+    for problem in problems:
+        if tokenizer.chat_template is not None:
+            text = tokenizer.apply_chat_template(
+                problem.messages, add_generation_prompt=True, tokenize=False
+            )
+        else:
+            text = "\n".join(message["content"] for message in problem.messages)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        if len(prompt) <= limit:
+            examples.append((problem, prompt))
+        elif not config.data.filter_overlong_prompts:
+            raise ConfigError(
+                f"data.max_prompt_length={limit}: a prompt of {key} has {len(prompt)} tokens; allow as many, or "
+                "set data.filter_overlong_prompts=true"
+            )
+    return examples
+
+
+def batch_of_step(examples: Sequence[Example], step: int, data: DictConfig) -> list[Example]:
+    """The problems of a step (1 is the first): a function of the step, so that a resumed run meets the same."""
+    per_epoch = len(examples) // data.train_batch_size
+    epoch, index = divmod(step - 1, per_epoch)
+    order = torch.arange(len(examples))
+    if data.shuffle:
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed((data.seed or 0) + epoch)
+        )
+    return [examples[i] for i in order[index * data.train_batch_size :][: data.train_batch_size].tolist()]
+
+
+# ---- Sampling and scoring
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: DictConfig,
+    sampling: DictConfig,
+    generator: torch.Generator,
+) -> Batch:
+    """One response to each prompt, at most rollout.max_num_seqs at a time.
+
+    `sampling` has temperature (0: the most probable token), top_p and top_k.
+    """
+    model.eval()
+    width = max(len(prompt) for prompt in prompts)
+    limit, at_a_time = config.data.max_response_length, config.actor_rollout_ref.rollout.max_num_seqs
+    parts = []
+    for begin in range(0, len(prompts), at_a_time):
+        padded = [
+            [tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt)
+            for prompt in prompts[begin : begin + at_a_time]
+        ]
+        lengths = torch.tensor([len(prompt) for prompt in prompts[begin : begin + at_a_time]])
+        prompt_mask = torch.arange(width) >= width - lengths[:, None]
+        with autocast(model.device, config):
+            parts.append(
+                _generate(
+                    model,
+                    torch.tensor(padded, device=model.device),
+                    prompt_mask.long().to(model.device),
+                    limit,
+                    end_tokens(model, tokenizer),
+                    tokenizer.pad_token_id,
+                    sampling,
+                    generator,
+                )
+            )
+    length = max(part.response_mask.shape[1] for part in parts)
+
+    def join(tensors: Sequence[Tensor], columns: int, fill: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, columns - t.shape[1]), value=fill) for t in tensors])
+
+    return Batch(
+        join([part.tokens for part in parts], width + length, tokenizer.pad_token_id),
+        join([part.attention_mask for part in parts], width + length, 0),
+        join([part.response_mask for part in parts], length, 0),
+    )
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokens: Tensor,  # [B, P] int64
+    attention_mask: Tensor,  # [B, P] int64
+    limit: int,
+    end: Tensor,  # [E] int64
+    pad: int,
+    sampling: DictConfig,
+    generator: torch.Generator,
+) -> Batch:
+    """One token a forward, with a cache of keys and values, until every row has ended."""
+    prompt_width = tokens.shape[1]
+    open_rows = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    new, cache, response_mask = tokens, None, []
+    for _ in range(limit):
+        output = model(
+            input_ids=new,
+            attention_mask=attention_mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        drawn = sample(output.logits[:, -1].float(), sampling, generator)
+        new = torch.where(open_rows, drawn, pad)[:, None]
+        response_mask.append(open_rows)
+        tokens = torch.cat([tokens, new], -1)
+        attention_mask = torch.cat([attention_mask, open_rows.long()[:, None]], -1)
+        position = position[:, -1:] + 1
+        open_rows = open_rows & ~torch.isin(drawn, end)
+        if not open_rows.any():
+            break
+    assert tokens.shape[1] == prompt_width + len(response_mask)
+    return Batch(tokens, attention_mask, torch.stack(response_mask, -1))
+
+
+def sample(logits: Tensor, sampling: DictConfig, generator: torch.Generator) -> Tensor:
+    """A token id for each row of logits [B, V]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k != -1:
+        smallest = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all better tokens
+        logits = torch.full_like(logits, -torch.inf).scatter(
+            -1, index, ordered.masked_fill(before >= sampling.top_p, -torch.inf)
+        )
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids that end a response: the tokenizer's, and those that the model's generation configuration adds."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
+    return torch.tensor(sorted({tokenizer.eos_token_id, *ids}), device=model.device)
+
+
+def score(
+    tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer
+) -> Tensor:
+    """The reward of each response, [B] float32."""
+    rewards = []
+    for problem, response, mask in zip(problems, batch.responses.tolist(), batch.response_mask.tolist(), strict=True):
+        ids = [token for token, inside in zip(response, mask, strict=True) if inside]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        rewards.append(scorer(problem.data_source, text, problem.ground_truth, problem.extra_info))
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+def validate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    scorer: Scorer,
+    config: DictConfig,
+) -> dict[str, float]:
+    """Mean reward of each data source, as `val-core/SOURCE/reward/mean@n`."""
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    generator = torch.Generator(model.device).manual_seed(config.actor_rollout_ref.rollout.seed)
+    size = config.data.val_batch_size or len(examples)
+    by_source: dict[str, list[float]] = defaultdict(list)
+    for begin in range(0, len(examples), size):
+        group = [example for example in examples[begin : begin + size] for _ in range(sampling.n)]
+        batch = generate(model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
+        rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer)
+        for (problem, _), reward in zip(group, rewards.tolist(), strict=True):
+            by_source[problem.data_source].append(reward)
+    return {
+        f"val-core/{source}/reward/mean@{sampling.n}": sum(rewards) / len(rewards)
+        for source, rewards in by_source.items()
+    }
+
+
+def compute_advantages(rewards: Tensor, mask: Tensor, config: DictConfig) -> Tensor:
+    """[B] rewards of responses that stand side by side for each problem -> [B, S] advantages."""
+    settings = config.algorithm
+    problem = torch.arange(len(rewards), device=rewards.device) // config.actor_rollout_ref.rollout.n
+    match settings.adv_estimator:
+        case "grpo":
+            return advantages.grpo(rewards, mask, problem, norm_by_std=settings.norm_adv_by_std_in_grpo)
+        case "rloo":
+            return advantages.rloo(rewards, mask, problem)
+        case "gpg":
+            return advantages.gpg(rewards, mask, problem)
+        case _:
+            return advantages.reinforce_plus_plus(rewards, mask, gamma=settings.gamma)
+
+
+# ---- Learning
+
+
+def log_prob_and_entropy(
+    model: PreTrainedModel, batch: Batch, config: DictConfig, *, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the response tokens and the policy's entropies, both [B, S] float32, 0 outside the mask.
+
+    Both are of softmax(logits / temperature), the distribution that sampling drew from (before top_p and top_k).
+    """
+    length = batch.response_mask.shape[1]
+    with autocast(model.device, config):
+        logits = model(
+            input_ids=batch.tokens,
+            attention_mask=batch.attention_mask,
+            position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            # The logits at a position are those of the next token.
+            logits_to_keep=length + 1,
+        ).logits[:, :-1]
+    return logprob_entropy(
+        logits,
+        batch.responses,
+        mask=batch.response_mask,
+        temperature=config.actor_rollout_ref.rollout.temperature,
+        entropy_grad=entropy_grad,
+    )
+
+
+@torch.no_grad()
+def compute_log_prob(model: PreTrainedModel, batch: Batch, config: DictConfig) -> tuple[Tensor, Tensor]:
+    """`log_prob_and_entropy` of a whole batch, a micro-batch at a time and without gradient."""
+    model.eval()
+    size = (
+        config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
+        or config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu
+        or len(batch.tokens)
+    )
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device).split(size)
+    log_prob, entropy = zip(*(log_prob_and_entropy(model, batch.rows(index), config) for index in rows), strict=True)
+    return torch.cat(log_prob), torch.cat(entropy)
+
+
+def update(
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    experience: Experience,
+    step: int,
+    total_steps: int,
+    config: DictConfig,
+) -> dict[str, float]:
+    """The optimizer steps of a training step. Returns their mean metrics."""
+    actor = config.actor_rollout_ref.actor
+    model.train()
+    learning_rate = actor.optim.lr * lr_factor(step - 1, total_steps, actor.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+    history: dict[str, list[Tensor]] = defaultdict(list)
+    for mini_batch in mini_batches(experience, step, config):
+        optimizer.zero_grad()
+        for name, value in accumulate_gradients(model, mini_batch, step, config).items():
+            history[name].append(value)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), actor.optim.clip_grad)
+        history["actor/grad_norm"].append(grad_norm.detach())
+        if grad_norm.isfinite():
+            optimizer.step()
+        else:
+            print(f"step {step}: the gradient is not finite; this optimizer step is left out", file=sys.stderr)
+    return {name: torch.stack(values).double().mean().item() for name, values in history.items()} | {
+        "actor/lr": learning_rate
+    }
+
+
+def mini_batches(experience: Experience, step: int, config: DictConfig) -> Iterator[Experience]:
+    """What each optimizer step learns from: whole groups, in order or, with actor.shuffle, at random."""
+    actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    device = experience.advantages.device
+    generator = torch.Generator().manual_seed(actor.data_loader_seed * 1_000_003 + step)
+    rows = torch.arange(len(experience.advantages)).view(-1, n)
+    for _ in range(actor.ppo_epochs):
+        order = torch.randperm(len(rows), generator=generator) if actor.shuffle else torch.arange(len(rows))
+        for groups in order.split(actor.ppo_mini_batch_size):
+            yield experience.rows(rows[groups].flatten().to(device))
+
+
+def accumulate_gradients(
+    model: PreTrainedModel, mini_batch: Experience, step: int, config: DictConfig
+) -> dict[str, Tensor]:
+    """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics.
+
+    The divisors of every mean are counts over the whole mini-batch, so that the losses of its micro-batches add up.
+    """
+    actor, ratio = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.entropy_top_ratio
+    mask = mini_batch.batch.response_mask
+    rows = torch.arange(len(mask), device=mask.device).split(actor.ppo_micro_batch_size_per_gpu or len(mask))
+    tokens = torch.stack([mask[index].sum() for index in rows])  # response tokens of each micro-batch
+    counts = top_k_count(tokens, ratio) if ratio else tokens
+    aggregation = {
+        "loss_agg_mode": actor.loss_agg_mode,
+        "batch_num_tokens": tokens.sum(),
+        "global_batch_size": len(mask),
+        "loss_scale_factor": actor.loss_scale_factor or config.data.max_response_length,
+    }
+
+    metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
+    for number, index in enumerate(rows):
+        micro = mini_batch.rows(index)
+        response_mask = micro.batch.response_mask
+        log_prob, entropy = log_prob_and_entropy(
+            model, micro.batch, config, entropy_grad=actor.entropy_coeff != 0
+        )
+
+        selected, policy_aggregation = None, dict(aggregation)
+        if ratio:
+            selected, means = select_tokens(entropy.detach(), response_mask, ratio, actor.entropy_top_rule)
+            if actor.entropy_top_normalize == "selected":
+                policy_aggregation["batch_num_tokens"] = token_divisor(selected, counts[number], counts.sum())
+        else:
+            means = {}
+        loss, policy_metrics = policy_loss(
+            log_prob,
+            micro.old_log_prob,
+            micro.advantages,
+            response_mask,
+            entropy_mask=selected,
+            normalize=actor.entropy_top_normalize,
+            clip_ratio=actor.clip_ratio,
+            clip_ratio_low=actor.clip_ratio_low,
+            clip_ratio_high=actor.clip_ratio_high,
+            clip_ratio_c=actor.clip_ratio_c,
+            tau_pos=actor.tau_pos,
+            tau_neg=actor.tau_neg,
+            seed=config.actor_rollout_ref.rollout.seed * 1_000_003 + step * 1009 + number,
+            **actor.policy_loss,
+            **policy_aggregation,
+        )
+        sums = {"actor/pg_loss": loss.detach()}
+        if actor.entropy_coeff != 0:
+            bonus = aggregate(entropy, response_mask, **aggregation)
+            loss = loss - actor.entropy_coeff * bonus
+            sums["actor/entropy_loss"] = bonus.detach()
+        if micro.ref_log_prob is not None:
+            penalty = kl_loss(
+                log_prob, micro.ref_log_prob, response_mask, kl_loss_type=actor.kl_loss_type, **aggregation
+            )
+            loss = loss + actor.kl_loss_coef * penalty
+            sums["actor/kl_loss"] = penalty.detach()
+        loss.backward()
+
+        sums["actor/loss"] = loss.detach()
+        means |= policy_metrics
+        for name, value in sums.items():
+            metrics[name] = metrics[name] + value
+        for name, value in means.items():
+            metrics[name] = metrics[name] + value * tokens[number] / tokens.sum().clamp(min=1)
+    return metrics
+
+
+def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:
+    """Share of the learning rate at a step (0 is the first), as verl schedules it."""
+    warmup = optim.lr_warmup_steps
+    if warmup <= 0:
+        warmup = int(optim.lr_warmup_steps_ratio * total_steps)
+    if step < warmup:
+        return step / warmup
+    if optim.lr_scheduler_type == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    wave = math.cos(2 * math.pi * optim.num_cycles * progress)
+    return max(optim.min_lr_ratio, (1 + optim.min_lr_ratio) / 2 + wave * (1 - optim.min_lr_ratio) / 2)
+
+
+def autocast(device: torch.device, config: DictConfig) -> torch.autocast:
+    dtype = config.actor_rollout_ref.actor.fsdp_config.dtype
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# ---- Metrics, under verl's names
+
+
+def batch_metrics(
+    batch: Batch, rewards: Tensor, advantage: Tensor, entropy: Tensor, config: DictConfig
+) -> dict[str, float]:
+    actor, mask = config.actor_rollout_ref.actor, batch.response_mask
+    length = mask.sum(-1).float()
+    prompt_length = batch.attention_mask.sum(-1) - length
+    scale = actor.loss_scale_factor or config.data.max_response_length
+    metrics = {
+        "actor/entropy": aggregate(
+            entropy, mask, loss_agg_mode=actor.loss_agg_mode, loss_scale_factor=scale
+        ).item(),
+        "response_length/clip_ratio": (length == config.data.max_response_length).float().mean().item(),
+    }
+    for name, values in {
+        "critic/score": rewards,
+        "critic/rewards": rewards,
+        "critic/advantages": advantage[mask],
+        "response_length": length,
+        "prompt_length": prompt_length,
+    }.items():
+        for statistic in ("mean", "max", "min"):
+            metrics[f"{name}/{statistic}"] = getattr(values, statistic)().item()
+    return metrics
+
+
+class Timer:
+    """Seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - start
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        step = time.perf_counter() - self._start
+        return {f"timing_s/{name}": value for name, value in (self._seconds | {"step": step}).items()} | {
+            "perf/total_num_tokens": tokens,
+            "perf/time_per_step": step,
+            "perf/throughput": tokens / step,
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
