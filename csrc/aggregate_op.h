@@ -4,6 +4,9 @@
 //   // Writes all outputs of a token loss.
 //   template <class T, class TokenLoss>
 //   static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&, const LossOutputs&);
+//   // Writes T [rows, cols]: the backward.
+//   template <class T>
+//   static void scale(const LossGradient&, const Tensor& out);
 #pragma once
 
 #include <algorithm>
@@ -161,6 +164,39 @@ struct CheckedNormalization : Normalization {
 template <class Fn>
 void dispatch_accumulate(ScalarType dtype, Fn fn) {
   dtype == ScalarType::Double ? fn(double{}) : fn(float{});
+}
+
+// What the backward of every loss op multiplies, in the accumulate dtype.
+struct LossGradient {
+  int64_t rows;
+  int64_t cols;
+  Tensor grad_loss;  // []
+  Tensor gradient;   // [rows, cols]
+  Tensor row_scale;  // [rows]
+};
+
+template <class Backend>
+Tensor loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tensor& row_scale,
+                     const Tensor& values) {
+  check_floating("values", values);
+  check(values.dim() == 2, "values has shape ", shape_name(shape_of(values)),
+        "; it must be [rows, tokens]");
+  const int64_t rows = values.size(0);
+  const int64_t cols = values.size(1);
+  const ScalarType dtype = accumulate_dtype(values.scalar_type());
+  const auto input = [&](const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
+    check_floating(name, tensor);
+    check_shape(name, tensor, shape, "as values and the forward make it");
+    check_same_device(name, tensor, "values", values);
+    return as_contiguous(tensor, dtype);
+  };
+  const LossGradient in{rows, cols, input("grad_loss", grad_loss, {}),
+                        input("gradient", gradient, {rows, cols}),
+                        input("row_scale", row_scale, {rows})};
+  Tensor out = torch::stable::new_empty(values, {rows, cols});
+  dispatch_floating(values.scalar_type(),
+                    [&](auto element) { Backend::template scale<decltype(element)>(in, out); });
+  return out;
 }
 
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;

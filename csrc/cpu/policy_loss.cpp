@@ -87,4 +87,6 @@ struct PolicyLoss : TokenLosses {
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
   m.impl("policy_loss_forward",
          TORCH_BOX(&entropy_rl::policy_loss_forward<entropy_rl::cpu::PolicyLoss>));
+  m.impl("policy_loss_backward",
+         TORCH_BOX(&entropy_rl::loss_backward<entropy_rl::cpu::TokenLosses>));
 }

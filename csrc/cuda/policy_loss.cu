@@ -55,4 +55,6 @@ struct PolicyLoss : TokenLosses {
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
   m.impl("policy_loss_forward",
          TORCH_BOX(&entropy_rl::policy_loss_forward<entropy_rl::cuda::PolicyLoss>));
+  m.impl("policy_loss_backward",
+         TORCH_BOX(&entropy_rl::loss_backward<entropy_rl::cuda::TokenLosses>));
 }

@@ -200,6 +200,13 @@ ENTROPY_RL_HD inline RowLoss row_loss(const LossSums<double>& row, const BatchSu
   }
 }
 
+// d loss / d value of a token from its two factors, `scale` being row_scale times the incoming gradient.
+// Selected, not multiplied: a token that is out has 0 even where the scale is NaN.
+template <class T>
+ENTROPY_RL_HD inline T token_gradient(T gradient, T scale) {
+  return gradient == T(0) ? T(0) : gradient * scale;
+}
+
 // actor/pg_clipfrac, actor/ppo_kl, actor/pg_clipfrac_lower, actor/entropy_token_ratio.
 constexpr int kMetrics = 4;
 
