@@ -1,5 +1,5 @@
-// How tokens add up: the arithmetic of rows and batch, and the kernels of aggregate, unmodified, under
-// the SIMT shim.
+// How tokens add up: the arithmetic of rows and batch, and the kernels of aggregate, unmodified,
+// under the SIMT shim.
 #include "kernels/aggregate.cuh"
 
 #include <gtest/gtest.h>
@@ -16,7 +16,8 @@ using testing::LossRun;
 using testing::normalization;
 using testing::TokenBatch;
 
-// Two rows: losses 6 over 2 of 4 response tokens, and 3 over 1 of 1; a third without response tokens.
+// Two rows: losses 6 over 2 of 4 response tokens, and 3 over 1 of 1; a third without response
+// tokens.
 const LossSums<double> kRows[] = {{6, 2, 4, 1, 0, 2, 0, 0}, {3, 1, 1, 1, 1, 3, 0, 0}, {}};
 
 double total(const Normalization& by) {

@@ -23,7 +23,8 @@ TEST(KlPenalty, Values) {
     EXPECT_NEAR(K1Penalty<double>{false}(token(d)).loss, d, 1e-12);
     EXPECT_NEAR(AbsPenalty<double>{false}(token(d)).loss, std::abs(d), 1e-12);
     EXPECT_NEAR(K2Penalty<double>{}(token(d)).loss, d * d / 2, 1e-12);
-    EXPECT_NEAR(K3Penalty<double>{false}(token(d)).loss, std::min(std::exp(-d) + d - 1, 10.0), 1e-12);
+    EXPECT_NEAR(K3Penalty<double>{false}(token(d)).loss, std::min(std::exp(-d) + d - 1, 10.0),
+                1e-12);
   }
 }
 

@@ -1,5 +1,5 @@
-// The policy losses of one token against their formulas, and the kernels of policy_loss, unmodified,
-// under the SIMT shim.
+// The policy losses of one token against their formulas, and the kernels of policy_loss,
+// unmodified, under the SIMT shim.
 #include "kernels/policy_loss.cuh"
 
 #include <gtest/gtest.h>
@@ -27,7 +27,8 @@ Token<double> token(double d, double advantage, double old_log_prob = -1.5) {
   return {old_log_prob + d, old_log_prob, advantage, 0, false};
 }
 
-// Ratios inside, below and above the clip range and the dual clip, for either sign of the advantage.
+// Ratios inside, below and above the clip range and the dual clip, for either sign of the
+// advantage.
 std::vector<Token<double>> tokens() {
   std::vector<Token<double>> all;
   for (const double d : {-3.0, -0.4, -0.05, 0.1, 0.4, 1.4}) {
@@ -51,8 +52,8 @@ void expect_formula(const TokenLoss& loss, const Formula& formula) {
 template <class TokenLoss>
 void expect_derivative(const TokenLoss& loss) {
   for (const Token<double>& t : tokens()) {
-    EXPECT_NEAR(loss(t).gradient, numeric_gradient(loss, t), 1e-6) << t.log_prob << " "
-                                                                   << t.advantage;
+    EXPECT_NEAR(loss(t).gradient, numeric_gradient(loss, t), 1e-6)
+        << t.log_prob << " " << t.advantage;
   }
 }
 
@@ -142,8 +143,8 @@ TEST(PolicyLoss, Dppo) {
   const DppoKlLoss<double> kl{0.05, 0.1, 1.2};
   for (const Token<double>& t : tokens()) {
     const double p = std::exp(t.log_prob), q = std::exp(t.old_log_prob);
-    const double divergence = q * (t.old_log_prob - t.log_prob) +
-                              (1 - q) * std::log((1 - q + 1e-8) / (1 - p + 1e-8));
+    const double divergence =
+        q * (t.old_log_prob - t.log_prob) + (1 - q) * std::log((1 - q + 1e-8) / (1 - p + 1e-8));
     const bool tv_valid = t.advantage > 0 ? p - q <= 0.1 : p - q >= -0.05;
     const bool kl_valid =
         t.advantage > 0 ? divergence <= 0.1 || p <= q : divergence <= 0.05 || p >= q;
@@ -220,7 +221,7 @@ TEST(Mixed, IsSplitmix64) {
   EXPECT_EQ(mixed(1234567 + 0x9e3779b97f4a7c15u), 3203168211198807973u);
 }
 
-// --- Kernels --------------------------------------------------------------------------------------
+// --- Kernels ---
 
 template <class T>
 class PolicyLossKernels : public ::testing::Test {};
@@ -321,7 +322,10 @@ struct KeysRun {
   simt::Buffer<typename CovarianceKey::Key> keys;
 
   KeysRun(const CovarianceKey& key, const TokenInputs<T>& in, int64_t seed_value)
-      : moments(in.tiles()), batch(1), seed(std::vector<int64_t>{seed_value}), keys(in.rows * in.cols) {
+      : moments(in.tiles()),
+        batch(1),
+        seed(std::vector<int64_t>{seed_value}),
+        keys(in.rows * in.cols) {
     simt::launch(kBlocks, kThreads, moments_kernel<T>, in, moments.data());
     simt::launch(1, kThreads, covariance_moments_kernel<T, CovarianceKey>, key, moments.data(),
                  in.tiles(), batch.data());

@@ -1,4 +1,5 @@
-// A batch of tokens in the shim's device memory, for the tests of aggregate, kl_loss and policy_loss.
+// A batch of tokens in the shim's device memory, for the tests of aggregate, kl_loss and
+// policy_loss.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -58,9 +59,16 @@ struct TokenBatch {
   }
 
   TokenInputs<T> inputs() {
-    return {log_prob.data(),      old_log_prob.data(), advantages.data(), weights.data(),
-            response_mask.data(), entropy_mask.data(), nullptr,           nullptr,
-            rows,                 cols};
+    return {log_prob.data(),
+            old_log_prob.data(),
+            advantages.data(),
+            weights.data(),
+            response_mask.data(),
+            entropy_mask.data(),
+            nullptr,
+            nullptr,
+            rows,
+            cols};
   }
   bool response(int64_t i) { return response_mask[i] != 0; }
   bool selected(int64_t i) { return response(i) && entropy_mask[i] != 0; }
