@@ -50,7 +50,7 @@ struct PlainValue {
 template <class TokenLoss>
 inline constexpr bool kIsSequenceLoss = false;
 
-// --- Sums ---
+// ---- Sums ----
 
 // What a call reads: contiguous [rows, cols]; null where the caller has none.
 template <class T>
@@ -116,7 +116,7 @@ ENTROPY_RL_HD inline T log_of_weight(T weight) {
 // Keeps verl's divisions by a masked count from being 0 / 0.
 constexpr double kCountEpsilon = 1e-8;
 
-// --- From sums to the loss ---
+// ---- From sums to the loss ----
 
 enum class Aggregation {
   kTokenMean,

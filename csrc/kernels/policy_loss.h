@@ -243,7 +243,7 @@ struct CispoLoss {
   }
 };
 
-// --- Sums before the pass ---
+// ---- Sums before the pass ----
 
 // Sums over response tokens that some losses need before their pass.
 template <class T>
@@ -268,7 +268,7 @@ ENTROPY_RL_HD inline double sequence_log_ratio(const Moments<double>& row) {
   return row.log_ratio / (row.response > 1 ? row.response : 1);
 }
 
-// --- Choice by covariance: clip_cov and kl_cov ---
+// ---- Choice by covariance: clip_cov and kl_cov ----
 
 // What the choice needs to know of the whole batch.
 struct CovarianceMoments {

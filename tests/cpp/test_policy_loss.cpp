@@ -221,7 +221,7 @@ TEST(Mixed, IsSplitmix64) {
   EXPECT_EQ(mixed(1234567 + 0x9e3779b97f4a7c15u), 3203168211198807973u);
 }
 
-// --- Kernels ---
+// ---- Kernels ----
 
 template <class T>
 class PolicyLossKernels : public ::testing::Test {};
