@@ -3,7 +3,8 @@
 //
 //   // Writes all outputs of a token loss.
 //   template <class T, class TokenLoss>
-//   static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&, const LossOutputs&);
+//   static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&,
+//                   const LossOutputs&);
 //   // Writes T [rows, cols]: the backward.
 //   template <class T>
 //   static void scale(const LossGradient&, const Tensor& out);
@@ -118,13 +119,12 @@ struct AggregationArguments {
 };
 
 inline Aggregation parse_aggregation(const std::string& name) {
-  return parse_choice<Aggregation>(
-      "loss_agg_mode", name,
-      {{"token-mean", Aggregation::kTokenMean},
-       {"token-sum", Aggregation::kTokenSum},
-       {"seq-mean-token-sum", Aggregation::kSeqMeanTokenSum},
-       {"seq-mean-token-sum-norm", Aggregation::kSeqMeanTokenSumNorm},
-       {"seq-mean-token-mean", Aggregation::kSeqMeanTokenMean}});
+  return parse_choice<Aggregation>("loss_agg_mode", name,
+                                   {{"token-mean", Aggregation::kTokenMean},
+                                    {"token-sum", Aggregation::kTokenSum},
+                                    {"seq-mean-token-sum", Aggregation::kSeqMeanTokenSum},
+                                    {"seq-mean-token-sum-norm", Aggregation::kSeqMeanTokenSumNorm},
+                                    {"seq-mean-token-mean", Aggregation::kSeqMeanTokenMean}});
 }
 
 // Normalization with the tensor that its pointer points into.
@@ -207,9 +207,9 @@ LossTuple aggregate_forward(const Tensor& values, const Tensor& mask,
                             std::optional<Tensor> global_batch_size, std::string loss_agg_mode,
                             int64_t dp_size, std::optional<double> loss_scale_factor) {
   const TokenTensors tokens("values", values, "mask", mask);
-  const CheckedNormalization normalization({loss_agg_mode, "response", dp_size, batch_num_tokens,
-                                            global_batch_size, loss_scale_factor},
-                                           tokens);
+  const CheckedNormalization normalization(
+      {loss_agg_mode, "response", dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
+      tokens);
   const LossOutputs out(tokens);
   dispatch_accumulate(tokens.dtype, [&](auto element) {
     using T = decltype(element);

@@ -139,9 +139,7 @@ def policy_loss(
 
 @functools.cache
 def _warn_not_applied(loss_mode: str) -> None:
-    warnings.warn(
-        f"entropy_mask is not applied: loss_mode '{loss_mode}' weighs each sequence as a whole", stacklevel=3
-    )
+    warnings.warn(f"entropy_mask is not applied: loss_mode '{loss_mode}' weighs each sequence as a whole", stacklevel=3)
 
 
 @torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd")

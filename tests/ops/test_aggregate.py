@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from compiled import compile_counting
-from losses import AGGREGATIONS, DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
 
+from compiled import compile_counting
 from entropy_rl_ext import aggregate, reference
+from losses import AGGREGATIONS, DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,9 +37,7 @@ def test_each_aggregation_as_it_is_documented(device):
     }
     for mode in AGGREGATIONS:
         assert aggregate(values, mask, loss_agg_mode=mode).item() == pytest.approx(expected[mode])
-        doubled = aggregate(
-            values, mask, loss_agg_mode=mode, dp_size=2, batch_num_tokens=3, global_batch_size=2
-        )
+        doubled = aggregate(values, mask, loss_agg_mode=mode, dp_size=2, batch_num_tokens=3, global_batch_size=2)
         assert doubled.item() == pytest.approx(2 * expected[mode])
 
 
@@ -102,7 +100,7 @@ def test_compile_fullgraph_and_no_recompile(device):
 
 def test_bad_input(device):
     values, mask = torch.zeros(3, 9, device=device), torch.ones(3, 9, device=device)
-    with pytest.raises(ValueError, match="loss_agg_mode is 'mean'; it must be one of 'token-mean', .*"):
+    with pytest.raises(ValueError, match="loss_agg_mode is 'mean'; it must be one of 'token-mean', 'token-sum'"):
         aggregate(values, mask, loss_agg_mode="mean")
     with pytest.raises(ValueError, match=r"mask has shape \[3, 8\]; it must be \[3, 9\]"):
         aggregate(values, mask[:, 1:])

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from compiled import compile_counting
-from losses import DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
 
+from compiled import compile_counting
 from entropy_rl_ext import kl_loss, reference
+from losses import DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
 
 BASE = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 TYPES = BASE + [name + "+" for name in BASE]
@@ -82,9 +82,7 @@ def test_far_policies_are_clamped(device):
     log_prob = torch.tensor([[-100.0, 0.0, -5.0]], device=device)
     ref_log_prob = torch.tensor([[0.0, -100.0, -1.0]], device=device)
     mask = torch.ones(1, 3, device=device)
-    each = [
-        kl_loss(log_prob[:, i : i + 1], ref_log_prob[:, i : i + 1], mask[:, :1]).item() for i in range(3)
-    ]
+    each = [kl_loss(log_prob[:, i : i + 1], ref_log_prob[:, i : i + 1], mask[:, :1]).item() for i in range(3)]
     assert each == pytest.approx([10, 10, 10])  # 4.85e8, 19 and e^4 - 5 before the clamp
 
 

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from compiled import compile_counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses import AGGREGATIONS, DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
 
+from compiled import compile_counting
 from entropy_rl_ext import policy_loss, reference
 from entropy_rl_ext.ops.policy_loss import _warn_not_applied
+from losses import AGGREGATIONS, DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
 
 MODES = [
     "vanilla",
@@ -408,9 +408,7 @@ def test_clip_cov_drops_all_eligible_tokens_where_the_ratio_allows_it(device):
 def test_kl_cov_takes_the_first_of_equal_covariances(device):
     ones = torch.ones(2, 4, device=device)
     log_prob = -ones.clone().requires_grad_()
-    loss, _ = policy_loss(
-        log_prob, -2 * ones, ones, ones, loss_mode="kl_cov", kl_cov_ratio=0.375, ppo_kl_coef=1.0
-    )
+    loss, _ = policy_loss(log_prob, -2 * ones, ones, ones, loss_mode="kl_cov", kl_cov_ratio=0.375, ppo_kl_coef=1.0)
     (gradient,) = torch.autograd.grad(loss, log_prob)
     pushed = gradient != gradient[1, 3]
     assert pushed.flatten().tolist() == [True] * 3 + [False] * 5
