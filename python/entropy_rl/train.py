@@ -321,7 +321,6 @@ def _generate(
     generator: torch.Generator,
 ) -> Batch:
     """One token a forward, with a cache of keys and values, until every row has ended."""
-    prompt_width = tokens.shape[1]
     open_rows = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     new, cache, response_mask = tokens, None, []
@@ -344,7 +343,6 @@ def _generate(
         open_rows = open_rows & ~torch.isin(drawn, end)
         if not open_rows.any():
             break
-    assert tokens.shape[1] == prompt_width + len(response_mask)
     return Batch(tokens, attention_mask, torch.stack(response_mask, -1))
 
 
@@ -539,7 +537,8 @@ def accumulate_gradients(
         selected, policy_aggregation = None, dict(aggregation)
         if ratio:
             selected, means = select_tokens(entropy.detach(), response_mask, ratio, actor.entropy_top_rule)
-            if actor.entropy_top_normalize == "selected":
+            applied = actor.policy_loss.loss_mode not in ("gspo", "geo_mean")  # they weigh a sequence as a whole
+            if applied and actor.entropy_top_normalize == "selected":
                 policy_aggregation["batch_num_tokens"] = token_divisor(selected, counts[number], counts.sum())
         else:
             means = {}
@@ -560,6 +559,8 @@ def accumulate_gradients(
             **actor.policy_loss,
             **policy_aggregation,
         )
+        if actor.policy_loss.loss_mode == "geo_mean":  # a mean over the rows of its own batch, whatever the divisors
+            loss = loss * (len(index) / len(mask))
         sums = {"actor/pg_loss": loss.detach()}
         if actor.entropy_coeff != 0:
             bonus = aggregate(entropy, response_mask, **aggregation)

@@ -1,0 +1,260 @@
+"""A small model learns Countdown by reinforcement on the fifth of its tokens that have the highest entropy.
+
+    python -m entropy_rl.demo [--directory demo] [--seed 0]
+
+Makes a Qwen3 of 0.6 million parameters, warms it up on traces whose arithmetic is right but which mostly miss the
+target, runs `python -m entropy_rl.train` on it, and shows what that changed on problems that it never saw.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import transformers
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from entropy_rl import checkpoint, config, countdown, tasks, train
+from entropy_rl.selection import select_tokens
+
+TOP_RATIO = 0.2
+TRAIN_PROBLEMS = 16384
+VALIDATION_PROBLEMS = 512
+# So many of the warm-up's traces reach the target; the others are correct arithmetic towards some other number.
+SOLVED_SHARE = 0.3
+SELECTED, PLAIN = "\033[1;30;43m", "\033[0m"  # black on yellow
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m entropy_rl.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything is written")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warmup-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=120, help="steps of reinforcement learning")
+    arguments = parser.parse_args()
+    directory: Path = arguments.directory
+    start = time.perf_counter()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    torch.manual_seed(arguments.seed)
+    tokenizer, model = make_tokenizer(), make_model()
+    print(f"1/3 Warm-up of a Qwen3 with {model.num_parameters():,} parameters on Countdown traces")
+    warm_up(model, tokenizer, arguments.warmup_steps, random.Random(f"warm-up {arguments.seed}"))
+    model.save_pretrained(directory / "warm")
+    tokenizer.save_pretrained(directory / "warm")
+
+    print(f"2/3 Reinforcement learning on the {TOP_RATIO:.0%} of the tokens that have the highest entropy")
+    write_problems(directory / "train.parquet", random.Random(f"train {arguments.seed}"), TRAIN_PROBLEMS)
+    write_problems(directory / "val.parquet", random.Random("val"), VALIDATION_PROBLEMS, held_out=True)
+    overrides = training_overrides(directory, arguments.seed, arguments.steps)
+    command = " ".join(["python -m entropy_rl.train", *overrides])
+    (directory / "command.txt").write_text(command + "\n")
+    status = train.main(overrides)
+    if status:
+        return status
+
+    print("3/3 What changed on problems with numbers that neither phase ever saw together")
+    settings = config.load(overrides)
+    run = Path(settings.trainer.default_local_dir)
+    trained = checkpoint.model_directory(run / f"global_step_{arguments.steps}")
+    before = examine(directory / "warm", settings)
+    after = examine(trained, settings, samples=6)
+    accuracy = validation_accuracy(run / "metrics.jsonl")
+    results = {
+        "seed": arguments.seed,
+        "accuracy": {"before": accuracy[0], "after": accuracy[-1], "all": accuracy},
+        "forks": {"before": before, "after": after},
+        "seconds": time.perf_counter() - start,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "command": command,
+    }
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(
+        f"\n{'':44}    before     after\n"
+        f"{f'solved, of {VALIDATION_PROBLEMS} held-out problems (greedy)':44}"
+        f"{accuracy[0]:>10.1%}{accuracy[-1]:>10.1%}\n"
+        f"{'forks among the selected tokens':44}{before['selected']:>10.1%}{after['selected']:>10.1%}\n"
+        f"{'forks among all response tokens':44}{before['all']:>10.1%}{after['all']:>10.1%}\n\n"
+        f"metrics     {run / 'metrics.jsonl'}, {run / 'tensorboard'}\n"
+        f"curves      {run / 'curves.png'}\n"
+        f"model       {trained}\n"
+        f"command     {directory / 'command.txt'}\n"
+        f"{results['seconds']:.0f} s"
+    )
+    return 0
+
+
+def training_overrides(directory: Path, seed: int, steps: int) -> list[str]:
+    """The command line of the trainer."""
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    return [
+        f"actor_rollout_ref.model.path={directory / 'warm'}",
+        f"data.train_files={directory / 'train.parquet'}",
+        f"data.val_files={directory / 'val.parquet'}",
+        f"reward.custom_reward_function.path={countdown.__file__}",
+        "data.max_prompt_length=8",
+        "data.max_response_length=12",
+        "data.train_batch_size=64",
+        f"data.seed={seed}",
+        f"{rollout}.n=16",
+        f"{rollout}.seed={seed}",
+        f"{actor}.entropy_top_ratio={TOP_RATIO}",
+        f"{actor}.clip_ratio_high=0.28",
+        f"{actor}.ppo_mini_batch_size=32",
+        f"{actor}.optim.lr=2e-4",
+        f"{actor}.optim.weight_decay=0.0",
+        f"trainer.total_training_steps={steps}",
+        f"trainer.test_freq={max(1, steps // 4)}",
+        f"trainer.save_freq={steps}",
+        f"trainer.default_local_dir={directory / 'run'}",
+    ]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: numbers, operators, marks."""
+    words = ["<pad>", "<eos>", "->", ":", "=", ",", *countdown.OPERATORS]
+    words += [str(number) for number in range(1, countdown.LARGEST + 1)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        # Cleaning up would take the spaces before commas away.
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model() -> Qwen3ForCausalLM:
+    tokenizer = make_tokenizer()
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def warm_up(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: int,
+    generator: random.Random,
+    batch_size: int = 128,
+    peak_lr: float = 2e-3,
+) -> None:
+    """Supervised training on traces: the model learns the format and the arithmetic, and to choose mostly at random."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    source = countdown.problems(generator)
+    end = tokenizer.eos_token
+    for step in (bar := tqdm(range(steps), unit="step")):
+        texts = []
+        for _ in range(batch_size):
+            problem, trace = next(source)
+            if generator.random() > SOLVED_SHARE:
+                trace = countdown.random_steps(problem.numbers, generator) or trace
+            texts.append(f"{problem.prompt()} {countdown.write(trace)} {end}")
+        tokens = torch.tensor(tokenizer(texts)["input_ids"])  # all of one length
+        length = countdown.response_tokens(len(problem.numbers))
+        logits = model(tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -length:].flatten())
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min(1.0, (step + 1) / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def write_problems(path: Path, generator: random.Random, count: int, *, held_out: bool = False) -> None:
+    """A Parquet file in verl's format."""
+    rows = []
+    for _, (problem, _) in zip(range(count), countdown.problems(generator, held_out=held_out), strict=False):
+        rows.append(
+            {
+                "data_source": "countdown",
+                "prompt": [{"role": "user", "content": problem.prompt()}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": problem._asdict()},
+                "extra_info": {"split": "val" if held_out else "train", "index": len(rows)},
+            }
+        )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[str, float]:
+    """Share of forks among the selected and among all tokens of responses to the held-out problems, sampled as in
+    training. Prints `samples` of the responses with the selected tokens coloured."""
+    tokenizer = train.load_tokenizer(settings.actor_rollout_ref.model)
+    model = train.load_model(settings.actor_rollout_ref.model, model_path).to(
+        train.choose_device(settings.trainer.device)
+    )
+    _, problems, scorer = tasks.load_tasks(settings)
+    examples = train.encode(tokenizer, problems, settings, "data.val_files")
+    rollout, actor = settings.actor_rollout_ref.rollout, settings.actor_rollout_ref.actor
+    generator = torch.Generator(model.device).manual_seed(rollout.seed)
+    batch = train.generate(
+        model, tokenizer, [prompt for _, prompt in examples], settings, rollout, generator
+    )
+    rewards = train.score(tokenizer, batch, problems, scorer)
+    _, entropy = train.compute_log_prob(model, batch, settings)
+    selected, _ = select_tokens(entropy, batch.response_mask, actor.entropy_top_ratio, actor.entropy_top_rule)
+    words = [tokenizer.convert_ids_to_tokens(row) for row in batch.responses.tolist()]
+    forks = torch.tensor([countdown.forks(row) for row in words], device=model.device)
+    for row in range(samples):
+        prompt = problems[row].messages[0]["content"]
+        print(f"  {prompt} {coloured(words[row], selected[row], batch.response_mask[row])}", end="")
+        print("   solved" if rewards[row] == 1 else "   not solved")
+    if samples:
+        print(f"  {SELECTED}selected tokens{PLAIN}: the {actor.entropy_top_ratio:.0%} of highest entropy")
+    return {
+        "selected": forks[selected].double().mean().item(),
+        "all": forks[batch.response_mask].double().mean().item(),
+        "sampled_accuracy": rewards.double().mean().item(),
+    }
+
+
+def coloured(words: list[str], selected: Tensor, inside: Tensor) -> str:
+    return " ".join(
+        f"{SELECTED}{word}{PLAIN}" if mark else word
+        for word, mark, shown in zip(words, selected.tolist(), inside.tolist(), strict=True)
+        if shown
+    )
+
+
+def validation_accuracy(metrics: Path) -> list[float]:
+    lines = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+    key = "val-core/countdown/reward/mean@1"
+    return [line[key] for line in lines if key in line]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""A model of 20 thousand parameters, problems in verl's format, and the trainer's command line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from entropy_rl import train
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training import ACTOR, as_arguments, read_metrics
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+# A reward that a random model meets now and then, so that there is a gradient: the share of digits.
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": sum(c.isdigit() for c in solution_str) / max(1, len(solution_str)), "acc": 0.0}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 with a token for each printable character, as transformers saves it."""
+    path = tmp_path_factory.mktemp("model")
+    words = ["<pad>", "<eos>", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(words),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                # Larger than usual: a nearly uniform policy would make all entropies equal.
+                initializer_range=0.2,
+                bos_token_id=None,
+                eos_token_id=1,
+                pad_token_id=0,
+            )
+        )
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_parquet() -> Callable[[Path, list[dict[str, Any]]], Path]:
+    def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def problems_path(tmp_path_factory: pytest.TempPathFactory, write_parquet: Callable[..., Path]) -> Path:
+    """Sixteen sums in verl's format."""
+    rows = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"{a} + {a * a} ="}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(a + a * a)},
+            "extra_info": {"index": a},
+        }
+        for a in range(16)
+    ]
+    return write_parquet(tmp_path_factory.mktemp("data") / "sums.parquet", rows)
+
+
+@pytest.fixture(scope="session")
+def reward_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reward") / "reward.py"
+    path.write_text(REWARD)
+    return path
+
+
+@pytest.fixture
+def overrides(model_path: Path, problems_path: Path, reward_path: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run of seconds: two optimizer steps of two micro-batches in each training step."""
+    return {
+        "actor_rollout_ref.model.path": model_path,
+        "data.train_files": problems_path,
+        "reward.custom_reward_function.path": reward_path,
+        "data.train_batch_size": 4,
+        "data.max_response_length": 8,
+        "actor_rollout_ref.rollout.n": 4,
+        f"{ACTOR}.ppo_mini_batch_size": 2,
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": 4,
+        f"{ACTOR}.optim.lr": 1e-3,
+        f"{ACTOR}.entropy_top_ratio": 0.2,
+        "trainer.total_training_steps": 1,
+        "trainer.default_local_dir": tmp_path / "run",
+        "trainer.logger": "[file]",
+    }
+
+
+@pytest.fixture
+def run(overrides: dict[str, Any], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Runs the trainer in this process with further overrides; returns the lines of metrics.jsonl."""
+
+    def run_trainer(changes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        settings = overrides | (changes or {})
+        assert train.main(as_arguments(settings)) == 0
+        return read_metrics(Path(settings["trainer.default_local_dir"]))
+
+    return run_trainer

@@ -1,0 +1,344 @@
+"""The trainer, from its command line down to the gradient."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from entropy_rl import config as configuration
+from entropy_rl import train
+from torch import Tensor
+from training import ACTOR, as_arguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Run = Callable[..., list[dict[str, Any]]]
+Overrides = dict[str, Any]
+
+
+@pytest.fixture
+def config(overrides: Overrides) -> Any:
+    return configuration.load(as_arguments(overrides))
+
+
+@pytest.fixture
+def model(config: Any) -> Any:
+    return train.load_model(config.actor_rollout_ref.model, config.actor_rollout_ref.model.path)
+
+
+@pytest.fixture
+def tokenizer(config: Any) -> Any:
+    return train.load_tokenizer(config.actor_rollout_ref.model)
+
+
+# ---- A whole run
+
+
+def test_command_line_trains_on_parquet_with_math_verify(
+    overrides: Overrides, problems_path: Path, tmp_path: Path
+) -> None:
+    """The command of the documentation: every file is there, every line is logged, and transformers loads the model."""
+    del overrides["reward.custom_reward_function.path"]
+    overrides |= {
+        "data.val_files": problems_path,
+        "data.val_max_samples": 4,
+        "trainer.total_training_steps": 2,
+        "trainer.test_freq": 1,
+        "trainer.save_freq": 2,
+        "trainer.logger": "[console,file,tensorboard]",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "entropy_rl.train", *as_arguments(overrides)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    directory = tmp_path / "run"
+    assert "critic/rewards/mean" in result.stderr + result.stdout
+    assert "val-core/sums/reward/mean@1" in (directory / "metrics.jsonl").read_text()
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
+
+    saved = directory / "global_step_2/actor/huggingface"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    inputs = tokenizer("1 + 1 =", return_tensors="pt", add_special_tokens=False)
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_metrics_have_verls_names(run: Run) -> None:
+    (line,) = run({f"{ACTOR}.use_kl_loss": "true", f"{ACTOR}.entropy_coeff": 0.01})
+    assert line["step"] == 1
+    expected = {
+        "actor/entropy",
+        "actor/entropy_loss",
+        "actor/entropy_threshold",
+        "actor/entropy_token_ratio",
+        "actor/grad_norm",
+        "actor/kl_loss",
+        "actor/loss",
+        "actor/lr",
+        "actor/pg_clipfrac",
+        "actor/pg_clipfrac_lower",
+        "actor/pg_loss",
+        "actor/ppo_kl",
+        "critic/advantages/mean",
+        "critic/rewards/mean",
+        "critic/score/max",
+        "perf/throughput",
+        "prompt_length/mean",
+        "response_length/clip_ratio",
+        "response_length/mean",
+        "timing_s/gen",
+        "timing_s/old_log_prob",
+        "timing_s/ref",
+        "timing_s/step",
+        "timing_s/update_actor",
+        "training/epoch",
+        "training/global_step",
+    }
+    assert expected <= line["data"].keys()
+    assert all(math.isfinite(value) for value in line["data"].values())
+
+
+def test_selected_share_is_the_configured_one(run: Run) -> None:
+    """Four micro-batches of at most 32 response tokens: the share is 0.2, rounded up in each."""
+    (line,) = run()
+    assert 0.2 <= line["data"]["actor/entropy_token_ratio"] < 0.2 + 1 / 8
+    assert 0 < line["data"]["actor/entropy_threshold"]
+
+
+def test_without_a_ratio_nothing_is_selected(run: Run) -> None:
+    (line,) = run({f"{ACTOR}.entropy_top_ratio": "null"})
+    assert not {"actor/entropy_token_ratio", "actor/entropy_threshold"} & line["data"].keys()
+
+
+@pytest.mark.filterwarnings("ignore:entropy_mask is not applied")
+@pytest.mark.parametrize("loss_mode", configuration.LOSS_MODES)
+def test_every_loss_mode_trains(loss_mode: str, run: Run, model: Any, tmp_path: Path) -> None:
+    (line,) = run(
+        {
+            f"{ACTOR}.policy_loss.loss_mode": loss_mode,
+            f"{ACTOR}.policy_loss.dro_beta": 0.1,
+            "trainer.save_freq": 1,
+        }
+    )
+    assert 0 < line["data"]["actor/grad_norm"] < math.inf
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run/global_step_1/actor/huggingface")
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("loss_agg_mode", configuration.LOSS_AGG_MODES)
+def test_every_aggregation_trains(loss_agg_mode: str, run: Run) -> None:
+    (line,) = run({f"{ACTOR}.loss_agg_mode": loss_agg_mode, f"{ACTOR}.use_kl_loss": "true"})
+    assert 0 < line["data"]["actor/grad_norm"] < math.inf
+
+
+@pytest.mark.parametrize("estimator", configuration.ADV_ESTIMATORS)
+def test_every_advantage_estimator_trains(estimator: str, run: Run) -> None:
+    (line,) = run({"algorithm.adv_estimator": estimator})
+    assert 0 < line["data"]["actor/grad_norm"] < math.inf
+
+
+def test_other_settings_train(run: Run) -> None:
+    """What the tests above leave at its default."""
+    lines = run(
+        {
+            "actor_rollout_ref.model.enable_gradient_checkpointing": "true",
+            f"{ACTOR}.fsdp_config.dtype": "bfloat16",
+            f"{ACTOR}.ppo_epochs": 2,
+            f"{ACTOR}.shuffle": "true",
+            f"{ACTOR}.entropy_top_rule": "quantile",
+            f"{ACTOR}.entropy_top_normalize": "response",
+            f"{ACTOR}.optim.lr_scheduler_type": "cosine",
+            f"{ACTOR}.optim.lr_warmup_steps": 1,
+            "actor_rollout_ref.rollout.top_p": 0.9,
+            "actor_rollout_ref.rollout.top_k": 20,
+            "actor_rollout_ref.rollout.temperature": 0.8,
+            "actor_rollout_ref.rollout.max_num_seqs": 5,
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 3,
+            "trainer.total_training_steps": 2,
+        }
+    )
+    assert [line["data"]["actor/lr"] for line in lines] == [0.0, 1e-3]
+
+
+def test_learns_what_is_rewarded(run: Run) -> None:
+    """Twelve steps on the share of digits, on a fifth of the tokens: the mean reward rises."""
+    lines = run({"trainer.total_training_steps": 12, "data.train_batch_size": 16, f"{ACTOR}.optim.lr": 1e-2})
+    rewards = [line["data"]["critic/rewards/mean"] for line in lines]
+    assert sum(rewards[-3:]) > 1.5 * sum(rewards[:3])
+
+
+# ---- Data order
+
+
+def test_an_epoch_meets_every_problem_once(config: Any) -> None:
+    examples: Any = [(number, []) for number in range(10)]
+    epochs = [
+        [example[0] for step in steps for example in train.batch_of_step(examples, step, config.data)]
+        for steps in ((1, 2), (3, 4))
+    ]
+    for met in epochs:
+        assert len(set(met)) == 8  # two batches of four; the last two problems wait for another order
+    assert epochs[0] != epochs[1]
+
+
+# ---- Sampling
+
+
+def test_generate_agrees_with_transformers(model: Any, tokenizer: Any, config: Any) -> None:
+    """Greedy, prompts of different lengths: the cache, the padding on the left and the positions are right."""
+    prompts = [tokenizer.encode(text) for text in ("1 + 1 =", "12345 * 6789 =", "7")]
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    batch = train.generate(model, tokenizer, prompts, config, sampling, torch.Generator())
+    for row, prompt in enumerate(prompts):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+        assert batch.responses[row][batch.response_mask[row]].tolist() == expected.tolist()
+
+
+def test_a_response_ends_with_its_end_token(model: Any, tokenizer: Any, config: Any) -> None:
+    prompts = [tokenizer.encode(f"{number} =") for number in range(64)]
+    batch = train.generate(
+        model, tokenizer, prompts, config, config.actor_rollout_ref.rollout, torch.Generator().manual_seed(0)
+    )
+    ended = 0
+    for response, mask in zip(batch.responses.tolist(), batch.response_mask.tolist(), strict=True):
+        length = sum(mask)
+        assert mask == [True] * length + [False] * (len(mask) - length)
+        assert 1 not in response[: length - 1]
+        assert length == 8 or response[length - 1] == 1
+        ended += length < 8
+    assert ended, "the seed must show a response that ends early"
+
+
+def test_sample_follows_the_distribution(config: Any) -> None:
+    """20,000 draws at temperature 2: within five standard deviations of softmax(logits / 2)."""
+    sampling = config.actor_rollout_ref.rollout
+    sampling.temperature = 2.0
+    logits = torch.tensor([1.0, 0.0, -1.0, 3.0])
+    drawn = train.sample(logits.expand(20_000, 4), sampling, torch.Generator().manual_seed(0))
+    p = (logits / 2).softmax(-1)
+    assert ((drawn.bincount(minlength=4) / 20_000 - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "possible"),
+    [(1.0, -1, {0, 1, 2, 3}), (0.5, -1, {0}), (0.51, -1, {0, 1}), (0.8, -1, {0, 1}), (1.0, 3, {0, 1, 2}), (1.0, 9, {0, 1, 2, 3})],
+)
+def test_top_p_and_top_k(top_p: float, top_k: int, possible: set[int], config: Any) -> None:
+    sampling = config.actor_rollout_ref.rollout
+    sampling.top_p, sampling.top_k = top_p, top_k
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    drawn = train.sample(logits.expand(2000, 4), sampling, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == possible
+
+
+# ---- Log-probabilities and gradients
+
+
+def random_experience(model: Any, config: Any, rows: int = 8, width: int = 5, length: int = 6) -> train.Experience:
+    """Responses of different lengths, one of them empty."""
+    generator = torch.Generator().manual_seed(0)
+    prompt_lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+    lengths[1] = 0
+    mask = torch.arange(length) < lengths[:, None]
+    tokens = torch.randint(2, 97, (rows, width + length), generator=generator)
+    attention = torch.cat([torch.arange(width) >= width - prompt_lengths[:, None], mask], -1).long()
+    batch = train.Batch(tokens, attention, mask)
+    old_log_prob, _ = train.compute_log_prob(model, batch, config)
+    noise = 0.3 * torch.randn(old_log_prob.shape, generator=generator)
+    advantage = torch.randn(rows, 1, generator=generator).expand(-1, length)
+    return train.Experience(batch, advantage, old_log_prob + noise, old_log_prob)
+
+
+def plain_log_prob_and_entropy(model: Any, batch: train.Batch, row: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of one response, without padding, by torch alone."""
+    inside = batch.attention_mask[row].bool()
+    tokens = batch.tokens[row][inside]
+    count = int(batch.response_mask[row].sum())
+    logits = model(tokens[None]).logits[0, len(tokens) - count - 1 : -1] / temperature
+    log_p = logits.log_softmax(-1)
+    return log_p.gather(-1, tokens[len(tokens) - count :, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def test_log_prob_is_that_of_the_response_without_padding(model: Any, config: Any) -> None:
+    config.actor_rollout_ref.rollout.temperature = 0.7
+    batch = random_experience(model, config).batch
+    log_prob, entropy = train.compute_log_prob(model, batch, config)
+    for row in range(len(log_prob)):
+        expected = plain_log_prob_and_entropy(model, batch, row, 0.7)
+        inside = batch.response_mask[row]
+        torch.testing.assert_close(log_prob[row][inside], expected[0].detach(), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(entropy[row][inside], expected[1].detach(), atol=1e-4, rtol=1e-5)
+        assert not log_prob[row][~inside].any() and not entropy[row][~inside].any()
+
+
+def gradients(model: Any) -> list[Tensor]:
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "geo_mean", "sapo"])
+@pytest.mark.parametrize("loss_agg_mode", configuration.LOSS_AGG_MODES)
+def test_gradient_does_not_depend_on_the_micro_batches(
+    loss_mode: str, loss_agg_mode: str, model: Any, config: Any
+) -> None:
+    """All tokens, with KL penalty and entropy bonus: each mean is one over the whole mini-batch."""
+    actor = config.actor_rollout_ref.actor
+    actor.entropy_top_ratio, actor.entropy_coeff = None, 0.1
+    actor.policy_loss.loss_mode, actor.loss_agg_mode = loss_mode, loss_agg_mode
+    experience = random_experience(model, config)
+    results = []
+    for size in (8, 2):
+        actor.ppo_micro_batch_size_per_gpu = size
+        metrics = train.accumulate_gradients(model, experience, 1, config)
+        results.append((gradients(model), metrics))
+    for whole, parts in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["topk", "threshold", "quantile"])
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+@pytest.mark.parametrize("size", [8, 2])
+def test_gradient_is_the_mean_over_the_selected_tokens(
+    rule: str, normalize: str, size: int, model: Any, config: Any
+) -> None:
+    """Against plain torch: PPO's clipped objective on the tokens that each micro-batch selects, divided once."""
+    actor = config.actor_rollout_ref.actor
+    actor.entropy_top_rule, actor.entropy_top_normalize = rule, normalize
+    actor.ppo_micro_batch_size_per_gpu = size
+    experience = random_experience(model, config)
+    batch = experience.batch
+    train.accumulate_gradients(model, experience, 1, config)
+    found = gradients(model)
+
+    parts, counts, response_tokens = [], [], 0
+    for begin in range(0, 8, size):
+        losses, entropies = [], []
+        for row in range(begin, begin + size):
+            log_prob, entropy = plain_log_prob_and_entropy(model, batch, row, 1.0)
+            inside = batch.response_mask[row]
+            advantage = experience.advantages[row][inside]
+            ratio = (log_prob - experience.old_log_prob[row][inside]).exp()
+            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+            losses.append(torch.where(advantage < 0, torch.minimum(loss, -advantage * 3), loss))
+            entropies.append(entropy.detach())
+        loss, entropy = torch.cat(losses), torch.cat(entropies)
+        count = max(1, int(len(entropy) * 0.2 + 0.9999))
+        lowest = entropy.quantile(0.8) if rule == "quantile" else entropy.sort(descending=True).values[count - 1]
+        parts.append(loss[entropy >= lowest])
+        counts.append(count)
+        response_tokens += len(entropy)
+    if normalize == "selected":
+        total = sum(part.mean() * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+    else:
+        total = sum(part.sum() for part in parts) / response_tokens
+    total.backward()
+    for a, b in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

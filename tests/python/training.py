@@ -1,0 +1,23 @@
+"""What the tests of the trainer share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+def as_arguments(overrides: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What two runs must agree on."""
+    return [
+        line | {"data": {k: v for k, v in line["data"].items() if not k.startswith(("timing_s/", "perf/"))}}
+        for line in lines
+    ]
