@@ -105,7 +105,7 @@ def train(config: DictConfig) -> None:
     steps_per_epoch = len(examples) // config.data.train_batch_size
     total_steps = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
 
-    torch.manual_seed(rollout.seed)
+    transformers.set_seed(rollout.seed % 2**32)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
     reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
     optimizer = AdamW(
