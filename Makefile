@@ -48,7 +48,8 @@ test: gtest pytest
 
 gtest: .venv/libraries
 	[ -e /usr/include/gtest/gtest.h ] || { apt-get update -qq && apt-get install -y -qq libgtest-dev; }
-	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DTORCH_INCLUDE_DIRS="$$($(BIN)/python -c 'import torch.utils.cpp_extension as e; print(";".join(e.include_paths()))')"
 	$(BIN)/cmake --build build/gtest -j $(JOBS)
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
@@ -69,12 +70,15 @@ test-verl: .venv-verl/environment
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
 
-cuda-build: .venv-cuda/environment
-	rm -rf build/lib* build/temp* build/bdist* dist
+cuda-build: .venv-cuda/environment .venv/libraries
+	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
+	@echo "the same wheel under a CPU build of torch:"
+	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
+	PYTHONPATH=build/wheel $(BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
 
 test-gpu:
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU, and torch sees none')"

@@ -3,7 +3,11 @@
 //
 //   // Writes all outputs of a token loss.
 //   template <class T, class TokenLoss>
-//   static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&, const LossOutputs&);
+//   static void run(const TokenLoss&, const TokenInputs<T>&, const Normalization&,
+//                   const LossOutputs&);
+//   // Writes T [rows, cols]: the backward.
+//   template <class T>
+//   static void scale(const LossGradient&, const Tensor& out);
 #pragma once
 
 #include <algorithm>
@@ -115,13 +119,12 @@ struct AggregationArguments {
 };
 
 inline Aggregation parse_aggregation(const std::string& name) {
-  return parse_choice<Aggregation>(
-      "loss_agg_mode", name,
-      {{"token-mean", Aggregation::kTokenMean},
-       {"token-sum", Aggregation::kTokenSum},
-       {"seq-mean-token-sum", Aggregation::kSeqMeanTokenSum},
-       {"seq-mean-token-sum-norm", Aggregation::kSeqMeanTokenSumNorm},
-       {"seq-mean-token-mean", Aggregation::kSeqMeanTokenMean}});
+  return parse_choice<Aggregation>("loss_agg_mode", name,
+                                   {{"token-mean", Aggregation::kTokenMean},
+                                    {"token-sum", Aggregation::kTokenSum},
+                                    {"seq-mean-token-sum", Aggregation::kSeqMeanTokenSum},
+                                    {"seq-mean-token-sum-norm", Aggregation::kSeqMeanTokenSumNorm},
+                                    {"seq-mean-token-mean", Aggregation::kSeqMeanTokenMean}});
 }
 
 // Normalization with the tensor that its pointer points into.
@@ -163,6 +166,39 @@ void dispatch_accumulate(ScalarType dtype, Fn fn) {
   dtype == ScalarType::Double ? fn(double{}) : fn(float{});
 }
 
+// What the backward of every loss op multiplies, in the accumulate dtype.
+struct LossGradient {
+  int64_t rows;
+  int64_t cols;
+  Tensor grad_loss;  // []
+  Tensor gradient;   // [rows, cols]
+  Tensor row_scale;  // [rows]
+};
+
+template <class Backend>
+Tensor loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tensor& row_scale,
+                     const Tensor& values) {
+  check_floating("values", values);
+  check(values.dim() == 2, "values has shape ", shape_name(shape_of(values)),
+        "; it must be [rows, tokens]");
+  const int64_t rows = values.size(0);
+  const int64_t cols = values.size(1);
+  const ScalarType dtype = accumulate_dtype(values.scalar_type());
+  const auto input = [&](const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
+    check_floating(name, tensor);
+    check_shape(name, tensor, shape, "as values and the forward make it");
+    check_same_device(name, tensor, "values", values);
+    return as_contiguous(tensor, dtype);
+  };
+  const LossGradient in{rows, cols, input("grad_loss", grad_loss, {}),
+                        input("gradient", gradient, {rows, cols}),
+                        input("row_scale", row_scale, {rows})};
+  Tensor out = torch::stable::new_empty(values, {rows, cols});
+  dispatch_floating(values.scalar_type(),
+                    [&](auto element) { Backend::template scale<decltype(element)>(in, out); });
+  return out;
+}
+
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Backend>
@@ -171,9 +207,9 @@ LossTuple aggregate_forward(const Tensor& values, const Tensor& mask,
                             std::optional<Tensor> global_batch_size, std::string loss_agg_mode,
                             int64_t dp_size, std::optional<double> loss_scale_factor) {
   const TokenTensors tokens("values", values, "mask", mask);
-  const CheckedNormalization normalization({loss_agg_mode, "response", dp_size, batch_num_tokens,
-                                            global_batch_size, loss_scale_factor},
-                                           tokens);
+  const CheckedNormalization normalization(
+      {loss_agg_mode, "response", dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
+      tokens);
   const LossOutputs out(tokens);
   dispatch_accumulate(tokens.dtype, [&](auto element) {
     using T = decltype(element);

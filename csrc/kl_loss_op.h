@@ -16,8 +16,8 @@ void with_kl_penalty(KlPenalty penalty, bool straight_through, Fn fn) {
   }
 }
 
-// `kl_loss_type`: kl, abs, mse, low_var_kl, their other names k1, k2, k3, and each with a final + for
-// the straight-through form.
+// `kl_loss_type`: kl, abs, mse, low_var_kl, their other names k1, k2, k3, and each with a final +
+// for the straight-through form.
 template <class Backend>
 LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
                           const Tensor& response_mask, std::optional<Tensor> batch_num_tokens,
@@ -35,9 +35,9 @@ LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
   const std::pair<KlPenalty, bool> type = parse_choice("kl_loss_type", kl_loss_type, types);
   TokenTensors tokens("log_prob", log_prob, "response_mask", response_mask);
   tokens.old_log_prob = tokens.floats_of("ref_log_prob", ref_log_prob);
-  const CheckedNormalization normalization({loss_agg_mode, "response", dp_size, batch_num_tokens,
-                                            global_batch_size, loss_scale_factor},
-                                           tokens);
+  const CheckedNormalization normalization(
+      {loss_agg_mode, "response", dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
+      tokens);
   const LossOutputs out(tokens);
   dispatch_accumulate(tokens.dtype, [&](auto element) {
     using T = decltype(element);

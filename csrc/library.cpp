@@ -17,6 +17,7 @@
   "float kl_cov_ratio=0.0002, float ppo_kl_coef=0.1, float tau_pos=1.0, float tau_neg=1.05, "     \
   "float? dro_beta=None" AGGREGATION_OPTIONS
 #define LOSS_OUTPUTS "(Tensor loss, Tensor metrics, Tensor gradient, Tensor row_scale)"
+#define LOSS_GRADIENT "Tensor grad_loss, Tensor gradient, Tensor row_scale"
 
 STABLE_TORCH_LIBRARY(entropy_rl, m) {
   // [..., vocab] -> [...]: entropy, and log-prob of the target, of softmax(logits / temperature).
@@ -60,6 +61,7 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "Tensor response_mask, Tensor? entropy_mask=None, Tensor? rollout_is_weights=None, "
       "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? seed=None, "
       "*" POLICY_LOSS_OPTIONS ") -> " LOSS_OUTPUTS);
+  m.def("policy_loss_backward(" LOSS_GRADIENT ", Tensor log_prob) -> Tensor");
   m.def(
       "kl_loss(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "
       "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, "
@@ -68,12 +70,14 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "kl_loss_forward(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "
       "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, "
       "str kl_loss_type=\"low_var_kl\"" AGGREGATION_OPTIONS ") -> " LOSS_OUTPUTS);
+  m.def("kl_loss_backward(" LOSS_GRADIENT ", Tensor log_prob) -> Tensor");
   m.def(
       "aggregate(Tensor values, Tensor mask, Tensor? batch_num_tokens=None, "
       "Tensor? global_batch_size=None, *" AGGREGATION_OPTIONS ") -> Tensor");
   m.def(
       "aggregate_forward(Tensor values, Tensor mask, Tensor? batch_num_tokens=None, "
       "Tensor? global_batch_size=None, *" AGGREGATION_OPTIONS ") -> " LOSS_OUTPUTS);
+  m.def("aggregate_backward(" LOSS_GRADIENT ", Tensor values) -> Tensor");
 }
 
 // Read through ctypes where the pybind11 module is absent.

@@ -70,11 +70,11 @@ void with_policy_loss(LossMode mode, const PolicyLossNumbers& numbers, Choose ch
     case LossMode::kGeoMean:
       return fn(GeoMeanLoss<T>{scalar(-numbers.clip_low()), scalar(numbers.clip_high())});
     case LossMode::kDppoTv:
-      return fn(DppoTvLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()),
-                              dual_clip(0)});
+      return fn(
+          DppoTvLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()), dual_clip(0)});
     case LossMode::kDppoKl:
-      return fn(DppoKlLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()),
-                              dual_clip(0)});
+      return fn(
+          DppoKlLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()), dual_clip(0)});
     case LossMode::kSapo:
       return fn(SapoLoss<T>{scalar(above(0, "tau_pos", numbers.tau_pos)),
                             scalar(above(0, "tau_neg", numbers.tau_neg))});
@@ -119,14 +119,14 @@ LossTuple policy_loss_forward(
     // They weigh a sequence as a whole.
     if (mode == LossMode::kGspo || mode == LossMode::kGeoMean) tokens.entropy_mask.reset();
   }
-  // Two losses bring their own average: in verl, too, sapo is always seq-mean-token-mean and geo_mean
-  // the mean over rows. A misspelt name is an error all the same.
+  // Two losses bring their own average: in verl, too, sapo is always seq-mean-token-mean and
+  // geo_mean the mean over rows. A misspelt name is an error all the same.
   parse_aggregation(loss_agg_mode);
   if (mode == LossMode::kSapo) loss_agg_mode = "seq-mean-token-mean";
   if (mode == LossMode::kGeoMean) loss_agg_mode = "token-sum";
-  const CheckedNormalization normalization({loss_agg_mode, normalize, dp_size, batch_num_tokens,
-                                            global_batch_size, loss_scale_factor},
-                                           tokens);
+  const CheckedNormalization normalization(
+      {loss_agg_mode, normalize, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
+      tokens);
   const PolicyLossNumbers numbers{clip_ratio,     clip_ratio_low, clip_ratio_high, clip_ratio_c,
                                   clip_cov_ratio, clip_cov_lb,    clip_cov_ub,     kl_cov_ratio,
                                   ppo_kl_coef,    tau_pos,        tau_neg,         dro_beta};
@@ -150,7 +150,8 @@ LossTuple policy_loss_forward(
             dtype_name(seed->scalar_type()), " tensor of shape ", shape_name(shape_of(*seed)),
             "; it must be one integer");
       check_same_device("seed", *seed, "log_prob", tokens.values);
-      chosen = torch::stable::new_empty(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
+      chosen =
+          torch::stable::new_empty(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
       Backend::choose(key, inputs, as_contiguous(*seed, ScalarType::Long), *chosen);
       inputs.chosen = const_data<uint8_t>(*chosen);
     };

@@ -95,7 +95,7 @@ def global_top_mask(
     segments = segments.unsqueeze(-1).expand(entropy.shape)
     dtype = torch.float64 if entropy.dtype == torch.float64 else torch.float32
     result = torch.zeros(entropy.shape, dtype=torch.bool, device=entropy.device)
-    for segment in segments.unique():
+    for segment in torch.unique(segments):
         inside = (response_mask != 0) & (segments == segment)
         result[inside] = _keep_top(entropy[inside].to(torch.float64), top_ratio, rule, dtype)
     return result
@@ -299,9 +299,7 @@ def policy_loss(
             valid = torch.where(advantage > 0, p - q <= high, p - q >= -low)
         else:
             divergence = q * (old - log_p) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
-            valid = torch.where(
-                advantage > 0, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q)
-            )
+            valid = torch.where(advantage > 0, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q))
         ratio = clamped.exp().detach()
         losses = torch.where(valid, -advantage * ratio.clamp(max=clip_ratio_c) * log_p, 0.0)
         clipped, clipped_lower = ~valid, (ratio > clip_ratio_c) & valid

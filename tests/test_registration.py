@@ -1,6 +1,9 @@
 """Every op of csrc/library.cpp is complete: kernels for CPU and CUDA, a fake, autograd, and a Python name."""
 
 import re
+import shutil
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,22 @@ def test_public_name_has_a_wrapper_and_a_reference(name):
     assert name in entropy_rl_ext.__all__ and callable(getattr(entropy_rl_ext, name))
     assert callable(getattr(entropy_rl_ext.reference, name))
     assert getattr(entropy_rl_ext, name).__doc__
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="this build, or this torch, has no CUDA; make cuda-build runs this test")
+def test_cuda_library_holds_machine_code_and_ptx():
+    """Machine code for sm_80 and sm_90, and PTX for what comes after, of every kernel file."""
+    cuobjdump = shutil.which("cuobjdump")
+    if cuobjdump is None:  # Triton, which comes with a CUDA build of torch, carries one
+        spec = find_spec("triton")
+        assert spec is not None and spec.origin is not None, "neither a CUDA toolkit's cuobjdump nor Triton's was found"
+        cuobjdump = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    library = next(Path(entropy_rl_ext.__file__).parent.glob("_cuda*.so"))
+
+    def listed(option: str) -> str:
+        return subprocess.run([cuobjdump, option, library], check=True, capture_output=True, text=True).stdout
+
+    elf, ptx = listed("--list-elf"), listed("--list-ptx")
+    for source in LIBRARY.parent.glob("cuda/*.cu"):
+        assert f"{source.stem}.sm_80.cubin" in elf and f"{source.stem}.sm_90.cubin" in elf
+        assert f"{source.stem}.sm_90.ptx" in ptx

@@ -7,8 +7,8 @@ namespace entropy_rl::cpu {
 namespace {
 
 template <class T>
-ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row,
-                                               int64_t begin, int64_t end) {
+ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row, int64_t begin,
+                                               int64_t end) {
   Moments<T> sums{};
   alignas(64) T response[kChunkTokens], log_ratio[kChunkTokens], log_prob[kChunkTokens],
       advantage[kChunkTokens];
@@ -31,15 +31,14 @@ ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t
 
 template <class T, class CovarianceKey>
 ENTROPY_RL_SIMD_CLONES void tile_keys(const CovarianceKey& key, const TokenInputs<T>& in,
-                                      const CovarianceMoments& moments, uint64_t seed,
-                                      int64_t row, int64_t begin, int64_t end,
+                                      const CovarianceMoments& moments, uint64_t seed, int64_t row,
+                                      int64_t begin, int64_t end,
                                       typename CovarianceKey::Key* keys) {
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
-      keys[begin + i] = chunk.response_mask[i] != 0
-                            ? key(chunk.token(i), moments, seed, begin + i)
-                            : kIneligibleKey<typename CovarianceKey::Key>;
+      keys[begin + i] = chunk.response_mask[i] != 0 ? key(chunk.token(i), moments, seed, begin + i)
+                                                    : kIneligibleKey<typename CovarianceKey::Key>;
     }
   }
 }
@@ -87,4 +86,6 @@ struct PolicyLoss : TokenLosses {
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
   m.impl("policy_loss_forward",
          TORCH_BOX(&entropy_rl::policy_loss_forward<entropy_rl::cpu::PolicyLoss>));
+  m.impl("policy_loss_backward",
+         TORCH_BOX(&entropy_rl::loss_backward<entropy_rl::cpu::TokenLosses>));
 }

@@ -1,13 +1,14 @@
-// Exact selection of the k largest keys on the CPU: a histogram radix select, 11 bits a pass, then
-// one pass that writes the mask. Bytes moved: the keys once for each pass (4 passes for 32-bit
-// keys, 7 for 64-bit keys) and the mask once. Counts are integers, so the result does not depend on
-// how many threads share the work.
+// Exact selection of the k largest keys on the CPU: a histogram radix select, 11 bits a digit, each
+// pass over the keys that share the digits found before it, then one pass that writes the mask.
+// Bytes moved: all keys three times, few of them again for each further digit, and the mask once.
+// Counts are integers, so the result does not depend on how many threads share the work.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "../kernels/selection.h"
@@ -48,24 +49,49 @@ struct KthLargest {
   int64_t equal;
 };
 
+// Copies the keys whose bits from `shift` up are `prefix`, without a branch that would be
+// mispredicted; returns how many. `out` may be `in`.
+template <class Key>
+int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, Key* out /*[n]*/) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = in[i];
+    out[count] = key;
+    count += key >> shift == prefix;
+  }
+  return count;
+}
+
 // Requires 1 <= k <= n.
 template <class Key>
 KthLargest<Key> kth_largest(const Key* keys /*[n]*/, int64_t n, int64_t k) {
+  // The keys of a range that share the digits found so far: at first all, where they lie.
+  struct Candidates {
+    const Key* keys;
+    int64_t count;
+  };
   const Ranges ranges(n);
+  std::vector<Candidates> candidates;
+  for (int64_t range = 0; range < ranges.count; ++range) {
+    candidates.push_back({keys + ranges.begin(range), ranges.end(range) - ranges.begin(range)});
+  }
+  const std::unique_ptr<Key[]> copies(new Key[n]);
   std::vector<int64_t> histograms(ranges.count * kDigits);
   KthLargest<Key> result{0, 0, n};
-  for (int shift = 8 * sizeof(Key); shift > 0;) {
-    const int digit_bits = std::min(kDigitBits, shift);
+  constexpr int kBits = 8 * sizeof(Key);
+  for (int unknown_bits = kBits; unknown_bits > 0;) {
+    const int digit_bits = std::min(kDigitBits, unknown_bits);
+    const int shift = unknown_bits - digit_bits;
     const Key digit_mask = (Key{1} << digit_bits) - 1;
-    shift -= digit_bits;
-    // Of the keys that share the digits found so far, count the values of the next digit.
-    ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    ranges.for_each([&](int64_t range, int64_t begin, int64_t) {
+      Candidates& own = candidates[range];
+      if (unknown_bits < kBits) {
+        Key* copy = copies.get() + begin;
+        own = {copy, copy_matching(own.keys, own.count, unknown_bits, result.key, copy)};
+      }
       int64_t* histogram = histograms.data() + range * kDigits;
       std::fill_n(histogram, kDigits, 0);
-      for (int64_t i = begin; i < end; ++i) {
-        const Key high = keys[i] >> shift;
-        if (high >> digit_bits == result.key) ++histogram[high & digit_mask];
-      }
+      for (int64_t i = 0; i < own.count; ++i) ++histogram[own.keys[i] >> shift & digit_mask];
     });
     for (Key digit = digit_mask;; --digit) {
       result.equal = 0;
@@ -78,6 +104,7 @@ KthLargest<Key> kth_largest(const Key* keys /*[n]*/, int64_t n, int64_t k) {
       }
       result.above += result.equal;
     }
+    unknown_bits = shift;
   }
   return result;
 }

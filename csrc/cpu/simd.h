@@ -11,8 +11,8 @@
 
 namespace entropy_rl::cpu {
 
-// Independent sums that a loop keeps, so that the compiler can hold them in vectors; also what fixes
-// the order of summation on every path.
+// Independent sums that a loop keeps, so that the compiler can hold them in vectors; also what
+// fixes the order of summation on every path.
 constexpr int kLanes = 16;
 
 }  // namespace entropy_rl::cpu

@@ -1,6 +1,6 @@
-// Token losses on the CPU: tiles in parallel, each in chunks that stay in the first-level cache: a loop
-// that maps tokens to results, which vectorises, then one that sums them. Tiles and rows are summed in
-// order, so results do not depend on the number of threads.
+// Token losses on the CPU: tiles in parallel, each in chunks that stay in the first-level cache: a
+// loop that maps tokens to results, which vectorises, then one that sums them. Tiles and rows are
+// summed in order, so results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -93,8 +93,8 @@ ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const 
                                              T* gradient /*[rows, cols]*/) {
   LossSums<T> sums{};
   alignas(64) T loss[kChunkTokens], selected[kChunkTokens], response[kChunkTokens],
-      clipped[kChunkTokens], clipped_lower[kChunkTokens], kl[kChunkTokens],
-      advantage[kChunkTokens], log_weight[kChunkTokens];
+      clipped[kChunkTokens], clipped_lower[kChunkTokens], kl[kChunkTokens], advantage[kChunkTokens],
+      log_weight[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
@@ -129,6 +129,12 @@ ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const 
   return sums;
 }
 
+template <class T>
+ENTROPY_RL_SIMD_CLONES void scale_row(const accumulate_t<T>* gradient /*[cols]*/,
+                                      accumulate_t<T> scale, int64_t cols, T* out /*[cols]*/) {
+  for (int64_t i = 0; i < cols; ++i) store_value(token_gradient(gradient[i], scale), out + i);
+}
+
 struct TokenLosses {
   template <class T, class TokenLoss>
   static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
@@ -154,6 +160,23 @@ struct TokenLosses {
     }
     *mutable_data<T>(out.loss) = static_cast<T>(loss);
     write_metrics(batch, mutable_data<T>(out.metrics));
+  }
+
+  template <class T>
+  static void scale(const LossGradient& in, const Tensor& out) {
+    using Acc = accumulate_t<T>;
+    const Acc grad_loss = *const_data<Acc>(in.grad_loss);
+    const Acc* gradient = const_data<Acc>(in.gradient);
+    const Acc* row_scale = const_data<Acc>(in.row_scale);
+    T* result = mutable_data<T>(out);
+    const int64_t rows_per_task =
+        std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, in.cols));
+    torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        scale_row(gradient + row * in.cols, grad_loss * row_scale[row], in.cols,
+                  result + row * in.cols);
+      }
+    });
   }
 };
 

@@ -38,8 +38,7 @@ void sort_tiles(const Key* keys, Key* sorted, const TileLayout& layout, const Te
         storage, bytes, keys + begin, sorted + begin, count, tiles, offsets, offsets + 1, 0,
         8 * static_cast<int>(sizeof(Key)), stream));
   };
-  // What the largest of the sorts needs is what one of full tiles would, and never more than all
-  // keys.
+  // One workspace for all, as large as the largest needs.
   size_t bytes = 0;
   for (int64_t first = 0; first < layout.tiles(); first += kTilesPerSort) {
     size_t needed = 0;

@@ -10,10 +10,10 @@ std::tuple<Tensor, Tensor, Tensor> logprob_entropy_forward(const Tensor& logits,
                                                            const Tensor& targets,
                                                            std::optional<Tensor> mask,
                                                            const Tensor& temperature) {
-  const DeviceScope device(logits);
   const LogitsRows in(logits, mask, temperature);
   const Tensor row_targets = in.targets(targets);
   Tensor log_prob = in.new_row_tensor();
+  const DeviceScope device(in.logits);
   Tensor entropy = in.new_row_tensor();
   Tensor statistics = in.new_statistics();
   if (in.rows == 0) return {log_prob, entropy, statistics};
@@ -34,12 +34,12 @@ Tensor logprob_entropy_backward(std::optional<Tensor> grad_log_prob,
                                 const Tensor& targets, std::optional<Tensor> mask,
                                 const Tensor& temperature,
                                 const Tensor& entropy, const Tensor& statistics) {
-  const DeviceScope device(logits);
   const LogitsRows in(logits, mask, temperature);
   const SavedRows saved(in, entropy, statistics);
   const Tensor row_targets = in.targets(targets);
   const std::optional<Tensor> g_log_prob = in.gradient("grad_log_prob", grad_log_prob);
   const std::optional<Tensor> g_entropy = in.gradient("grad_entropy", grad_entropy);
+  const DeviceScope device(in.logits);
   Tensor grad_logits = torch::stable::new_empty(logits, in.row_shape_with(in.vocab));
   if (in.rows == 0) return grad_logits;
   dispatch_floating(in.logits.scalar_type(), [&](auto element) {

@@ -37,8 +37,8 @@ struct PolicyLoss : TokenLosses {
     const DeviceScope device(chosen);
     const DeviceArray<Moments<T>> moments = tile_moments(in, chosen, device.stream());
     const DeviceArray<CovarianceMoments> batch(chosen, 1);
-    covariance_moments_kernel<T><<<1, kLossRowThreads, 0, device.stream()>>>(
-        key, moments.data(), in.tiles(), batch.data());
+    covariance_moments_kernel<T>
+        <<<1, kLossRowThreads, 0, device.stream()>>>(key, moments.data(), in.tiles(), batch.data());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     const DeviceArray<Key> keys(chosen, in.rows * in.cols);
     covariance_keys_kernel<T><<<grid_size(in.tiles()), kLossTileThreads, 0, device.stream()>>>(
@@ -55,4 +55,6 @@ struct PolicyLoss : TokenLosses {
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
   m.impl("policy_loss_forward",
          TORCH_BOX(&entropy_rl::policy_loss_forward<entropy_rl::cuda::PolicyLoss>));
+  m.impl("policy_loss_backward",
+         TORCH_BOX(&entropy_rl::loss_backward<entropy_rl::cuda::TokenLosses>));
 }

@@ -8,8 +8,8 @@ namespace entropy_rl::cuda {
 
 std::tuple<Tensor, Tensor> token_entropy_forward(const Tensor& logits, std::optional<Tensor> mask,
                                                  const Tensor& temperature) {
-  const DeviceScope device(logits);
   const LogitsRows in(logits, mask, temperature);
+  const DeviceScope device(in.logits);
   Tensor entropy = in.new_row_tensor();
   Tensor statistics = in.new_statistics();
   if (in.rows == 0) return {entropy, statistics};
@@ -28,10 +28,10 @@ std::tuple<Tensor, Tensor> token_entropy_forward(const Tensor& logits, std::opti
 Tensor token_entropy_backward(const Tensor& grad_entropy, const Tensor& logits,
                               std::optional<Tensor> mask, const Tensor& temperature, const Tensor& entropy,
                               const Tensor& statistics) {
-  const DeviceScope device(logits);
   const LogitsRows in(logits, mask, temperature);
   const SavedRows saved(in, entropy, statistics);
   const std::optional<Tensor> g_entropy = in.gradient("grad_entropy", grad_entropy);
+  const DeviceScope device(in.logits);
   Tensor grad_logits = torch::stable::new_empty(logits, in.row_shape_with(in.vocab));
   if (in.rows == 0) return grad_logits;
   dispatch_floating(in.logits.scalar_type(), [&](auto element) {

@@ -27,6 +27,17 @@ struct TokenLosses {
         mutable_data<T>(out.metrics), mutable_data<T>(out.row_scale));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
+
+  template <class T>
+  static void scale(const LossGradient& in, const Tensor& out) {
+    using Acc = accumulate_t<T>;
+    if (in.rows == 0) return;
+    const DeviceScope device(out);
+    scale_rows_kernel<T><<<grid_size(in.rows), kLossTileThreads, 0, device.stream()>>>(
+        const_data<Acc>(in.grad_loss), const_data<Acc>(in.gradient), const_data<Acc>(in.row_scale),
+        in.rows, in.cols, mutable_data<T>(out));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 };
 
 }  // namespace entropy_rl::cuda

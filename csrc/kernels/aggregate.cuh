@@ -1,11 +1,13 @@
 // Token losses over [rows, cols], tile by tile.
 //   token_loss_kernel   a block a tile, a thread every blockDim.x-th token: gradient and LossSums
 //   finish_loss_kernel  one block, a thread every blockDim.x-th row: loss, metrics, row_scale
+//   scale_rows_kernel   the backward, a block a row at a time
 // Sums are T within a tile and double over tiles, always in the same order; nothing is atomic.
 // For float32 a policy loss moves 13 to 18 bytes a token in (three values, masks, a weight), 4 out.
 #pragma once
 
 #include "aggregate.h"
+#include "dtypes.h"
 #include "warp.cuh"
 
 namespace entropy_rl {
@@ -110,6 +112,19 @@ __global__ void finish_loss_kernel(const LossSums<T>* sums /*[tiles]*/, int64_t 
   if (threadIdx.x == 0) {
     *loss = static_cast<T>(sum);
     write_metrics(batch, metrics);
+  }
+}
+
+template <class T>
+__global__ void scale_rows_kernel(const accumulate_t<T>* grad_loss /*[]*/,
+                                  const accumulate_t<T>* gradient /*[rows, cols]*/,
+                                  const accumulate_t<T>* row_scale /*[rows]*/, int64_t rows,
+                                  int64_t cols, T* out /*[rows, cols]*/) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const accumulate_t<T> scale = *grad_loss * row_scale[row];
+    for (int64_t i = row * cols + threadIdx.x; i < (row + 1) * cols; i += blockDim.x) {
+      store_value(token_gradient(gradient[i], scale), out + i);
+    }
   }
 }
 

@@ -1,9 +1,9 @@
 // How the losses of tokens add up to one number; host and device.
-// A token loss is a struct whose call gives the loss, d loss / d value and the metrics of one token. Its
-// gradient needs nothing that is known only after the last token but one factor a row, row_scale,
-// which the backward multiplies in: so loss and gradient take one pass.
-// Arithmetic of a token is float32 (float64 for float64 input), as are the sums over a tile of
-// kTileTokens tokens; tiles and rows are summed in float64, in their order.
+// A token loss is a struct whose call gives the loss, d loss / d value and the metrics of one
+// token. Its gradient needs nothing that is known only after the last token but one factor a row,
+// row_scale, which the backward multiplies in: so loss and gradient take one pass. Arithmetic of a
+// token is float32 (float64 for float64 input), as are the sums over a tile of kTileTokens tokens;
+// tiles and rows are summed in float64, in their order.
 #pragma once
 
 #include <cmath>
@@ -50,7 +50,7 @@ struct PlainValue {
 template <class TokenLoss>
 inline constexpr bool kIsSequenceLoss = false;
 
-// --- Sums -----------------------------------------------------------------------------------------
+// ---- Sums ----
 
 // What a call reads: contiguous [rows, cols]; null where the caller has none.
 template <class T>
@@ -70,9 +70,9 @@ struct TokenInputs {
   ENTROPY_RL_HD int64_t tiles() const { return rows * tiles_per_row(); }
 };
 
-// Of a tile in T, of a row and of the batch in double. `loss` is over selected tokens, the rest over
-// response tokens; the last two are kept for a sequence loss alone. {} is zero; trivial, so that it can
-// live in shared memory.
+// Of a tile in T, of a row and of the batch in double. `loss` is over selected tokens, the rest
+// over response tokens; the last two are kept for a sequence loss alone. {} is zero; trivial, so
+// that it can live in shared memory.
 template <class T>
 struct LossSums {
   T loss;
@@ -116,7 +116,7 @@ ENTROPY_RL_HD inline T log_of_weight(T weight) {
 // Keeps verl's divisions by a masked count from being 0 / 0.
 constexpr double kCountEpsilon = 1e-8;
 
-// --- From sums to the loss ------------------------------------------------------------------------
+// ---- From sums to the loss ----
 
 enum class Aggregation {
   kTokenMean,
@@ -157,8 +157,8 @@ struct BatchSums {
   }
 };
 
-// A row's part of the loss, and d loss / d (sum over the row of loss or, for a sequence loss, of its
-// tokens' clipped d).
+// A row's part of the loss, and d loss / d (sum over the row of loss or, for a sequence loss, of
+// its tokens' clipped d).
 struct RowLoss {
   double loss;
   double scale;
@@ -198,6 +198,13 @@ ENTROPY_RL_HD inline RowLoss row_loss(const LossSums<double>& row, const BatchSu
   } else {
     return sum_loss(row, batch, normalization);
   }
+}
+
+// d loss / d value of a token from its two factors, `scale` being row_scale times the incoming
+// gradient. Selected, not multiplied: a token that is out has 0 even where the scale is NaN.
+template <class T>
+ENTROPY_RL_HD inline T token_gradient(T gradient, T scale) {
+  return gradient == T(0) ? T(0) : gradient * scale;
 }
 
 // actor/pg_clipfrac, actor/ppo_kl, actor/pg_clipfrac_lower, actor/entropy_token_ratio.

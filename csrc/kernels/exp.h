@@ -7,11 +7,12 @@
 
 namespace entropy_rl {
 
-// e^x for x in [-103, 88] (any x below 709 for double), NaN kept, zero where the result is below the
-// smallest normal number; error under 2 ulp.
-// Cody-Waite reduction and a degree-6 polynomial, free of branches so that loops over it vectorise.
+// e^x for x in [-103, 88] (any x below 709 for double), NaN kept, zero where the result is below
+// the smallest normal number; error under 2 ulp. Cody-Waite reduction and a degree-6 polynomial,
+// free of branches so that loops over it vectorise.
 inline float exp_vectorizable(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  // 1.5 * 2^23: adding it rounds to an integer in the low bits.
+  constexpr float kRound = 12582912.0f;
   const float shifted = x * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -45,8 +45,8 @@ struct VanillaLoss {
 
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
-    TokenResult<T> out = clipped_surrogate(token.advantage, r.ratio, r.inside ? r.ratio : T(0), low,
-                                           high);
+    TokenResult<T> out =
+        clipped_surrogate(token.advantage, r.ratio, r.inside ? r.ratio : T(0), low, high);
     const T bound = -token.advantage * dual_clip;
     const bool bounded = token.advantage < 0 && out.loss > bound;
     out.loss = bounded ? bound : out.loss;
@@ -102,8 +102,8 @@ struct KlCovLoss {
   }
 };
 
-// max(-A s, -A clip(s, low, high)), s the geometric mean of r over the sequence as a value, with the
-// gradient of the token's own r. arXiv 2507.18071.
+// max(-A s, -A clip(s, low, high)), s the geometric mean of r over the sequence as a value, with
+// the gradient of the token's own r. arXiv 2507.18071.
 template <class T>
 struct GspoLoss {
   T low, high;
@@ -112,15 +112,16 @@ struct GspoLoss {
     const T log_ratio = token.sequence_log_ratio;
     const bool inside = log_ratio <= T(10);
     const T ratio = ratio_exp(log_ratio > T(10) ? T(10) : log_ratio);
-    TokenResult<T> out = clipped_surrogate(token.advantage, ratio, inside ? ratio : T(0), low, high);
+    TokenResult<T> out =
+        clipped_surrogate(token.advantage, ratio, inside ? ratio : T(0), low, high);
     out.kl = token.old_log_prob - token.log_prob;
     return out;
   }
 };
 
-// Of the sequence: -mean(A) * geometric mean of r, d of each token clipped to [low, high] on the side
-// where its advantage would push it further out. The token's `loss` is that clipped d; sequence_loss
-// makes the loss of it. arXiv 2507.20673.
+// Of the sequence: -mean(A) * geometric mean of r, d of each token clipped to [low, high] on the
+// side where its advantage would push it further out. The token's `loss` is that clipped d;
+// sequence_loss makes the loss of it. arXiv 2507.20673.
 template <class T>
 struct GeoMeanLoss {
   T low, high;
@@ -145,8 +146,8 @@ struct GeoMeanLoss {
 template <class T>
 inline constexpr bool kIsSequenceLoss<GeoMeanLoss<T>> = true;
 
-// -A min(r, c) log_prob with r as a value, dropped where the token's probability has already moved by
-// more than `low` or `high` in the direction of its advantage. arXiv 2602.04879.
+// -A min(r, c) log_prob with r as a value, dropped where the token's probability has already moved
+// by more than `low` or `high` in the direction of its advantage. arXiv 2602.04879.
 template <class T>
 ENTROPY_RL_HD inline TokenResult<T> truncated_reinforce(const Token<T>& token, T truncation,
                                                         bool valid) {
@@ -189,7 +190,7 @@ struct DppoKlLoss {
   }
 };
 
-// -A sigmoid(tau (r - 1)) 4 / tau, with a tau of its own for A > 0 and for A <= 0. arXiv 2511.20347.
+// -A sigmoid(tau (r - 1)) 4 / tau, with one tau for A > 0 and another for A <= 0. arXiv 2511.20347.
 template <class T>
 struct SapoLoss {
   T tau_positive, tau_negative;
@@ -242,7 +243,7 @@ struct CispoLoss {
   }
 };
 
-// --- Sums before the pass -------------------------------------------------------------------------
+// ---- Sums before the pass ----
 
 // Sums over response tokens that some losses need before their pass.
 template <class T>
@@ -267,7 +268,7 @@ ENTROPY_RL_HD inline double sequence_log_ratio(const Moments<double>& row) {
   return row.log_ratio / (row.response > 1 ? row.response : 1);
 }
 
-// --- Choice by covariance: clip_cov and kl_cov ------------------------------------------------------
+// ---- Choice by covariance: clip_cov and kl_cov ----
 
 // What the choice needs to know of the whole batch.
 struct CovarianceMoments {
@@ -286,7 +287,8 @@ struct CovarianceMoments {
 
   template <class T>
   ENTROPY_RL_HD T covariance(T log_prob, T advantage) const {
-    return (advantage - static_cast<T>(mean_advantage)) * (log_prob - static_cast<T>(mean_log_prob));
+    return (advantage - static_cast<T>(mean_advantage)) *
+           (log_prob - static_cast<T>(mean_log_prob));
   }
 };
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from entropy_rl_ext.ops._autograd import register_no_derivative
 from entropy_rl_ext.ops._fakes import check_same_device
 
 
@@ -31,21 +31,27 @@ def _fake(values: Tensor, *others: Tensor | None, **_: Any) -> tuple[Tensor, Ten
     )
 
 
+def _fake_backward(grad_loss: Tensor, gradient: Tensor, row_scale: Tensor, values: Tensor) -> Tensor:
+    check_same_device(grad_loss=grad_loss, gradient=gradient, row_scale=row_scale, values=values)
+    return values.new_empty(values.shape)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
     _, metrics, gradient, row_scale = output
-    ctx.inputs, ctx.dtype = len(inputs), inputs[0].dtype
     ctx.mark_non_differentiable(metrics, gradient, row_scale)
-    ctx.save_for_backward(gradient, row_scale)
-
-
-@once_differentiable
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gradient, row_scale = ctx.saved_tensors
-    grad_values = gradient * (grad_loss * row_scale).unsqueeze(1)
-    return grad_values.to(ctx.dtype), *[None] * (ctx.inputs - 1)
+    ctx.inputs = len(inputs)
+    # The values, too: what the backward op does not see could not tell it to refuse a second derivative.
+    ctx.save_for_backward(gradient, row_scale, inputs[0])
 
 
 def register_loss(op: str) -> None:
-    """Fake and autograd of a forward op: its first argument alone carries a gradient."""
-    torch.library.register_fake(op, _fake)
-    torch.library.register_autograd(op, _backward, setup_context=_setup_context)
+    """Fakes and autograd of an op's forward and backward: its first argument alone carries a gradient."""
+    backward_op = getattr(torch.ops.entropy_rl, f"{op}_backward")
+
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return backward_op(grad_loss, *ctx.saved_tensors), *[None] * (ctx.inputs - 1)
+
+    torch.library.register_fake(f"entropy_rl::{op}_forward", _fake)
+    torch.library.register_fake(f"entropy_rl::{op}_backward", _fake_backward)
+    torch.library.register_autograd(f"entropy_rl::{op}_forward", backward, setup_context=_setup_context)
+    register_no_derivative(f"{op}_backward", "second derivatives are not offered")

@@ -66,4 +66,4 @@ def _aggregate(*tensors: Tensor | None, **options: Any) -> Tensor:
     return loss
 
 
-register_loss("entropy_rl::aggregate_forward")
+register_loss("aggregate")

@@ -1,4 +1,4 @@
-"""global_top_mask: which response tokens have the highest entropy, exactly, over a batch, a sequence or a group."""
+"""global_top_mask: the response tokens of highest entropy, exactly, over a batch, sequence or group."""
 
 from typing import Literal
 
@@ -20,34 +20,37 @@ def global_top_mask(
 ) -> Tensor:
     """Marks the highest-entropy response tokens of each scope.
 
-    With n response tokens in a scope, k = max(1, int(n * top_ratio + 0.9999)) in float64, the expression of the
-    paper's authors (a ceiling, but for products within 1e-4 above an integer). A scope without response tokens
-    selects nothing.
+    With n response tokens in a scope, k = max(1, int(n * top_ratio + 0.9999)) in float64, the expression of
+    the paper's authors (a ceiling, but for products within 1e-4 above an integer). A scope without response
+    tokens selects nothing.
 
     Args:
-        entropy: [B, S], or any shape whose last dimension is the sequence; float32, bfloat16, float16 or float64.
-        response_mask: same shape, any dtype, nonzero = response token. The entropy of other tokens is ignored.
+        entropy: [B, S], or any shape whose last dimension is the sequence; float32, bfloat16, float16 or
+            float64.
+        response_mask: same shape, any dtype, nonzero = response token. Other tokens' entropy is ignored.
         top_ratio: share of the response tokens to keep, in (0, 1].
-        rule: "topk" keeps exactly k tokens, at ties those of the lowest flat index. "threshold" keeps every token
-            whose entropy is at least the k-th largest, ties included. "quantile" keeps every token whose entropy
-            is at least the (1 - top_ratio) quantile, interpolated linearly between its two neighbours.
+        rule: "topk" keeps exactly k tokens, at ties those of the lowest flat index. "threshold" keeps every
+            token whose entropy is at least the k-th largest, ties included. "quantile" keeps every token
+            whose entropy is at least the (1 - top_ratio) quantile, linear between its two neighbours.
         scope: what competes: "batch" the whole tensor, "sequence" each row, "group" the rows of one group id.
         group_ids: [B] (the shape of `entropy` without its last dimension), integer; for scope "group" alone.
 
     Returns:
-        Bool, the shape of `entropy`, contiguous, without gradient. It is the same on CPU and CUDA, bit for bit.
+        Bool, the shape of `entropy`, contiguous, without gradient; the same on CPU and CUDA, bit for bit.
 
-        Entropies compare as numbers, bfloat16 and float16 ones after widening to float32: -0.0 equals 0.0, and
-        NaN ranks highest, as in `torch.topk`. The quantile is taken at rank (1 - top_ratio) * (n - 1) in float64,
-        interpolated in float64, then rounded to float32 (float64 for float64 entropies); `torch.quantile`
-        computes the rank in the entropy's own dtype, so that in float32 it may land between other neighbours for
-        large n, and refuses more than 2**24 tokens. A quantile of NaN keeps the NaN tokens alone.
+        Entropies compare as numbers, bfloat16 and float16 ones after widening to float32: -0.0 equals 0.0,
+        and NaN ranks highest, as in `torch.topk`. The quantile is taken at rank (1 - top_ratio) * (n - 1) in
+        float64, interpolated in float64 (a step up from -inf stays there), then rounded to float32 (float64
+        for float64 entropies). `torch.quantile` computes the rank in the entropy's own dtype, so in float32
+        it may land between other neighbours for large n, and it refuses more than 2**24 tokens. A quantile
+        of NaN keeps the NaN tokens alone.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a ratio outside (0, 1] or NaN, an unknown rule or
-            scope, `group_ids` missing for scope "group" or given for another.
+        ValueError: shapes, dtypes or devices that do not fit, a ratio outside (0, 1] or NaN, an unknown rule
+            or scope, `group_ids` missing for scope "group" or given for another.
 
-    Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that of TRL.
+    Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that
+    of TRL.
     """
     mask: Tensor = torch.ops.entropy_rl.global_top_mask(
         entropy, response_mask, top_ratio, rule, scope, group_ids
@@ -64,8 +67,8 @@ def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_rati
         top_ratio: share of the response tokens to keep, in (0, 1].
 
     Returns:
-        [B, S] int64: 1 for the k = max(1, int(n * top_ratio + 0.9999)) response tokens of highest entropy (ties go
-        to the lowest flat index), 0 elsewhere.
+        [B, S] int64: 1 for the k = max(1, int(n * top_ratio + 0.9999)) response tokens of highest entropy,
+        where n is their number and ties go to the lowest flat index; 0 elsewhere.
 
     Raises:
         ValueError: as `global_top_mask`.

@@ -68,4 +68,4 @@ def _kl_loss(*tensors: Tensor | None, **options: Any) -> Tensor:
     return loss
 
 
-register_loss("entropy_rl::kl_loss_forward")
+register_loss("kl_loss")

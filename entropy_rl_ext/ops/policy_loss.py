@@ -99,7 +99,8 @@ def policy_loss(
 
     Sources: verl 0.9.1, verl/trainer/ppo/core_algos.py; "Beyond the 80/20 Rule", arXiv 2506.01939.
     """
-    if entropy_mask is not None and loss_mode in ("gspo", "geo_mean"):
+    # A warning cannot be part of a compiled graph.
+    if entropy_mask is not None and loss_mode in ("gspo", "geo_mean") and not torch.compiler.is_compiling():
         _warn_not_applied(loss_mode)
     loss, values = torch.ops.entropy_rl.policy_loss(
         log_prob,
@@ -138,9 +139,7 @@ def policy_loss(
 
 @functools.cache
 def _warn_not_applied(loss_mode: str) -> None:
-    warnings.warn(
-        f"entropy_mask is not applied: loss_mode '{loss_mode}' weighs each sequence as a whole", stacklevel=3
-    )
+    warnings.warn(f"entropy_mask is not applied: loss_mode '{loss_mode}' weighs each sequence as a whole", stacklevel=3)
 
 
 @torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd")
@@ -149,4 +148,4 @@ def _policy_loss(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tenso
     return loss, metrics
 
 
-register_loss("entropy_rl::policy_loss_forward")
+register_loss("policy_loss")

@@ -49,7 +49,7 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // Thread-local, because the fibers share one OS thread and because the program's thread-local block
-// is one contiguous range, which `poison_shared_memory` can find and fill.
+// is one contiguous range, which `shared_memory` can find.
 #define __shared__ static thread_local
 
 struct uint3 {
@@ -68,12 +68,8 @@ inline constexpr int warpSize = 32;
 
 // CUDA's vector types, with CUDA's alignment, so that UBSan reports a misaligned vector access.
 #define SIMT_VECTOR_TYPES(type, name, align2, align4)              \
-  struct alignas(align2) name##2 {                                 \
-    type x, y;                                                     \
-  };                                                               \
-  struct alignas(align4) name##4 {                                 \
-    type x, y, z, w;                                               \
-  };                                                               \
+  struct alignas(align2) name##2 { type x, y; };                   \
+  struct alignas(align4) name##4 { type x, y, z, w; };             \
   inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SIMT_VECTOR_TYPES(unsigned char, uchar, 2, 4)
@@ -240,10 +236,8 @@ class Block {
     return block;
   }
 
-  int rank() const { return running_; }
   int lane() const { return running_ % warpSize; }
   int warp() const { return running_ / warpSize; }
-  const uint3& index() const { return index_; }
 
   // Blocks the calling thread until every thread of `site.mask` stands at the same site. The value
   // that lane l brought is then `received(l)`.

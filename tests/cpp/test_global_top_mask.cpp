@@ -247,6 +247,16 @@ TEST(GlobalTopMask, MoreTilesThanThreadsOfABlock) {
   for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 0.2, nullptr});
 }
 
+TEST(GlobalTopMask, QuantileBetweenDistinctValues) {
+  // Some tiles have nothing above the lower neighbour; the last of them ends the buffer.
+  Problem problem = make_problem(6, 9, 2, 0.8, 12);
+  std::iota(problem.entropy.begin(), problem.entropy.end(), 0.0);
+  std::shuffle(problem.entropy.begin(), problem.entropy.end(), std::mt19937(12));
+  for (const double ratio : {0.01, 0.1, 0.3, 0.9}) {
+    expect_equal<float>(problem, {TopRule::kQuantile, ratio, nullptr});
+  }
+}
+
 TEST(GlobalTopMask, RowsOfExactlyOneTile) {
   const Problem problem = make_problem(2, kTileKeys, 0, 0.6, 6);
   expect_equal<float>(problem, {TopRule::kTopK, 0.2, nullptr});

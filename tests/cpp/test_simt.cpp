@@ -164,6 +164,34 @@ TEST(Simt, BitIntrinsics) {
   EXPECT_EQ(__uint_as_float(__float_as_uint(1.5f)), 1.5f);
 }
 
+std::vector<int>& threads_as_they_ran() {
+  static std::vector<int> threads;
+  return threads;
+}
+
+__global__ void record_order_kernel() {
+  threads_as_they_ran().push_back(blockIdx.x * blockDim.x + threadIdx.x);
+}
+
+TEST(Simt, RunsForwardReverseAndTwiceShuffled) {
+  threads_as_they_ran().clear();
+  simt::launch(2, 32, record_order_kernel);
+  ASSERT_EQ(threads_as_they_ran().size(), 4u * 64);
+  std::vector<int> runs[4];
+  for (int run = 0; run < 4; ++run) {
+    const auto begin = threads_as_they_ran().begin() + 64 * run;
+    runs[run].assign(begin, begin + 64);
+  }
+  EXPECT_TRUE(std::is_sorted(runs[0].begin(), runs[0].end()));
+  EXPECT_TRUE(std::is_sorted(runs[1].rbegin(), runs[1].rend()));
+  EXPECT_NE(runs[2], runs[0]);
+  EXPECT_NE(runs[3], runs[2]);
+  for (auto& run : runs) {
+    std::sort(run.begin(), run.end());
+    EXPECT_EQ(run, runs[0]);  // every thread once, in every run
+  }
+}
+
 // ---- Wrong kernels ----
 
 __global__ void missing_barrier_kernel(const int* in, int* out) {  // [kThreads]

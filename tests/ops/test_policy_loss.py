@@ -1,0 +1,561 @@
+"""policy_loss: parity, gradients, compile, properties, bad input."""
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiled import compile_counting
+from entropy_rl_ext import policy_loss, reference
+from entropy_rl_ext.ops.policy_loss import _warn_not_applied
+from losses import AGGREGATIONS, DTYPES, SHAPES, assert_within, make_batch, with_batch_numbers
+
+MODES = [
+    "vanilla",
+    "gpg",
+    "clip_cov",
+    "kl_cov",
+    "gspo",
+    "geo_mean",
+    "dppo_tv",
+    "dppo_kl",
+    "sapo",
+    "dro",
+    "cispo",
+]
+SEQUENCE_MODES = ("gspo", "geo_mean")
+# Numbers at which every branch of every loss is taken by the batches of make_batch.
+NUMBERS = {
+    "clip_ratio_low": 0.2,
+    "clip_ratio_high": 0.28,
+    "clip_ratio_c": 1.5,
+    "clip_cov_ratio": 0.2,
+    "clip_cov_lb": -0.5,
+    "clip_cov_ub": 1.0,
+    "kl_cov_ratio": 0.2,
+    "ppo_kl_coef": 0.7,
+    "dro_beta": 0.3,
+    "seed": 11,
+}
+# Token losses of make_batch, weights included, are below this.
+LARGEST_LOSS = 32.0
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="entropy_mask is not applied")
+        yield
+
+
+def run(function, batch, mode, *, entropy=False, weights=False, **options):
+    """(loss, metrics, gradient) of a batch."""
+    log_prob = batch["log_prob"].detach().requires_grad_()
+    loss, metrics = function(
+        log_prob,
+        batch["old_log_prob"],
+        batch["advantages"],
+        batch["response_mask"],
+        loss_mode=mode,
+        entropy_mask=batch["entropy_mask"] if entropy else None,
+        rollout_is_weights=batch["weights"] if weights else None,
+        **{**NUMBERS, **options},
+    )
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    return loss.detach(), metrics, gradient
+
+
+def widened(batch):
+    return {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def assert_equal_to_reference(batch, mode, loss_scale, **options):
+    loss, metrics, gradient = run(policy_loss, batch, mode, **options)
+    expected_loss, expected_metrics, expected_gradient = run(reference.policy_loss, widened(batch), mode, **options)
+    dtype = batch["log_prob"].dtype
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.shape == () and gradient.dtype == dtype
+    assert_within(loss, expected_loss, loss_scale)
+    assert_within(gradient, expected_gradient, expected_gradient.abs().max())
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        assert value.dtype == loss.dtype and value.device == loss.device and not value.requires_grad
+        assert_within(value, expected_metrics[name], 1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_with_reference(device, mode, shape, dtype):
+    batch = make_batch(shape, dtype, device)
+    assert_equal_to_reference(batch, mode, LARGEST_LOSS)
+    assert_equal_to_reference(batch, mode, LARGEST_LOSS, entropy=True, weights=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+def test_parity_over_aggregations(device, mode, normalize):
+    batch = make_batch((5, 300), torch.float64, device)
+    for entropy, weights, aggregation in itertools.product([False, True], [False, True], with_batch_numbers()):
+        options = {"entropy": entropy, "weights": weights, "normalize": normalize, **aggregation}
+        assert_equal_to_reference(batch, mode, LARGEST_LOSS * batch["log_prob"].numel(), **options)
+
+
+# ---- The gradient ----------------------------------------------------------------------------------------
+
+# The others hold a factor of the loss constant in the gradient; parity compares those with the reference.
+DIFFERENTIABLE = [mode for mode in MODES if mode not in ("gspo", "dppo_tv", "dppo_kl", "cispo")]
+
+
+@pytest.mark.parametrize("mode", DIFFERENTIABLE)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradcheck(device, mode, aggregation):
+    batch = make_batch((3, 9), torch.float64, device)
+
+    def loss(log_prob):
+        tensors = (batch["old_log_prob"], batch["advantages"], batch["response_mask"])
+        options = {"loss_mode": mode, "loss_agg_mode": aggregation, **NUMBERS}
+        return policy_loss(
+            log_prob, *tensors, entropy_mask=batch["entropy_mask"], rollout_is_weights=batch["weights"], **options
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, (batch["log_prob"].requires_grad_(),))
+
+
+def test_gradient_flows_to_log_prob_alone(device):
+    batch = make_batch((3, 9), torch.float32, device)
+    tensors = [batch[name].requires_grad_() for name in ("log_prob", "old_log_prob", "advantages")]
+    loss, _ = policy_loss(*tensors, batch["response_mask"], rollout_is_weights=batch["weights"].requires_grad_())
+    loss.backward()
+    assert tensors[0].grad is not None
+    assert tensors[1].grad is None and tensors[2].grad is None and batch["weights"].grad is None
+
+
+def test_gradient_scales_with_the_incoming_one(device):
+    batch = make_batch((3, 9), torch.float32, device)
+    _, _, once = run(policy_loss, batch, "vanilla")
+    log_prob = batch["log_prob"].requires_grad_()
+    loss, _ = policy_loss(log_prob, batch["old_log_prob"], batch["advantages"], batch["response_mask"], **NUMBERS)
+    (twice,) = torch.autograd.grad(loss * 2, log_prob)
+    assert torch.equal(twice, 2 * once)
+
+
+def test_a_second_derivative_raises(device):
+    batch = make_batch((3, 9), torch.float64, device)
+    log_prob = batch["log_prob"].requires_grad_()
+    loss, _ = policy_loss(log_prob, batch["old_log_prob"], batch["advantages"], batch["response_mask"])
+    (gradient,) = torch.autograd.grad(loss, log_prob, create_graph=True)
+    with pytest.raises(RuntimeError, match="policy_loss_backward has no derivative"):
+        gradient.sum().backward()
+
+
+# ---- Registration and compilation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(device, mode):
+    batch = make_batch((3, 9), torch.float32, device)
+    tensors = (
+        batch["log_prob"].requires_grad_(),
+        batch["old_log_prob"],
+        batch["advantages"],
+        batch["response_mask"],
+        batch["entropy_mask"],
+        batch["weights"],
+        torch.tensor(20.0, dtype=torch.float64, device=device),
+        None,
+        torch.tensor(3, device=device),
+    )
+    options = {"loss_mode": mode, "dro_beta": 0.3}
+    torch.library.opcheck(torch.ops.entropy_rl.policy_loss, tensors, options)
+    torch.library.opcheck(torch.ops.entropy_rl.policy_loss_forward, tensors, options)
+
+
+def test_opcheck_of_the_backward(device):
+    batch = make_batch((3, 9), torch.bfloat16, device)
+    tensors = [batch[name] for name in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+    loss, _, gradient, row_scale = torch.ops.entropy_rl.policy_loss_forward(*tensors)
+    arguments = (torch.ones_like(loss), gradient, row_scale, tensors[0])
+    torch.library.opcheck(torch.ops.entropy_rl.policy_loss_backward, arguments)
+
+
+def test_backward_op_refuses_what_the_forward_did_not_make(device):
+    """The backward op is public too: shapes that do not fit must raise, never read outside a tensor."""
+    one, rows, tokens = (torch.ones(shape, device=device) for shape in ((), (3,), (3, 9)))
+    backward = torch.ops.entropy_rl.policy_loss_backward
+    with pytest.raises(ValueError, match=r"gradient has shape \[3\]"):
+        backward(one, rows, rows, tokens)
+    with pytest.raises(ValueError, match=r"row_scale has shape \[2\]"):
+        backward(one, tokens, rows[:2], tokens)
+    with pytest.raises(ValueError, match=r"grad_loss has shape \[3\]"):
+        backward(rows, tokens, rows, tokens)
+
+
+def test_the_op_alone(device):
+    batch = make_batch((3, 9), torch.float32, device)
+    tensors = [batch[name] for name in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+    loss, metrics = torch.ops.entropy_rl.policy_loss(*tensors)
+    expected, named = policy_loss(*tensors)
+    assert torch.equal(loss, expected) and torch.equal(metrics[:3], torch.stack(list(named.values())))
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "clip_cov", "gspo"])
+def test_compile_fullgraph_and_no_recompile(device, mode):
+    def step(batch, tokens, seed):
+        loss, metrics = policy_loss(
+            batch["log_prob"],
+            batch["old_log_prob"],
+            batch["advantages"],
+            batch["response_mask"],
+            loss_mode=mode,
+            entropy_mask=batch["entropy_mask"],
+            batch_num_tokens=tokens,
+            **{**NUMBERS, "seed": seed},
+        )
+        return loss, metrics["actor/ppo_kl"]
+
+    compiled, counter = compile_counting(step, dynamic=True)
+    for rows, tokens, seed in [(4, 30, 2), (7, 55, 3), (12, 71, 4)]:
+        batch = make_batch((rows, 17), torch.float32, device)
+        assert torch.equal(torch.stack(compiled(batch, tokens, seed)), torch.stack(step(batch, tokens, seed)))
+    assert counter.graphs == 1
+
+
+def test_compile_through_aot_autograd(device):
+    batch = make_batch((4, 17), torch.float32, device)
+    _, _, expected = run(policy_loss, batch, "vanilla", entropy=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(policy_loss, backend="aot_eager", fullgraph=True)
+    _, _, gradient = run(compiled, batch, "vanilla", entropy=True)
+    assert torch.equal(gradient, expected)
+
+
+# ---- Masks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_tokens_outside_the_response_have_no_influence(device, mode, garbage):
+    batch = make_batch((5, 300), torch.float32, device)
+    expected_loss, expected_metrics, expected_gradient = run(policy_loss, batch, mode, weights=True)
+    for name in ("log_prob", "old_log_prob", "advantages", "weights"):
+        batch[name] = torch.where(batch["response_mask"], batch[name], garbage)
+    loss, metrics, gradient = run(policy_loss, batch, mode, weights=True)
+    assert torch.equal(loss, expected_loss) and torch.equal(gradient, expected_gradient)
+    assert metrics == expected_metrics
+    assert (gradient[~batch["response_mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in SEQUENCE_MODES])
+def test_unselected_tokens_have_no_gradient_and_count_in_the_metrics(device, mode):
+    batch = make_batch((5, 300), torch.float32, device)
+    _, narrow, gradient = run(policy_loss, batch, mode, entropy=True)
+    _, full, full_gradient = run(policy_loss, batch, mode)
+    assert (gradient[~batch["entropy_mask"]] == 0).all()
+    assert all(torch.equal(narrow[name], value) for name, value in full.items())
+    selected = batch["entropy_mask"] & batch["response_mask"]
+    ratio = selected.sum() / batch["response_mask"].sum()
+    torch.testing.assert_close(narrow["actor/entropy_token_ratio"], ratio)
+    # Selection changes the divisor alone: a token that trains has its gradient but for that.
+    factor = 1 / ratio
+    if mode == "sapo":  # which divides by the tokens of each row, and the rows
+        rows = selected.any(1).sum() / batch["response_mask"].any(1).sum()
+        factor = batch["response_mask"].sum(1, keepdim=True) / selected.sum(1, keepdim=True).clamp(min=1) / rows
+    expected = torch.where(selected, full_gradient * factor, 0.0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_selected_and_response_differ_by_the_ratio(device):
+    batch = make_batch((5, 300), torch.float64, device)
+    selected, metrics, _ = run(policy_loss, batch, "vanilla", entropy=True)
+    response, _, _ = run(policy_loss, batch, "vanilla", entropy=True, normalize="response")
+    torch.testing.assert_close(selected * metrics["actor/entropy_token_ratio"], response)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("aggregation", with_batch_numbers(), ids=str)
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+def test_nothing_selected_gives_zero(device, mode, aggregation, normalize):
+    batch = make_batch((4, 20), torch.float32, device)
+    for masked in ("response_mask", "entropy_mask"):
+        if masked == "entropy_mask" and mode in SEQUENCE_MODES:
+            continue
+        empty = {**batch, masked: torch.zeros_like(batch[masked])}
+        loss, metrics, gradient = run(policy_loss, empty, mode, entropy=True, normalize=normalize, **aggregation)
+        assert loss.item() == 0 and (gradient == 0).all()
+        assert metrics["actor/entropy_token_ratio"].item() == 0
+        if masked == "response_mask":
+            assert all(value.item() == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_no_tokens(device, mode, shape):
+    batch = make_batch(shape, torch.float32, device)
+    for aggregation in AGGREGATIONS:
+        loss, metrics, gradient = run(policy_loss, batch, mode, entropy=True, loss_agg_mode=aggregation)
+        assert loss.item() == 0 and gradient.shape == shape
+        assert all(value.item() == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_a_selected_token_is_seen(device, mode):
+    batch = make_batch((4, 20), torch.float32, device)
+    batch["response_mask"][0, 3] = True
+    batch["advantages"][0, 3] = math.nan
+    assert run(policy_loss, batch, mode)[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, *DTYPES], ids=str)
+def test_masks_of_any_dtype(device, dtype):
+    batch = make_batch((4, 77), torch.float32, device)
+    expected = run(policy_loss, batch, "vanilla", entropy=True)
+    for name in ("response_mask", "entropy_mask"):
+        batch[name] = (batch[name] * 2).to(dtype)  # nonzero is in, whatever the value
+    actual = run(policy_loss, batch, "vanilla", entropy=True)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("mode", SEQUENCE_MODES)
+def test_sequence_losses_accept_the_mask_and_say_once_that_they_do_not_apply_it(device, mode):
+    batch = make_batch((4, 20), torch.float32, device)
+    _warn_not_applied.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        masked = run(policy_loss, batch, mode, entropy=True)
+        run(policy_loss, batch, mode, entropy=True)
+    assert [str(w.message) for w in caught] == [
+        f"entropy_mask is not applied: loss_mode '{mode}' weighs each sequence as a whole"
+    ]
+    whole = run(policy_loss, batch, mode)
+    assert torch.equal(masked[0], whole[0]) and torch.equal(masked[2], whole[2])
+    assert masked[1].pop("actor/entropy_token_ratio").item() == 1
+    assert masked[1] == whole[1]
+
+
+# ---- Aggregation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "gspo", "sapo"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_add_up_to_the_batch(device, mode, aggregation):
+    batch = make_batch((8, 50), torch.float64, device)
+    whole, _, gradient = run(policy_loss, batch, mode, entropy=True, loss_agg_mode=aggregation)
+    selected = batch["response_mask"] & (batch["entropy_mask"] | (mode in SEQUENCE_MODES))
+    divisors = {
+        "batch_num_tokens": selected.sum(),
+        "global_batch_size": selected.any(1).sum(),
+        "loss_agg_mode": aggregation,
+    }
+    parts = [
+        run(policy_loss, {k: v[rows] for k, v in batch.items()}, mode, entropy=True, **divisors)
+        for rows in (slice(0, 3), slice(3, 4), slice(4, 8))
+    ]
+    torch.testing.assert_close(sum(part[0] for part in parts), whole)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), gradient)
+
+
+def test_given_divisors_may_be_numbers_or_tensors(device):
+    batch = make_batch((4, 50), torch.float32, device)
+    for name, aggregation in (("batch_num_tokens", "token-mean"), ("global_batch_size", "seq-mean-token-mean")):
+        results = [
+            run(policy_loss, batch, "vanilla", loss_agg_mode=aggregation, **{name: number})[0]
+            for number in (30, 30.0, torch.tensor(30, device=device), torch.tensor(30.0, device=device))
+        ]
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+# ---- Choice by covariance --------------------------------------------------------------------------------
+
+
+def test_clip_cov_draws_alike_for_one_seed_and_differently_for_others(device):
+    batch = make_batch((5, 300), torch.float32, device)
+    first, again, other = (run(policy_loss, batch, "clip_cov", seed=seed)[2] for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    as_tensor = run(policy_loss, batch, "clip_cov", seed=torch.tensor(5, device=device))[2]
+    assert torch.equal(as_tensor, first)
+
+
+def test_clip_cov_draws_every_eligible_token_equally_often(device):
+    batch = make_batch((4, 64), torch.float32, device)
+    batch["old_log_prob"] = batch["log_prob"].clone()  # nothing is clipped by its ratio
+    batch["response_mask"][:] = True
+    options = {"clip_cov_lb": -math.inf, "clip_cov_ub": math.inf, "clip_cov_ratio": 0.25}
+    draws = 400
+    dropped = torch.zeros(4, 64, device=device)
+    for seed in range(draws):
+        gradient = run(policy_loss, batch, "clip_cov", seed=seed, **options)[2]
+        assert (gradient == 0).sum() == 64
+        dropped += gradient == 0
+    # Counts are binomial(400, 1/4), standard deviation 8.7; of 256 none strays by five of them.
+    assert ((dropped - draws / 4).abs() < 5 * math.sqrt(draws * 3 / 16)).all()
+
+
+def test_clip_cov_drops_all_eligible_tokens_where_the_ratio_allows_it(device):
+    batch = make_batch((5, 300), torch.float64, device)
+    _, _, gradient = run(policy_loss, batch, "clip_cov", clip_cov_ratio=1.0)
+    mask = batch["response_mask"]
+    advantage, log_prob = (torch.where(mask, batch[name], 0.0) for name in ("advantages", "log_prob"))
+    covariance = (advantage - advantage.sum() / mask.sum()) * (log_prob - log_prob.sum() / mask.sum())
+    eligible = mask & (covariance > NUMBERS["clip_cov_lb"]) & (covariance < NUMBERS["clip_cov_ub"])
+    assert (gradient[eligible] == 0).all() and (gradient[mask & ~eligible] != 0).any()
+
+
+def test_kl_cov_takes_the_first_of_equal_covariances(device):
+    ones = torch.ones(2, 4, device=device)
+    log_prob = -ones.clone().requires_grad_()
+    loss, _ = policy_loss(log_prob, -2 * ones, ones, ones, loss_mode="kl_cov", kl_cov_ratio=0.375, ppo_kl_coef=1.0)
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    pushed = gradient != gradient[1, 3]
+    assert pushed.flatten().tolist() == [True] * 3 + [False] * 5
+
+
+# ---- Properties ------------------------------------------------------------------------------------------
+
+seeds = st.integers(0, 2**31)
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, seeds, st.sampled_from(MODES), st.sampled_from(AGGREGATIONS), st.booleans())
+def test_equals_reference_for_any_masks(device, shape, seed, mode, aggregation, weights):
+    batch = make_batch(shape, torch.float64, device, seed)
+    options = {"entropy": True, "weights": weights, "loss_agg_mode": aggregation}
+    assert_equal_to_reference(batch, mode, LARGEST_LOSS * shape[0] * shape[1], **options)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, seeds, st.sampled_from([mode for mode in MODES if mode not in ("clip_cov", "kl_cov")]))
+def test_order_of_rows_and_tokens_does_not_matter(device, shape, seed, mode):
+    """But for clip_cov, whose draw depends on the position, and kl_cov, whose ties do."""
+    batch = make_batch(shape, torch.float64, device, seed)
+    rows = torch.randperm(shape[0], device=device).unsqueeze(1)
+    columns = torch.randperm(shape[1], device=device)
+    shuffled = {name: t[rows, columns] for name, t in batch.items()}
+    loss, metrics, gradient = run(policy_loss, batch, mode, entropy=True)
+    other_loss, other_metrics, other_gradient = run(policy_loss, shuffled, mode, entropy=True)
+    torch.testing.assert_close(other_loss, loss)
+    torch.testing.assert_close(other_gradient, gradient[rows, columns])
+    torch.testing.assert_close(other_metrics, metrics)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bits_for_any_number_of_threads(mode):
+    batch = make_batch((9, 5000), torch.float32, "cpu")
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(policy_loss, batch, mode, entropy=True, weights=True))
+    finally:
+        torch.set_num_threads(before)
+    for loss, metrics, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][2])
+        assert metrics == results[0][1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strided_and_broadcast_tensors_equal_contiguous_ones(device, mode):
+    batch = make_batch((6, 40), torch.float32, device)
+    batch["advantages"] = batch["advantages"][:, :1].expand(6, 40)
+    contiguous = run(policy_loss, {k: v.contiguous() for k, v in batch.items()}, mode, entropy=True, weights=True)
+    strided = {k: v if k == "advantages" else v.T.contiguous().T for k, v in batch.items()}
+    actual = run(policy_loss, strided, mode, entropy=True, weights=True)
+    assert torch.equal(actual[0], contiguous[0]) and torch.equal(actual[2], contiguous[2])
+
+
+def test_mixed_dtypes(device):
+    batch = make_batch((4, 30), torch.float32, device)
+    for name, dtype in (("old_log_prob", torch.bfloat16), ("advantages", torch.float64), ("weights", torch.half)):
+        batch[name] = batch[name].to(dtype)
+    assert_equal_to_reference(batch, "vanilla", LARGEST_LOSS, weights=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_extreme_log_probs_stay_finite_where_verl_clamps(device, mode):
+    batch = make_batch((4, 30), torch.float32, device)
+    batch["log_prob"][0, :5] = -200.0
+    batch["old_log_prob"][0, 5:10] = -200.0
+    loss, _, gradient = run(policy_loss, batch, mode)
+    unclamped = mode in ("clip_cov", "kl_cov")  # as in verl, where they overflow too
+    assert unclamped or (loss.isfinite() and gradient.isfinite().all())
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------
+
+BAD = {
+    "mode": ({"loss_mode": "ppo"}, "loss_mode is 'ppo'; it must be one of 'vanilla', 'gpg', .*'cispo'"),
+    "aggregation": ({"loss_agg_mode": "mean"}, "loss_agg_mode is 'mean'; it must be one of 'token-mean', .*"),
+    "normalize": ({"normalize": "all"}, "normalize is 'all'; it must be one of 'selected', 'response'"),
+    "clip_ratio": ({"clip_ratio": -0.1}, "clip_ratio is -0.1; it must be a finite number, 0 or above"),
+    "clip_ratio_low": ({"clip_ratio_low": math.nan}, "clip_ratio_low is nan"),
+    "clip_ratio_high": ({"clip_ratio_high": -1.0}, "clip_ratio_high is -1"),
+    "clip_ratio_c": ({"clip_ratio_c": 1.0}, "clip_ratio_c is 1; it must be a finite number above 1"),
+    "clip_cov_ratio": ({"loss_mode": "clip_cov", "clip_cov_ratio": 0.0}, "clip_cov_ratio is 0; .* above 0"),
+    "clip_cov bounds": (
+        {"loss_mode": "clip_cov", "clip_cov_lb": 5.0, "clip_cov_ub": 1.0},
+        "clip_cov_lb is 5; it must be below clip_cov_ub, 1",
+    ),
+    "kl_cov_ratio": ({"loss_mode": "kl_cov", "kl_cov_ratio": 1.5}, r"kl_cov_ratio is 1.5; .* \(0, 1\]"),
+    "ppo_kl_coef": ({"loss_mode": "kl_cov", "ppo_kl_coef": math.inf}, "ppo_kl_coef is inf"),
+    "tau_pos": ({"loss_mode": "sapo", "tau_pos": 0.0}, "tau_pos is 0"),
+    "tau_neg": ({"loss_mode": "sapo", "tau_neg": -1.0}, "tau_neg is -1"),
+    "dro_beta missing": ({"loss_mode": "dro"}, "dro_beta is None; loss_mode 'dro' needs it"),
+    "dro_beta": ({"loss_mode": "dro", "dro_beta": 0.0}, "dro_beta is 0"),
+    "dp_size": ({"dp_size": 0}, "dp_size is 0; it must be 1 or above"),
+    "no batch_num_tokens": ({"dp_size": 2}, "batch_num_tokens is None and dp_size is 2"),
+    "no global_batch_size": (
+        {"dp_size": 2, "loss_agg_mode": "seq-mean-token-sum"},
+        "global_batch_size is None and dp_size is 2",
+    ),
+    "batch_num_tokens": ({"batch_num_tokens": -3}, "batch_num_tokens is -3; it must be 0 or above"),
+    "divisor shape": ({"batch_num_tokens": torch.ones(2)}, r"batch_num_tokens has shape \[2\]; .* one number"),
+    "loss_scale_factor": ({"loss_scale_factor": 0.0}, "loss_scale_factor is 0"),
+    "seed": ({"loss_mode": "clip_cov", "seed": torch.tensor(0.5)}, "seed is a float32 tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options(device, case):
+    batch = make_batch((3, 9), torch.float32, device)
+    options, message = BAD[case]
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    tensors = [batch[name] for name in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+    with pytest.raises(ValueError, match=message):
+        policy_loss(*tensors, **options)
+
+
+@pytest.mark.parametrize("name", ["old_log_prob", "advantages", "response_mask", "entropy_mask", "weights"])
+@pytest.mark.parametrize("shape", [(2, 9), (3, 1), (9,), (3, 9, 1)], ids=str)
+def test_shapes_that_do_not_match(device, name, shape):
+    batch = make_batch((3, 9), torch.float32, device)
+    batch[name] = torch.ones(shape, device=device)
+    argument = "rollout_is_weights" if name == "weights" else name
+    with pytest.raises(ValueError, match=rf"{argument} has shape .*; it must be \[3, 9\]"):
+        run(policy_loss, batch, "vanilla", entropy=True, weights=True)
+
+
+@pytest.mark.parametrize("name", ["log_prob", "old_log_prob", "advantages", "weights"])
+def test_wrong_dtype(device, name):
+    batch = make_batch((3, 9), torch.float32, device)
+    batch[name] = batch[name].to(torch.int64)
+    tensors = [batch[n] for n in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+    with pytest.raises(ValueError, match="is int64; it must be float32, float64, bfloat16 or float16"):
+        policy_loss(*tensors, rollout_is_weights=batch["weights"])
+
+
+def test_wrong_number_of_dimensions(device):
+    tokens = torch.zeros(9, device=device)
+    with pytest.raises(ValueError, match=r"log_prob has shape \[9\]; it must be \[rows, tokens\]"):
+        policy_loss(tokens, tokens, tokens, tokens)
+
+
+def test_wrong_device(device):
+    here = torch.zeros(3, 9, device=device)
+    with pytest.raises(ValueError, match="must be on the same device"):
+        policy_loss(here, here, here, torch.ones(3, 9, device="meta"))
