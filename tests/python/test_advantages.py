@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+
 from entropy_rl import advantages
 
 ROWS, LENGTH = 12, 5

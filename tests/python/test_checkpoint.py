@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run is the uninterrupted one, bit for bit, and a kill never costs the last whole checkpoint."""
+"""Checkpoints: a resumed run is the uninterrupted one, bit for bit, and a kill costs no whole checkpoint."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from entropy_rl import checkpoint, train
 from training import ACTOR, as_arguments, read_metrics, without_times
 
@@ -102,9 +103,7 @@ def test_resume_continues_bit_for_bit(how: str, long_run: Overrides, uninterrupt
 
 
 @pytest.mark.parametrize(("when", "survivor"), [("writing", 2), ("removing", 4)])
-def test_kill_while_saving(
-    when: str, survivor: int, long_run: Overrides, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_kill_while_saving(when: str, survivor: int, long_run: Overrides, uninterrupted: Path, tmp_path: Path) -> None:
     """SIGKILL while step 4 is being saved, or while the older checkpoint goes: the last whole one is there, and from
     it the run ends as if nothing had happened."""
     directory, marker = tmp_path / "run", tmp_path / "marker"

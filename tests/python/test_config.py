@@ -1,13 +1,15 @@
 """The configuration: every key is checked and explained, and a mistake is told in one line."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+
 from entropy_rl import config as configuration
 from entropy_rl import train
-from omegaconf import OmegaConf
 from training import ACTOR, as_arguments
 
 YAML = Path(configuration.__file__).parent / "train.yaml"
@@ -26,7 +28,7 @@ def test_every_key_has_a_rule() -> None:
 
 def test_every_key_has_a_comment() -> None:
     lines = YAML.read_text().splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in itertools.pairwise(lines):
         if re.match(r" *\w+: \S", line):
             assert above.strip().startswith("#"), line
 
@@ -100,8 +102,6 @@ def test_an_override_that_is_none(override: str, capsys: pytest.CaptureFixture[s
     assert message.startswith("error: ") and message.count("\n") == 1 and override in message
 
 
-def test_an_interpolation_that_leads_nowhere(
-    overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interpolation_that_leads_nowhere(overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*as_arguments(overrides), "data.seed='${data.sed}'"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from entropy_rl import selection
 
 

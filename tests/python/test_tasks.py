@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from entropy_rl import tasks, train
 from entropy_rl.config import load
 from training import as_arguments
@@ -51,9 +52,7 @@ def test_parquet(overrides: Overrides, problems_path: Path) -> None:
         overrides | {"data.train_files": f"[{problems_path},{problems_path}]", "data.train_max_samples": 20}
     )
     assert len(train_problems) == 20 and validation == []
-    assert train_problems[3] == tasks.Problem(
-        [{"role": "user", "content": "3 + 9 ="}], "sums", "12", {"index": 3}
-    )
+    assert train_problems[3] == tasks.Problem([{"role": "user", "content": "3 + 9 ="}], "sums", "12", {"index": 3})
     assert scorer("sums", "12", "12", {}) == 1.0
 
 
