@@ -42,8 +42,7 @@ struct LogitsRows {
             "; it must be a finite number above 0");
     } else {
       check_floating("temperature", temperature_in);
-      row_temperature =
-          row_values("temperature", temperature_in, accumulate_dtype());
+      row_temperature = row_values("temperature", temperature_in, accumulate_dtype());
     }
     set_layout();
   }
@@ -69,9 +68,7 @@ struct LogitsRows {
   }
 
   // Of sums and of per-row results.
-  ScalarType accumulate_dtype() const {
-    return entropy_rl::accumulate_dtype(logits.scalar_type());
-  }
+  ScalarType accumulate_dtype() const { return entropy_rl::accumulate_dtype(logits.scalar_type()); }
 
   Tensor new_row_tensor() const {
     return torch::stable::new_empty(logits, row_shape, accumulate_dtype());
@@ -79,13 +76,13 @@ struct LogitsRows {
 
   // (max, log sum) of each row, what the backward needs beside the logits.
   Tensor new_statistics() const {
-    return torch::stable::new_empty(logits, row_shape_with(2),
-                                    accumulate_dtype());
+    return torch::stable::new_empty(logits, row_shape_with(2), accumulate_dtype());
   }
 
  private:
   void set_layout() {
-    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1)
+      logits = torch::stable::contiguous(logits);
     if (!merge_dimensions()) {
       logits = torch::stable::contiguous(logits);
       merge_dimensions();

@@ -1,4 +1,5 @@
-// token_entropy and logprob_entropy on the CPU: rows in parallel, each in one pass (softmax_rows.h).
+// token_entropy and logprob_entropy on the CPU: rows in parallel, each in one pass
+// (softmax_rows.h).
 #pragma once
 
 #include <algorithm>

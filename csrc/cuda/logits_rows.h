@@ -1,4 +1,5 @@
-// token_entropy and logprob_entropy on the device: from checked arguments to a kernel's, and the launch.
+// token_entropy and logprob_entropy on the device: from checked arguments to a kernel's, and the
+// launch.
 #pragma once
 
 #include "../kernels/softmax_rows.cuh"
@@ -8,7 +9,8 @@
 
 namespace entropy_rl::cuda {
 
-// Kernels names an op's kernels: forward(in, out) and backward(in, gradients, grad_logits) launch them.
+// Kernels names an op's kernels: forward(in, out) and backward(in, gradients, grad_logits) launch
+// them.
 template <class Kernels>
 struct SoftmaxLaunch {
   // Looking at device values would wait for the device: the kernels answer with NaN instead.
