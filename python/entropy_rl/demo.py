@@ -218,7 +218,7 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
         train.choose_device(settings.trainer.device)
     )
     _, problems, scorer = tasks.load_tasks(settings)
-    examples = train.encode(tokenizer, problems, settings, "data.val_files")
+    examples = train.encode(tokenizer, problems, settings)
     rollout, actor = settings.actor_rollout_ref.rollout, settings.actor_rollout_ref.actor
     generator = torch.Generator(model.device).manual_seed(rollout.seed)
     batch = train.generate(model, tokenizer, [prompt for _, prompt in examples], settings, rollout, generator)

@@ -93,8 +93,8 @@ def train(config: DictConfig) -> None:
     problems, validation_problems, scorer = load_tasks(config)
     settings = config.actor_rollout_ref.model
     tokenizer = load_tokenizer(settings)
-    examples = encode(tokenizer, problems, config, "data.train_files")
-    validation = encode(tokenizer, validation_problems, config, "data.val_files")
+    examples = encode(tokenizer, problems, config)
+    validation = encode(tokenizer, validation_problems, config)
     if len(examples) < config.data.train_batch_size:
         raise ConfigError(
             f"data.train_batch_size={config.data.train_batch_size}: it must be at most the number of training "
@@ -110,6 +110,7 @@ def train(config: DictConfig) -> None:
     checkpoint.remove_partial(directory)
     if resumed:
         checkpoint.restore(resumed, optimizer)
+        print(f"going on from {resumed}")
 
     with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps)) as logs:
         if trainer.val_before_train and validation and not resumed:
@@ -214,9 +215,7 @@ def _cannot_load(settings: DictConfig, what: str, error: Exception) -> ConfigErr
     )
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig, key: str
-) -> list[Example]:
+def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig) -> list[Example]:
     """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
@@ -229,8 +228,8 @@ def encode(
             examples.append((problem, prompt))
         elif not config.data.filter_overlong_prompts:
             raise ConfigError(
-                f"data.max_prompt_length={limit}: a prompt of {key} has {len(prompt)} tokens; allow as many, or "
-                "set data.filter_overlong_prompts=true"
+                f"data.max_prompt_length={limit}: a prompt has {len(prompt)} tokens; allow as many, or set "
+                "data.filter_overlong_prompts=true"
             )
     return examples
 
