@@ -103,7 +103,7 @@ def train(config: DictConfig) -> None:
     steps_per_epoch = len(examples) // config.data.train_batch_size
     total_steps = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
 
-    transformers.set_seed(rollout.seed % 2**32)
+    transformers.set_seed(rollout.seed)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
     reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
@@ -463,10 +463,11 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
+    generator = torch.Generator().manual_seed(actor.data_loader_seed * 1_000_003 + step)
     history: dict[str, list[Tensor]] = defaultdict(list)
-    for mini_batch in mini_batches(experience, step, config):
+    for mini_batch in mini_batches(experience, generator, config):
         optimizer.zero_grad()
-        for name, value in accumulate_gradients(model, mini_batch, step, config).items():
+        for name, value in accumulate_gradients(model, mini_batch, generator, config).items():
             history[name].append(value)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), actor.optim.clip_grad)
         history["actor/grad_norm"].append(grad_norm.detach())
@@ -479,11 +480,10 @@ def update(
     }
 
 
-def mini_batches(experience: Experience, step: int, config: DictConfig) -> Iterator[Experience]:
+def mini_batches(experience: Experience, generator: torch.Generator, config: DictConfig) -> Iterator[Experience]:
     """What each optimizer step learns from: whole groups, in order or, with actor.shuffle, at random."""
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     device = experience.advantages.device
-    generator = torch.Generator().manual_seed(actor.data_loader_seed * 1_000_003 + step)
     rows = torch.arange(len(experience.advantages)).view(-1, n)
     for _ in range(actor.ppo_epochs):
         order = torch.randperm(len(rows), generator=generator) if actor.shuffle else torch.arange(len(rows))
@@ -492,7 +492,7 @@ def mini_batches(experience: Experience, step: int, config: DictConfig) -> Itera
 
 
 def accumulate_gradients(
-    model: PreTrainedModel, mini_batch: Experience, step: int, config: DictConfig
+    model: PreTrainedModel, mini_batch: Experience, generator: torch.Generator, config: DictConfig
 ) -> dict[str, Tensor]:
     """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics.
 
@@ -537,7 +537,7 @@ def accumulate_gradients(
             clip_ratio_c=actor.clip_ratio_c,
             tau_pos=actor.tau_pos,
             tau_neg=actor.tau_neg,
-            seed=config.actor_rollout_ref.rollout.seed * 1_000_003 + step * 1009 + number,
+            seed=int(torch.randint(2**62, (), generator=generator)),  # of clip_cov's draw
             **actor.policy_loss,
             **policy_aggregation,
         )
