@@ -87,7 +87,7 @@ def train(config: DictConfig) -> None:
     transformers.logging.disable_progress_bar()
     device = choose_device(trainer.device)
     directory = Path(trainer.default_local_dir).expanduser()
-    resumed = find_checkpoint(config.trainer, directory)
+    resumed = find_checkpoint(trainer, directory)
     first_step = checkpoint.step_of(resumed) if resumed else 0
 
     problems, validation_problems, scorer = load_tasks(config)
@@ -224,6 +224,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], conf
         else:
             text = "\n".join(message["content"] for message in problem.messages)
         prompt = tokenizer.encode(text, add_special_tokens=False)
+        if not prompt:
+            raise ConfigError("data: a prompt has no tokens; at least one was expected")
         if len(prompt) <= limit:
             examples.append((problem, prompt))
         elif not config.data.filter_overlong_prompts:

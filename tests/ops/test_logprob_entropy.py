@@ -204,9 +204,7 @@ def test_strided_logits_equal_contiguous_ones(device, layout, dtype):
     expected = logprob_entropy(contiguous, targets, entropy_grad=True)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
     grads = [torch.randn_like(value) for value in expected]
-    assert torch.equal(
-        torch.autograd.grad(actual, view, grads)[0], torch.autograd.grad(expected, contiguous, grads)[0]
-    )
+    assert torch.equal(torch.autograd.grad(actual, view, grads)[0], torch.autograd.grad(expected, contiguous, grads)[0])
 
 
 def test_many_leading_dimensions(device):

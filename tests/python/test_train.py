@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_rl import config as configuration
 from entropy_rl import train
-from entropy_rl.tasks import load_tasks
+from entropy_rl.tasks import Problem, load_tasks
 from training import ACTOR, as_arguments
 
 Run = Callable[..., list[dict[str, Any]]]
@@ -194,6 +194,12 @@ def test_prompts_that_are_too_long_are_dropped(config: Any, tokenizer: Any) -> N
     kept = train.encode(tokenizer, problems, config)
     assert [len(prompt) for _, prompt in kept] == [length for length in lengths if length <= 9]
     assert 0 < len(kept) < 16
+
+
+def test_a_prompt_without_tokens(config: Any, tokenizer: Any) -> None:
+    problem = Problem([{"role": "user", "content": ""}], "sums", "1")
+    with pytest.raises(configuration.ConfigError, match="a prompt has no tokens"):
+        train.encode(tokenizer, [problem], config)
 
 
 # ---- Validation
