@@ -6,5 +6,6 @@
 
 PYBIND11_MODULE(_bindings, m) {
   m.doc() = "Build information of entropy_rl_ext.";
-  m.def("build_info_json", &entropy_rl::build_info_json, "What the library was built from, as JSON.");
+  m.def("build_info_json", &entropy_rl::build_info_json,
+        "What the library was built from, as JSON.");
 }

@@ -10,11 +10,11 @@
 // Parts that several schemas share.
 #define AGGREGATION_OPTIONS \
   ", str loss_agg_mode=\"token-mean\", int dp_size=1, float? loss_scale_factor=None"
-#define POLICY_LOSS_OPTIONS                                                                       \
-  ", str loss_mode=\"vanilla\", str normalize=\"selected\", float clip_ratio=0.2, "               \
-  "float? clip_ratio_low=None, float? clip_ratio_high=None, float clip_ratio_c=3.0, "             \
-  "float clip_cov_ratio=0.0002, float clip_cov_lb=1.0, float clip_cov_ub=5.0, "                   \
-  "float kl_cov_ratio=0.0002, float ppo_kl_coef=0.1, float tau_pos=1.0, float tau_neg=1.05, "     \
+#define POLICY_LOSS_OPTIONS                                                                   \
+  ", str loss_mode=\"vanilla\", str normalize=\"selected\", float clip_ratio=0.2, "           \
+  "float? clip_ratio_low=None, float? clip_ratio_high=None, float clip_ratio_c=3.0, "         \
+  "float clip_cov_ratio=0.0002, float clip_cov_lb=1.0, float clip_cov_ub=5.0, "               \
+  "float kl_cov_ratio=0.0002, float ppo_kl_coef=0.1, float tau_pos=1.0, float tau_neg=1.05, " \
   "float? dro_beta=None" AGGREGATION_OPTIONS
 #define LOSS_OUTPUTS "(Tensor loss, Tensor metrics, Tensor gradient, Tensor row_scale)"
 #define LOSS_GRADIENT "Tensor grad_loss, Tensor gradient, Tensor row_scale"
@@ -28,11 +28,13 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "token_entropy_forward(Tensor logits, Tensor? mask, Tensor temperature) "
       "-> (Tensor entropy, Tensor statistics)");
   m.def(
-      "token_entropy_backward(Tensor grad_entropy, Tensor logits, Tensor? mask, Tensor temperature, "
+      "token_entropy_backward(Tensor grad_entropy, Tensor logits, Tensor? mask, Tensor "
+      "temperature, "
       "Tensor entropy, Tensor statistics) -> Tensor");
   m.def(
       "logprob_entropy(Tensor logits, Tensor targets, Tensor? mask=None, Scalar temperature=1.0, "
-      "Tensor? row_temperature=None, bool entropy_grad=False) -> (Tensor log_prob, Tensor entropy)");
+      "Tensor? row_temperature=None, bool entropy_grad=False) -> (Tensor log_prob, Tensor "
+      "entropy)");
   m.def(
       "logprob_entropy_forward(Tensor logits, Tensor targets, Tensor? mask, Tensor temperature) "
       "-> (Tensor log_prob, Tensor entropy, Tensor statistics)");
@@ -49,8 +51,8 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
       "str scope, Tensor? group_ids) -> Tensor");
 
-  // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and the
-  // gradient in two factors, one a token and one a row.
+  // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and
+  // the gradient in two factors, one a token and one a row.
   m.def(
       "policy_loss(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor response_mask, "
       "Tensor? entropy_mask=None, Tensor? rollout_is_weights=None, Tensor? batch_num_tokens=None, "

@@ -42,8 +42,7 @@ struct LogitsRows {
             "; it must be a finite number above 0");
     } else {
       check_floating("temperature", temperature_in);
-      row_temperature =
-          row_values("temperature", temperature_in, accumulate_dtype(logits.scalar_type()));
+      row_temperature = row_values("temperature", temperature_in, accumulate_dtype());
     }
     set_layout();
   }
@@ -68,25 +67,22 @@ struct LogitsRows {
     return row_values("targets", targets_in, ScalarType::Long);
   }
 
-  // An incoming gradient as contiguous [rows] of the accumulate dtype.
-  std::optional<Tensor> gradient(const char* name, const std::optional<Tensor>& grad) const {
-    if (!grad) return std::nullopt;
-    return row_values(name, *grad, accumulate_dtype(logits.scalar_type()));
-  }
+  // Of sums and of per-row results.
+  ScalarType accumulate_dtype() const { return entropy_rl::accumulate_dtype(logits.scalar_type()); }
 
   Tensor new_row_tensor() const {
-    return torch::stable::new_empty(logits, row_shape, accumulate_dtype(logits.scalar_type()));
+    return torch::stable::new_empty(logits, row_shape, accumulate_dtype());
   }
 
   // (max, log sum) of each row, what the backward needs beside the logits.
   Tensor new_statistics() const {
-    return torch::stable::new_empty(logits, row_shape_with(2),
-                                    accumulate_dtype(logits.scalar_type()));
+    return torch::stable::new_empty(logits, row_shape_with(2), accumulate_dtype());
   }
 
  private:
   void set_layout() {
-    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1)
+      logits = torch::stable::contiguous(logits);
     if (!merge_dimensions()) {
       logits = torch::stable::contiguous(logits);
       merge_dimensions();
@@ -112,19 +108,6 @@ struct LogitsRows {
     }
     layout = merged;
     return true;
-  }
-};
-
-// What a forward kept for its backward, checked: a caller of the backward op may pass anything.
-struct SavedRows {
-  Tensor entropy;     // [rows]
-  Tensor statistics;  // [rows, 2]
-
-  SavedRows(const LogitsRows& in, const Tensor& entropy_in, const Tensor& statistics_in)
-      : entropy(in.row_values("entropy", entropy_in, accumulate_dtype(in.logits.scalar_type()))),
-        statistics(as_contiguous(statistics_in, accumulate_dtype(in.logits.scalar_type()))) {
-    check_shape("statistics", statistics_in, in.row_shape_with(2), "max and log sum of each row");
-    check_same_device("statistics", statistics_in, "logits", in.logits);
   }
 };
 

@@ -14,7 +14,7 @@ EXTENSION = sorted((ROOT / "entropy_rl_ext").rglob("*.py"))
 ROOMS = (
     "csrc/cpu/{}.cpp",
     "csrc/cuda/{}.cu",
-    "csrc/kernels/{}.*",  # .h where the kernel itself is another op's
+    "csrc/kernels/{}.*h",  # its kernels, or what it brings to kernels that it shares
     "entropy_rl_ext/ops/{}.py",
     "tests/ops/test_{}.py",
     "tests/cpp/test_{}.cpp",

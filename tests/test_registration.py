@@ -19,9 +19,7 @@ HAS_CUDA = bool(entropy_rl_ext.build_info()["cuda"]) and torch.version.cuda is n
 def has_kernel(op: str, key: str) -> bool:
     """Whether the op has a kernel for this key, or is written in terms of ops that are themselves checked."""
     name = f"entropy_rl::{op}"
-    return any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(name, k) for k in (key, "CompositeImplicitAutograd")
-    )
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, k) for k in (key, "CompositeImplicitAutograd"))
 
 
 def test_ops_were_found():

@@ -1,114 +1,125 @@
-// The loops over rows that token_entropy and logprob_entropy share on the CPU.
+// token_entropy and logprob_entropy on the CPU: rows in parallel, each in one pass
+// (softmax_rows.h).
 #pragma once
 
-#include "../logits_rows.h"
+#include <algorithm>
+#include <cstring>
+
+#include "../logits_op.h"
 #include "softmax_rows.h"
 
 namespace entropy_rl::cpu {
 
-inline void check_row_temperature(const LogitsRows& in) {
-  if (!in.row_temperature) return;
-  dispatch_floating(in.row_temperature->scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const T* temperature = const_data<T>(*in.row_temperature);
-    for (int64_t row = 0; row < in.rows; ++row) {
-      const double value = load_value(temperature[row]);
-      check(std::isfinite(value) && value > 0, "temperature[", row, "] is ", value,
-            "; it must be a finite number above 0");
-    }
-  });
-}
-
-inline void check_targets(const LogitsRows& in, const Tensor& targets) {
-  const int64_t* target = const_data<int64_t>(targets);
+// The arguments of one call as the loops read them; pointers that do not apply are null.
+template <class T>
+struct RowReader {
+  using Acc = accumulate_t<T>;
+  const LogitsRows& in;
+  const T* logits = const_data<T>(in.logits);
   const bool* mask = const_data<bool>(in.mask);
-  for (int64_t row = 0; row < in.rows; ++row) {
-    if (mask && !mask[row]) continue;
-    check(target[row] >= 0 && target[row] < in.vocab, "targets[", row, "] (flat index) is ",
-          target[row], "; it must be in [0, ", in.vocab, "), the vocabulary");
+  const Acc* row_temperature = const_data<Acc>(in.row_temperature);
+
+  bool is_masked(int64_t row) const { return mask && !mask[row]; }
+  double temperature(int64_t row) const {
+    return row_temperature ? row_temperature[row] : in.temperature;
   }
-}
+  const T* operator[](int64_t row) const { return logits + in.layout.offset(row); }
 
-// Calls fn(row) for every row, on all threads.
-template <class Fn>
-inline void for_each_row(const LogitsRows& in, Fn fn) {
-  const int64_t rows_per_task = std::max<int64_t>(1, 32768 / in.vocab);
-  torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) fn(row);
-  });
-}
+  // Calls fn(row) for every row, on all threads.
+  template <class Fn>
+  void for_each_row(Fn fn) const {
+    const int64_t rows_per_task = std::max<int64_t>(1, 32768 / in.vocab);
+    torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) fn(row);
+    });
+  }
+};
 
-// Entropy and statistics of every row and, where `targets` is given, the target's log-prob.
-// Rows that the mask leaves out are not read and give 0.
-inline void forward_rows(const LogitsRows& in, const int64_t* targets /*[rows] or null*/,
-                         const std::optional<Tensor>& log_prob, const Tensor& entropy,
-                         const Tensor& statistics) {
-  dispatch_floating(in.logits.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using Acc = accumulate_t<T>;
-    const T* logits = const_data<T>(in.logits);
-    const bool* mask = const_data<bool>(in.mask);
-    const Acc* row_temperature = const_data<Acc>(in.row_temperature);
-    Acc* log_prob_out = log_prob ? mutable_data<Acc>(*log_prob) : nullptr;
-    Acc* entropy_out = mutable_data<Acc>(entropy);
-    Acc* statistics_out = mutable_data<Acc>(statistics);  // [rows, 2]
-    for_each_row(in, [&](int64_t row) {
-      if (mask && !mask[row]) {
-        entropy_out[row] = 0;
-        if (log_prob_out) log_prob_out[row] = 0;
-        statistics_out[2 * row] = statistics_out[2 * row + 1] = 0;
-        return;
-      }
-      const T* x = logits + in.layout.offset(row);
-      const double temperature = row_temperature ? row_temperature[row] : in.temperature;
-      const RowStatistics<Acc> result = row_statistics(x, in.vocab, temperature);
-      entropy_out[row] = result.entropy;
-      statistics_out[2 * row] = result.max;
-      statistics_out[2 * row + 1] = result.log_sum;
-      if (targets) {
-        log_prob_out[row] =
-            result.log_prob(load_value(x[targets[row]]), static_cast<Acc>(temperature));
+struct SoftmaxRows {
+  static void check_values(const LogitsRows& in, const std::optional<Tensor>& targets) {
+    if (in.row_temperature) check_temperatures(in);
+    if (targets) check_targets(in, *targets);
+  }
+
+  static void forward(const LogitsRows& in, const RowOutputs& out) {
+    dispatch_floating(in.logits.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using Acc = accumulate_t<T>;
+      const RowReader<T> rows{in};
+      const int64_t* targets = const_data<int64_t>(out.targets);
+      Acc* log_prob = out.log_prob ? mutable_data<Acc>(*out.log_prob) : nullptr;
+      Acc* entropy = mutable_data<Acc>(out.entropy);
+      Acc* statistics = mutable_data<Acc>(out.statistics);  // [rows, 2]
+      rows.for_each_row([&](int64_t row) {
+        if (rows.is_masked(row)) {
+          entropy[row] = statistics[2 * row] = statistics[2 * row + 1] = 0;
+          if (targets) log_prob[row] = 0;
+          return;
+        }
+        const double temperature = rows.temperature(row);
+        const RowStatistics<Acc> result = row_statistics(rows[row], in.vocab, temperature);
+        entropy[row] = result.entropy;
+        statistics[2 * row] = result.max;
+        statistics[2 * row + 1] = result.log_sum;
+        if (!targets) return;
+        const Acc target_logit = load_value(rows[row][targets[row]]);
+        log_prob[row] = result.log_prob(target_logit, static_cast<Acc>(temperature));
+      });
+    });
+  }
+
+  static void backward(const LogitsRows& in, const RowGradients& gradients,
+                       const Tensor& grad_logits) {
+    dispatch_floating(in.logits.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using Acc = accumulate_t<T>;
+      const RowReader<T> rows{in};
+      const int64_t* targets = const_data<int64_t>(gradients.targets);
+      const Acc* grad_log_prob = const_data<Acc>(gradients.grad_log_prob);
+      const Acc* grad_entropy = const_data<Acc>(gradients.grad_entropy);
+      const Acc* entropy = const_data<Acc>(gradients.entropy);
+      const Acc* statistics = const_data<Acc>(gradients.statistics);
+      T* out = mutable_data<T>(grad_logits);
+      rows.for_each_row([&](int64_t row) {
+        const Acc g_log_prob = grad_log_prob ? grad_log_prob[row] : Acc(0);
+        const Acc g_entropy = grad_entropy ? grad_entropy[row] : Acc(0);
+        T* grad_row = out + row * in.vocab;
+        if (rows.is_masked(row) || (g_log_prob == 0 && g_entropy == 0)) {
+          memset(static_cast<void*>(grad_row), 0, static_cast<size_t>(in.vocab) * sizeof(T));
+          return;
+        }
+        const SoftmaxGradient<Acc> gradient{shift_of(statistics[2 * row]),
+                                            statistics[2 * row + 1],
+                                            entropy[row],
+                                            static_cast<Acc>(1.0 / rows.temperature(row)),
+                                            g_log_prob,
+                                            g_entropy};
+        row_gradient(rows[row], in.vocab, targets ? targets[row] : -1, gradient, grad_row);
+      });
+    });
+  }
+
+ private:
+  static void check_temperatures(const LogitsRows& in) {
+    dispatch_floating(in.row_temperature->scalar_type(), [&](auto element) {
+      const auto* temperature = const_data<decltype(element)>(*in.row_temperature);
+      for (int64_t row = 0; row < in.rows; ++row) {
+        const double value = load_value(temperature[row]);
+        check(std::isfinite(value) && value > 0, "temperature[", row, "] is ", value,
+              "; it must be a finite number above 0");
       }
     });
-  });
-}
+  }
 
-// dL/dlogits [..., vocab], contiguous. Rows with no gradient are not read, only filled with zero.
-inline Tensor backward_rows(const LogitsRows& in, const int64_t* targets /*[rows] or null*/,
-                            const std::optional<Tensor>& grad_log_prob,
-                            const std::optional<Tensor>& grad_entropy, const Tensor& entropy,
-                            const Tensor& statistics) {
-  Tensor grad_logits = torch::stable::new_empty(in.logits, in.row_shape_with(in.vocab));
-  dispatch_floating(in.logits.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using Acc = accumulate_t<T>;
-    const T* logits = const_data<T>(in.logits);
+  static void check_targets(const LogitsRows& in, const Tensor& targets) {
+    const int64_t* target = const_data<int64_t>(targets);
     const bool* mask = const_data<bool>(in.mask);
-    const Acc* row_temperature = const_data<Acc>(in.row_temperature);
-    const Acc* grad_log_prob_in = const_data<Acc>(grad_log_prob);
-    const Acc* grad_entropy_in = const_data<Acc>(grad_entropy);
-    const Acc* entropy_in = const_data<Acc>(entropy);
-    const Acc* statistics_in = const_data<Acc>(statistics);
-    T* out = mutable_data<T>(grad_logits);
-    for_each_row(in, [&](int64_t row) {
-      const Acc g_log_prob = grad_log_prob_in ? grad_log_prob_in[row] : Acc(0);
-      const Acc g_entropy = grad_entropy_in ? grad_entropy_in[row] : Acc(0);
-      T* grad_row = out + row * in.vocab;
-      if ((mask && !mask[row]) || (g_log_prob == 0 && g_entropy == 0)) {
-        memset(static_cast<void*>(grad_row), 0, static_cast<size_t>(in.vocab) * sizeof(T));
-        return;
-      }
-      const double temperature = row_temperature ? row_temperature[row] : in.temperature;
-      const RowStatistics<Acc> row_in{statistics_in[2 * row], statistics_in[2 * row + 1],
-                                      entropy_in[row]};
-      const SoftmaxGradient<Acc> gradient{
-          row_in.shift(), row_in.log_sum, row_in.entropy, static_cast<Acc>(1.0 / temperature),
-          g_log_prob,     g_entropy};
-      row_gradient(logits + in.layout.offset(row), in.vocab, targets ? targets[row] : -1, gradient,
-                   grad_row);
-    });
-  });
-  return grad_logits;
-}
+    for (int64_t row = 0; row < in.rows; ++row) {
+      if (mask && !mask[row]) continue;
+      check(target[row] >= 0 && target[row] < in.vocab, "targets[", row, "] (flat index) is ",
+            target[row], "; it must be in [0, ", in.vocab, "), the vocabulary");
+    }
+  }
+};
 
 }  // namespace entropy_rl::cpu

@@ -3,9 +3,9 @@
 namespace entropy_rl::cpu {
 namespace {
 
-// Each runs over kLanes independent lanes first, so that the compiler can keep a vector per sum, then
-// over the remainder. Lane order is fixed: the same input gives the same bits on every path but for
-// fused multiply-add, which the baseline lacks.
+// Each runs over kLanes independent lanes first, so that the compiler can keep a vector per sum,
+// then over the remainder. Lane order is fixed: the same input gives the same bits on every path
+// but for fused multiply-add, which the baseline lacks.
 
 template <class Acc>
 __attribute__((always_inline)) inline Acc max_of(const Acc* x, int count) {

@@ -1,7 +1,8 @@
-// One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and its gradient.
-// A row is taken in chunks that stay in the first-level cache: widen to float, maximum, then sums.
-// Chunk sums are float32 over 16 lanes, chunks combine in float64; float64 input is float64 throughout.
-// The chunk loops are compiled for AVX-512, AVX2 and the baseline and chosen when the library loads.
+// One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and its
+// gradient. A row is taken in chunks that stay in the first-level cache: widen to float, maximum,
+// then sums. Chunk sums are float32 over 16 lanes, chunks combine in float64; float64 input is
+// float64 throughout. The chunk loops are compiled for AVX-512, AVX2 and the baseline and chosen
+// when the library loads.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +65,8 @@ RowStatistics<accumulate_t<T>> row_statistics(const T* logits /*[vocab]*/, int64
     row.sum += sum;
     row.dot += dot;
   }
-  return {static_cast<Acc>(row.max), static_cast<Acc>(log_sum(row)), static_cast<Acc>(entropy(row))};
+  return {static_cast<Acc>(row.max), static_cast<Acc>(log_sum(row)),
+          static_cast<Acc>(entropy(row))};
 }
 
 // Writes one row of dL/dlogits. `target` is outside [0, vocab) where the row has none.

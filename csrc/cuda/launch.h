@@ -25,8 +25,8 @@ class DeviceScope {
   cudaStream_t stream_ = nullptr;
 };
 
-// Blocks for `count` pieces of work that a kernel takes in a grid-stride loop: the x dimension holds
-// up to 2^31 - 1 blocks.
+// Blocks for `count` pieces of work that a kernel takes in a grid-stride loop: the x dimension
+// holds up to 2^31 - 1 blocks.
 inline unsigned grid_size(int64_t count) {
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
   return static_cast<unsigned>(count < kMaxBlocks ? count : kMaxBlocks);

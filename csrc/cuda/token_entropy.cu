@@ -1,55 +1,34 @@
 #include "../kernels/token_entropy.cuh"
 
-#include <tuple>
-
 #include "logits_rows.h"
 
 namespace entropy_rl::cuda {
+namespace {
 
-std::tuple<Tensor, Tensor> token_entropy_forward(const Tensor& logits, std::optional<Tensor> mask,
-                                                 const Tensor& temperature) {
-  const LogitsRows in(logits, mask, temperature);
-  const DeviceScope device(in.logits);
-  Tensor entropy = in.new_row_tensor();
-  Tensor statistics = in.new_statistics();
-  if (in.rows == 0) return {entropy, statistics};
-  dispatch_floating(in.logits.scalar_type(), [&](auto element) {
-    using T = decltype(element);
+struct TokenEntropyKernels {
+  template <class Launch, class T>
+  static void forward(const Launch& launch, const SoftmaxRows<T>& in, const RowOutputs& out) {
     using Acc = accumulate_t<T>;
-    token_entropy_kernel<T>
-        <<<grid_size(in.rows), softmax_row_threads(in.vocab), 0, device.stream()>>>(
-            softmax_rows<T>(in, std::nullopt), mutable_data<Acc>(entropy),
-            mutable_data<Acc>(statistics));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {entropy, statistics};
-}
+    launch(token_entropy_kernel<T>, in, mutable_data<Acc>(out.entropy),
+           mutable_data<Acc>(out.statistics));
+  }
 
-Tensor token_entropy_backward(const Tensor& grad_entropy, const Tensor& logits,
-                              std::optional<Tensor> mask, const Tensor& temperature, const Tensor& entropy,
-                              const Tensor& statistics) {
-  const LogitsRows in(logits, mask, temperature);
-  const SavedRows saved(in, entropy, statistics);
-  const std::optional<Tensor> g_entropy = in.gradient("grad_entropy", grad_entropy);
-  const DeviceScope device(in.logits);
-  Tensor grad_logits = torch::stable::new_empty(logits, in.row_shape_with(in.vocab));
-  if (in.rows == 0) return grad_logits;
-  dispatch_floating(in.logits.scalar_type(), [&](auto element) {
-    using T = decltype(element);
+  template <class Launch, class T>
+  static void backward(const Launch& launch, const SoftmaxRows<T>& in,
+                       const RowGradients& gradients, T* grad_logits) {
     using Acc = accumulate_t<T>;
-    token_entropy_backward_kernel<T>
-        <<<grid_size(in.rows), softmax_row_threads(in.vocab), 0, device.stream()>>>(
-            softmax_rows<T>(in, std::nullopt), const_data<Acc>(g_entropy),
-            const_data<Acc>(saved.entropy), const_data<Acc>(saved.statistics),
-            mutable_data<T>(grad_logits));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return grad_logits;
-}
+    launch(token_entropy_backward_kernel<T>, in, const_data<Acc>(gradients.grad_entropy),
+           const_data<Acc>(gradients.entropy), const_data<Acc>(gradients.statistics), grad_logits);
+  }
+};
 
+using TokenEntropy = SoftmaxLaunch<TokenEntropyKernels>;
+
+}  // namespace
 }  // namespace entropy_rl::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
-  m.impl("token_entropy_forward", TORCH_BOX(&entropy_rl::cuda::token_entropy_forward));
-  m.impl("token_entropy_backward", TORCH_BOX(&entropy_rl::cuda::token_entropy_backward));
+  using entropy_rl::cuda::TokenEntropy;
+  m.impl("token_entropy_forward", TORCH_BOX(&entropy_rl::token_entropy_forward<TokenEntropy>));
+  m.impl("token_entropy_backward", TORCH_BOX(&entropy_rl::token_entropy_backward<TokenEntropy>));
 }

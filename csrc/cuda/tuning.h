@@ -18,7 +18,6 @@ constexpr int kTileThreads = 256;
 // Threads that search one segment, each a tile at a time: 2^20 tokens are 256 tiles.
 constexpr int kSegmentThreads = 256;
 
-
 // Threads that share one tile of kTileTokens tokens of a loss: eight tokens each.
 constexpr int kLossTileThreads = 256;
 // Threads of the one block that sums a batch's rows or tiles.

@@ -1,5 +1,6 @@
-// The element types of logits, free of torch: 16-bit floats as bit patterns, widened in the load and
-// rounded to nearest even in the store. Arithmetic is float32 throughout, float64 for float64 input.
+// The element types of logits, free of torch: 16-bit floats as bit patterns, widened in the load
+// and rounded to nearest even in the store. Arithmetic is float32 throughout, float64 for float64
+// input.
 #pragma once
 
 #include <cstdint>

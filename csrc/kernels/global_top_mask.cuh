@@ -292,7 +292,9 @@ __global__ void selection_mask_kernel(const Key* keys /*[rows, columns]*/,
 }
 
 // values[i] = i
-inline __global__ void row_indices_kernel(int64_t count, int64_t* values /*[count]*/) {
+// A template, so that every file that includes it may hold it.
+template <class Index>
+__global__ void row_indices_kernel(int64_t count, Index* values /*[count]*/) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += stride) {

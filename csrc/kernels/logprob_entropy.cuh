@@ -1,6 +1,7 @@
-// logprob_entropy: log p_y = d_y - log sum and H = log sum - dot / sum of each row (online_softmax.h),
-// one block a row. Forward V * sizeof(T) bytes read a row; backward the same read and written, rows
-// whose gradients are both zero only written. Accumulation float (double for double).
+// logprob_entropy: log p_y = d_y - log sum and H = log sum - dot / sum of each row
+// (online_softmax.h), one block a row. Forward V * sizeof(T) bytes read a row; backward the same
+// read and written, rows whose gradients are both zero only written. Accumulation float (double for
+// double).
 #pragma once
 
 #include "softmax_rows.cuh"
@@ -16,10 +17,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxRowThreads) logprob_entropy_backward_kernel(
-    SoftmaxRows<T> in, const accumulate_t<T>* grad_log_prob /*[rows]*/,
-    const accumulate_t<T>* grad_entropy /*[rows]*/, const accumulate_t<T>* entropy /*[rows]*/,
-    const accumulate_t<T>* statistics /*[rows, 2]*/, T* grad_logits /*[rows, vocab]*/) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    logprob_entropy_backward_kernel(SoftmaxRows<T> in,
+                                    const accumulate_t<T>* grad_log_prob /*[rows]*/,
+                                    const accumulate_t<T>* grad_entropy /*[rows]*/,
+                                    const accumulate_t<T>* entropy /*[rows]*/,
+                                    const accumulate_t<T>* statistics /*[rows, 2]*/,
+                                    T* grad_logits /*[rows, vocab]*/) {
   backward_softmax_rows<T>(in, grad_log_prob, grad_entropy, entropy, statistics, grad_logits);
 }
 

@@ -2,8 +2,8 @@
 //   d_j = (x_j - max) / T,  sum = sum_j e^d_j,  dot = sum_j e^d_j d_j
 //   log p_y = d_y - log sum,  H = log sum - dot / sum  (nats)
 // `dot` is kept against the running maximum, so logits of +-1e4 cost no digits.
-// -inf logits have p = 0 and add nothing; a row of only -inf, or one that holds +inf or NaN, ends as
-// NaN, since then sum is 0 or NaN.
+// -inf logits have p = 0 and add nothing; a row of only -inf, or one that holds +inf or NaN, ends
+// as NaN, since then sum is 0 or NaN.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Where row r of a [..., vocab] tensor begins: leading dimensions of any strides, expanded (stride 0)
-// and sliced ones included, so that logits[:, -response_length - 1 : -1] needs no copy.
+// Where row r of a [..., vocab] tensor begins: leading dimensions of any strides, expanded (stride
+// 0) and sliced ones included, so that logits[:, -response_length - 1 : -1] needs no copy.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // What the kernels of token_entropy and logprob_entropy share: one block takes one row of logits.
 //   forward   reads the row once: V * sizeof(T) bytes; writes three values.
 //   backward  reads it once and writes it once; a row with no gradient is only filled with zeros.
-// A thread loads kPacks 16-byte packs before it uses the first, so that several reads are in flight,
-// and rescales once per two packs. Accumulation is float (double for double).
+// A thread loads kPacks 16-byte packs before it uses the first, so that several reads are in
+// flight, and rescales once per two packs. Accumulation is float (double for double).
 #pragma once
 
 #include "dtypes.h"
@@ -219,9 +219,12 @@ __device__ void backward_softmax_rows(const SoftmaxRows<T>& in,
         g_log_prob = static_cast<Acc>(NAN);
       }
     }
-    const SoftmaxGradient<Acc> gradient = {shift_of(statistics[2 * row]), statistics[2 * row + 1],
-                                           entropy_in[row], Acc(1) / in.temperature_of(row),
-                                           g_log_prob, g_entropy};
+    const SoftmaxGradient<Acc> gradient = {shift_of(statistics[2 * row]),
+                                           statistics[2 * row + 1],
+                                           entropy_in[row],
+                                           Acc(1) / in.temperature_of(row),
+                                           g_log_prob,
+                                           g_entropy};
     write_gradient_row(in.logits + in.layout.offset(row), grad_row, in.vocab, target, gradient);
   }
 }

@@ -1,6 +1,6 @@
 // token_entropy: H = log sum - dot / sum of each row (online_softmax.h), one block a row.
-// Forward V * sizeof(T) bytes read a row; backward the same read and written, zero rows only written.
-// Accumulation float (double for double).
+// Forward V * sizeof(T) bytes read a row; backward the same read and written, zero rows only
+// written. Accumulation float (double for double).
 #pragma once
 
 #include "softmax_rows.cuh"

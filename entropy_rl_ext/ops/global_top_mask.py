@@ -52,9 +52,7 @@ def global_top_mask(
     Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that
     of TRL.
     """
-    mask: Tensor = torch.ops.entropy_rl.global_top_mask(
-        entropy, response_mask, top_ratio, rule, scope, group_ids
-    )
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask(entropy, response_mask, top_ratio, rule, scope, group_ids)
     return mask
 
 
@@ -87,9 +85,7 @@ def _global_top_mask(
 ) -> Tensor:
     # A product keeps a symbolic ratio symbolic, where a fill value would be specialised on.
     ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
-    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
-        entropy, response_mask, ratio, rule, scope, group_ids
-    )
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(entropy, response_mask, ratio, rule, scope, group_ids)
     return mask
 
 

@@ -61,9 +61,7 @@ def _logprob_entropy(
 
 
 @torch.library.register_fake("entropy_rl::logprob_entropy_forward")
-def _(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(logits=logits, targets=targets, mask=mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
@@ -106,7 +104,5 @@ def _backward(
     return grad_logits, None, None, None
 
 
-torch.library.register_autograd(
-    "entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context)
 register_no_derivative("logprob_entropy_backward", "second derivatives are not offered")

@@ -109,14 +109,14 @@ def training_overrides(directory: Path, seed: int, steps: int) -> list[str]:
         f"reward.custom_reward_function.path={countdown.__file__}",
         "data.max_prompt_length=8",
         "data.max_response_length=12",
-        "data.train_batch_size=64",
+        "data.train_batch_size=128",
         f"data.seed={seed}",
-        f"{rollout}.n=16",
+        f"{rollout}.n=8",
         f"{rollout}.seed={seed}",
         f"{actor}.entropy_top_ratio={TOP_RATIO}",
         f"{actor}.clip_ratio_high=0.28",
-        f"{actor}.ppo_mini_batch_size=32",
-        f"{actor}.optim.lr=2e-4",
+        f"{actor}.ppo_mini_batch_size=64",
+        f"{actor}.optim.lr=3e-4",
         f"{actor}.optim.weight_decay=0.0",
         f"trainer.total_training_steps={steps}",
         f"trainer.test_freq={max(1, steps // 4)}",
@@ -221,9 +221,7 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
     examples = train.encode(tokenizer, problems, settings, "data.val_files")
     rollout, actor = settings.actor_rollout_ref.rollout, settings.actor_rollout_ref.actor
     generator = torch.Generator(model.device).manual_seed(rollout.seed)
-    batch = train.generate(
-        model, tokenizer, [prompt for _, prompt in examples], settings, rollout, generator
-    )
+    batch = train.generate(model, tokenizer, [prompt for _, prompt in examples], settings, rollout, generator)
     rewards = train.score(tokenizer, batch, problems, scorer)
     _, entropy = train.compute_log_prob(model, batch, settings)
     selected, _ = select_tokens(entropy, batch.response_mask, actor.entropy_top_ratio, actor.entropy_top_rule)

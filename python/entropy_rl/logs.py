@@ -98,9 +98,7 @@ def _draw(history: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, _CURVES, strict=True):
-        for name in sorted({key for line in history for key in line["data"] if key.startswith(names)}):
-            if name not in names and not name.startswith("val-core/"):
-                continue
+        for name in sorted({key for line in history for key in line["data"] if _matches(key, names)}):
             points = [(line["step"], line["data"][name]) for line in history if name in line["data"]]
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else "")
         axes.set_title(title, fontsize=10)
@@ -108,3 +106,8 @@ def _draw(history: Sequence[dict[str, Any]], path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def _matches(key: str, names: Sequence[str]) -> bool:
+    """Whether `key` is one of `names`, or begins with one that ends in a slash."""
+    return any(key == name or (name.endswith("/") and key.startswith(name)) for name in names)

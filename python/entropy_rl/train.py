@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -31,6 +30,7 @@ from entropy_rl.config import ConfigError
 from entropy_rl.logs import Logs
 from entropy_rl.selection import select_tokens, token_divisor, top_k_count
 from entropy_rl.tasks import Problem, Scorer, load_tasks
+from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
 
@@ -62,9 +62,7 @@ class Experience:
 
     def rows(self, index: Tensor) -> "Experience":
         ref_log_prob = None if self.ref_log_prob is None else self.ref_log_prob[index]
-        return Experience(
-            self.batch.rows(index), self.advantages[index], self.old_log_prob[index], ref_log_prob
-        )
+        return Experience(self.batch.rows(index), self.advantages[index], self.old_log_prob[index], ref_log_prob)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,12 +103,10 @@ def train(config: DictConfig) -> None:
     steps_per_epoch = len(examples) // config.data.train_batch_size
     total_steps = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
 
-    torch.manual_seed(rollout.seed)
+    transformers.set_seed(rollout.seed % 2**32)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
     reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
-    optimizer = AdamW(
-        model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay
-    )
+    optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
     checkpoint.remove_partial(directory)
     if resumed:
         checkpoint.restore(resumed, optimizer)
@@ -156,13 +152,10 @@ def train(config: DictConfig) -> None:
                 with timer.phase("testing"):
                     metrics |= validate(model, tokenizer, validation, scorer, config)
 
-            if trainer.save_freq > 0 and (last or step % trainer.save_freq == 0):
-                with timer.phase("save_checkpoint"):
-                    checkpoint.save(
-                        directory, step, model, tokenizer, optimizer, trainer.max_actor_ckpt_to_keep
-                    )
-
+            # Before the checkpoint: a run that goes on from it has logged all of its steps.
             logs.write(step, metrics | timer.metrics(int(batch.attention_mask.sum())))
+            if trainer.save_freq > 0 and (last or step % trainer.save_freq == 0):
+                checkpoint.save(directory, step, model, tokenizer, optimizer, trainer.max_actor_ckpt_to_keep)
     print(f"metrics, curves and checkpoints: {directory.resolve()}")
 
 
@@ -200,9 +193,7 @@ def load_model(settings: DictConfig, path: str | Path) -> PreTrainedModel:
 
 def load_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.path, trust_remote_code=settings.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(settings, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
@@ -230,9 +221,7 @@ def encode(
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
         if tokenizer.chat_template is not None:
-            text = tokenizer.apply_chat_template(
-                problem.messages, add_generation_prompt=True, tokenize=False
-            )
+            text = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=False)
         else:
             text = "\n".join(message["content"] for message in problem.messages)
         prompt = tokenizer.encode(text, add_special_tokens=False)
@@ -252,9 +241,7 @@ def batch_of_step(examples: Sequence[Example], step: int, data: DictConfig) -> l
     epoch, index = divmod(step - 1, per_epoch)
     order = torch.arange(len(examples))
     if data.shuffle:
-        order = torch.randperm(
-            len(examples), generator=torch.Generator().manual_seed((data.seed or 0) + epoch)
-        )
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed((data.seed or 0) + epoch))
     return [examples[i] for i in order[index * data.train_batch_size :][: data.train_batch_size].tolist()]
 
 
@@ -370,9 +357,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Te
     return torch.tensor(sorted({tokenizer.eos_token_id, *ids}), device=model.device)
 
 
-def score(
-    tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer
-) -> Tensor:
+def score(tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer) -> Tensor:
     """The reward of each response, [B] float32."""
     rewards = []
     for problem, response, mask in zip(problems, batch.responses.tolist(), batch.response_mask.tolist(), strict=True):
@@ -530,9 +515,7 @@ def accumulate_gradients(
     for number, index in enumerate(rows):
         micro = mini_batch.rows(index)
         response_mask = micro.batch.response_mask
-        log_prob, entropy = log_prob_and_entropy(
-            model, micro.batch, config, entropy_grad=actor.entropy_coeff != 0
-        )
+        log_prob, entropy = log_prob_and_entropy(model, micro.batch, config, entropy_grad=actor.entropy_coeff != 0)
 
         selected, policy_aggregation = None, dict(aggregation)
         if ratio:
@@ -613,9 +596,7 @@ def batch_metrics(
     prompt_length = batch.attention_mask.sum(-1) - length
     scale = actor.loss_scale_factor or config.data.max_response_length
     metrics = {
-        "actor/entropy": aggregate(
-            entropy, mask, loss_agg_mode=actor.loss_agg_mode, loss_scale_factor=scale
-        ).item(),
+        "actor/entropy": aggregate(entropy, mask, loss_agg_mode=actor.loss_agg_mode, loss_scale_factor=scale).item(),
         "response_length/clip_ratio": (length == config.data.max_response_length).float().mean().item(),
     }
     for name, values in {

@@ -180,7 +180,7 @@ std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& ru
     mask[i] = problem.mask[i];
   }
   simt::Buffer<int64_t> row_order(problem.rows), ids(problem.rows);
-  simt::launch(blocks, threads, row_indices_kernel, problem.rows, row_order.data());
+  simt::launch(blocks, threads, row_indices_kernel<int64_t>, problem.rows, row_order.data());
   std::stable_sort(row_order.begin(), row_order.end(),
                    [&](int64_t a, int64_t b) { return problem.segment(a) < problem.segment(b); });
   for (int64_t row = 0; row < problem.rows; ++row) ids[row] = problem.segment(row_order[row]);

@@ -23,9 +23,7 @@ def make_step(name):
         def step(log_prob, old, advantages):
             chosen = ext.global_top_mask(entropy, mask)
             leaf = log_prob.detach().requires_grad_()
-            loss, metrics = ext.policy_loss(
-                leaf, old, advantages, mask, loss_mode=loss_mode, entropy_mask=chosen
-            )
+            loss, metrics = ext.policy_loss(leaf, old, advantages, mask, loss_mode=loss_mode, entropy_mask=chosen)
             return [loss, *torch.autograd.grad(loss, leaf), *metrics.values()]
 
         return (log_prob, old, advantages), step

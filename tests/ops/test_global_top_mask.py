@@ -249,9 +249,7 @@ def test_depends_on_the_order_of_the_entropies_alone(device, example, ratio, rul
     entropy, mask = (t.to(device) for t in example)
     # Interpolation is invariant to scaling by a power of two alone.
     other = entropy * 0.25 if rule == "quantile" else torch.atan(entropy.double())
-    assert torch.equal(
-        global_top_mask(entropy, mask, ratio, rule=rule), global_top_mask(other, mask, ratio, rule=rule)
-    )
+    assert torch.equal(global_top_mask(entropy, mask, ratio, rule=rule), global_top_mask(other, mask, ratio, rule=rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -267,13 +265,9 @@ def test_nan_ranks_highest(device):
     entropy = torch.tensor([[1.0, math.nan, math.inf, 3.0, -math.nan]], device=device)
     mask = torch.ones_like(entropy)
     assert global_top_mask(entropy, mask, 0.2).tolist() == [[False, True, False, False, False]]
-    assert global_top_mask(entropy, mask, 0.2, rule="threshold").tolist() == [
-        [False, True, False, False, True]
-    ]
+    assert global_top_mask(entropy, mask, 0.2, rule="threshold").tolist() == [[False, True, False, False, True]]
     # The quantile lies between inf and NaN, so it is NaN.
-    assert global_top_mask(entropy, mask, 0.4, rule="quantile").tolist() == [
-        [False, True, False, False, True]
-    ]
+    assert global_top_mask(entropy, mask, 0.4, rule="quantile").tolist() == [[False, True, False, False, True]]
 
 
 def test_quantile_between_infinities(device):
@@ -310,9 +304,7 @@ def test_any_number_of_dimensions(device):
     assert torch.equal(row, global_top_mask(entropy[0], mask[0], 0.3))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *DTYPES]
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *DTYPES])
 def test_mask_of_any_dtype(dtype, device):
     entropy, mask, _ = make_inputs((4, 77), torch.float32, "random", 5, device)
     assert torch.equal(global_top_mask(entropy, mask.to(dtype)), global_top_mask(entropy, mask))
@@ -369,9 +361,7 @@ def test_carries_no_gradient(device):
 
 def test_three_arguments_are_enough(device):
     entropy, mask, _ = make_inputs((4, 50), torch.float32, "random", 9, device)
-    assert torch.equal(
-        torch.ops.entropy_rl.global_top_mask(entropy, mask, 0.3), global_top_mask(entropy, mask, 0.3)
-    )
+    assert torch.equal(torch.ops.entropy_rl.global_top_mask(entropy, mask, 0.3), global_top_mask(entropy, mask, 0.3))
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from compiled import compile_counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiled import compile_counting
 from entropy_rl_ext import logprob_entropy, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -204,9 +204,7 @@ def test_strided_logits_equal_contiguous_ones(device, layout, dtype):
     expected = logprob_entropy(contiguous, targets, entropy_grad=True)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
     grads = [torch.randn_like(value) for value in expected]
-    assert torch.equal(
-        torch.autograd.grad(actual, view, grads)[0], torch.autograd.grad(expected, contiguous, grads)[0]
-    )
+    assert torch.equal(torch.autograd.grad(actual, view, grads)[0], torch.autograd.grad(expected, contiguous, grads)[0])
 
 
 def test_many_leading_dimensions(device):

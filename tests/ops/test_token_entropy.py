@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+
 from compiled import compile_counting
+from entropy_rl_ext import logprob_entropy, reference, token_entropy
 from test_logprob_entropy import (
     DTYPES,
     VOCABULARIES,
@@ -13,8 +15,6 @@ from test_logprob_entropy import (
     make_targets,
     value_tolerance,
 )
-
-from entropy_rl_ext import logprob_entropy, reference, token_entropy
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,10 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from entropy_rl import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from training import ACTOR, as_arguments, read_metrics
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from entropy_rl import train
+from training import ACTOR, as_arguments, read_metrics
 
 # A reward that a random model meets now and then, so that there is a gradient: the share of digits.
 REWARD = """

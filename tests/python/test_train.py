@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from entropy_rl import config as configuration
 from entropy_rl import train
-from torch import Tensor
 from training import ACTOR, as_arguments
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[..., list[dict[str, Any]]]
 Overrides = dict[str, Any]
@@ -105,7 +106,7 @@ def test_selected_share_is_the_configured_one(run: Run) -> None:
     """Four micro-batches of at most 32 response tokens: the share is 0.2, rounded up in each."""
     (line,) = run()
     assert 0.2 <= line["data"]["actor/entropy_token_ratio"] < 0.2 + 1 / 8
-    assert 0 < line["data"]["actor/entropy_threshold"]
+    assert line["data"]["actor/entropy_threshold"] > 0
 
 
 def test_without_a_ratio_nothing_is_selected(run: Run) -> None:
@@ -224,7 +225,15 @@ def test_sample_follows_the_distribution(config: Any) -> None:
 
 @pytest.mark.parametrize(
     ("top_p", "top_k", "possible"),
-    [(1.0, -1, {0, 1, 2, 3}), (0.5, -1, {0}), (0.51, -1, {0, 1}), (0.8, -1, {0, 1}), (1.0, 3, {0, 1, 2}), (1.0, 9, {0, 1, 2, 3})],
+    [
+        (1.0, -1, {0, 1, 2, 3}),
+        (0.51, -1, {0, 1}),
+        (0.45, -1, {0}),
+        (0.01, -1, {0}),  # the most probable token is always in
+        (1.0, 3, {0, 1, 2}),
+        (1.0, 9, {0, 1, 2, 3}),  # more than there are
+        (0.9, 2, {0, 1}),
+    ],
 )
 def test_top_p_and_top_k(top_p: float, top_k: int, possible: set[int], config: Any) -> None:
     sampling = config.actor_rollout_ref.rollout

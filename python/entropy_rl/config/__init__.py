@@ -264,9 +264,7 @@ def check(config: DictConfig) -> None:
             f"ppo_mini_batch_size * rollout.n = {responses}"
         )
     if actor.policy_loss.loss_mode == "dro" and actor.policy_loss.dro_beta is None:
-        raise ConfigError(
-            "actor_rollout_ref.actor.policy_loss.dro_beta=null: loss_mode dro needs a number above 0"
-        )
+        raise ConfigError("actor_rollout_ref.actor.policy_loss.dro_beta=null: loss_mode dro needs a number above 0")
     if (config.trainer.resume_mode == "resume_path") != (config.trainer.resume_from_path is not None):
         raise ConfigError(
             f"trainer.resume_from_path={_text(config.trainer.resume_from_path)}: it must be a path with "

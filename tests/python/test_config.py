@@ -1,0 +1,107 @@
+"""The configuration: every key is checked and explained, and a mistake is told in one line."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from entropy_rl import config as configuration
+from entropy_rl import train
+from training import ACTOR, as_arguments
+
+YAML = Path(configuration.__file__).parent / "train.yaml"
+
+
+def keys_of(node: Any, prefix: str = "") -> set[str]:
+    if not isinstance(node, dict) or not node:
+        return {prefix}
+    return {key for name, child in node.items() for key in keys_of(child, f"{prefix}.{name}".lstrip("."))}
+
+
+def test_every_key_has_a_rule() -> None:
+    keys = keys_of(OmegaConf.to_container(OmegaConf.load(YAML)))
+    assert keys == configuration.RULES.keys()
+
+
+def test_every_key_has_a_comment() -> None:
+    lines = YAML.read_text().splitlines()
+    for above, line in itertools.pairwise(lines):
+        if re.match(r" *\w+: \S", line):
+            assert above.strip().startswith("#"), line
+
+
+def test_only_the_model_and_the_data_must_be_given(overrides: dict[str, Any]) -> None:
+    needed = ("actor_rollout_ref.model.path", "data.train_files")
+    config = configuration.load(as_arguments({key: overrides[key] for key in needed}))
+    assert config.actor_rollout_ref.actor.entropy_top_ratio is None
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--help"]) == 0
+    assert YAML.read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (f"{ACTOR}.entropy_top_ration", 0.2, "nearest: actor_rollout_ref.actor.entropy_top_ratio"),
+        (f"+{ACTOR}.entropy_top_k", 5, "there is no key 'actor_rollout_ref.actor.entropy_top_k'"),
+        (f"{ACTOR}.entropy_top_ratio", 0, "a number above 0 and at most 1, or null"),
+        (f"{ACTOR}.entropy_top_ratio", 1.5, "a number above 0 and at most 1, or null"),
+        (f"{ACTOR}.entropy_top_ratio", "nan", "a number above 0 and at most 1, or null"),
+        (f"{ACTOR}.entropy_top_ratio", "high", "a number above 0 and at most 1, or null"),
+        (f"{ACTOR}.entropy_top_rule", "top", "one of topk, threshold, quantile"),
+        (f"{ACTOR}.entropy_top_scope", "mini_batch", "one of micro_batch"),
+        (f"{ACTOR}.entropy_top_ranks", "global", "one of local"),
+        (f"{ACTOR}.entropy_top_normalize", "all", "one of selected, response"),
+        (f"{ACTOR}.policy_loss.loss_mode", "ppo", "one of vanilla, gpg, clip_cov"),
+        (f"{ACTOR}.policy_loss.loss_mode", "dro", "policy_loss.dro_beta=null: loss_mode dro needs"),
+        (f"{ACTOR}.loss_agg_mode", "mean", "one of token-mean, token-sum"),
+        (f"{ACTOR}.kl_loss_type", "k4", "low_var_kl"),
+        (f"{ACTOR}.clip_ratio_c", 1, "a number above 1"),
+        (f"{ACTOR}.optim.lr", "-1e-6", "a number of at least 0"),
+        (f"{ACTOR}.optim.betas", "[0.9]", "a list of 2"),
+        (f"{ACTOR}.ppo_mini_batch_size", 3, "must divide data.train_batch_size=4"),
+        (f"{ACTOR}.ppo_micro_batch_size_per_gpu", 3, "must divide ppo_mini_batch_size * rollout.n = 8"),
+        ("actor_rollout_ref.rollout.temperature", 0, "a number above 0"),
+        ("actor_rollout_ref.rollout.top_p", 0, "a number above 0 and at most 1"),
+        ("actor_rollout_ref.rollout.n", 0, "an integer of at least 1"),
+        ("actor_rollout_ref.rollout.n", 2.5, "an integer of at least 1"),
+        ("actor_rollout_ref.rollout.n", "true", "an integer of at least 1"),
+        ("actor_rollout_ref.model.path", "null", "a text"),
+        ("actor_rollout_ref.model.path", "/nowhere", "no tokenizer of a Hugging Face causal language model"),
+        ("algorithm.adv_estimator", "gae", "one of grpo, rloo, gpg, reinforce_plus_plus"),
+        ("data.train_files", "null", "exactly one of the two must be set"),
+        ("data.reasoning_gym.name", "chain_sum", "exactly one of the two must be set"),
+        ("data.train_batch_size", 32, "at most the number of training problems, 16"),
+        ("data.max_prompt_length", 3, "a prompt of data.train_files has 7 tokens"),
+        ("trainer.logger", "[wandb]", "each one of console, file, tensorboard"),
+        ("trainer.resume_mode", "resume_path", "trainer.resume_from_path=null: it must be a path"),
+        ("trainer.n_gpus_per_node", 8, "it must be 1"),
+        ("trainer.total_training_steps", 0, "an integer of at least 1, or null"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    key: str, value: Any, expected: str, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr: the key, its value, and what is allowed; exit status 2."""
+    assert train.main(as_arguments(overrides | {key: value})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert key.lstrip("+").rsplit(".", 1)[-1] in message
+    assert expected in message
+
+
+@pytest.mark.parametrize("override", ["data", "data.seed", "data.seed=[", "=3", "data=3", "hydra.verbose=true"])
+def test_an_override_that_is_none(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([override]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and override in message
+
+
+def test_an_interpolation_that_leads_nowhere(overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*as_arguments(overrides), "data.seed='${data.sed}'"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

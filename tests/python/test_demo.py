@@ -1,0 +1,37 @@
+"""The demo, far too short to learn anything, from end to end."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from entropy_rl import demo
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TRAIN_PROBLEMS", 256)
+    monkeypatch.setattr(demo, "VALIDATION_PROBLEMS", 16)
+
+
+@pytest.mark.usefixtures("small")
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "demo"
+    monkeypatch.setattr("sys.argv", ["demo", f"--directory={directory}", "--warmup-steps=2", "--steps=2"])
+    assert demo.main() == 0
+    shown = capsys.readouterr().out
+    results = json.loads((directory / "results.json").read_text())
+    assert 0 <= results["accuracy"]["before"] <= 1 and 0 <= results["forks"]["after"]["selected"] <= 1
+    assert re.search(r"^solved, of 16 held-out problems \(greedy\) +[\d.]+% +[\d.]+%$", shown, flags=re.MULTILINE)
+    assert re.search(r"\x1b\[1;30;43m\S+\x1b\[0m", shown), "a selected token is coloured"
+    for path in re.findall(r"^(?:metrics|curves|model|command) +(.*)$", shown, flags=re.MULTILINE):
+        assert all(Path(part).exists() for part in path.split(", "))
+
+
+def test_the_tokenizer_is_whole_words() -> None:
+    tokenizer = demo.make_tokenizer()
+    text = "4 9 3 -> 39 : 4 * 9 = 36 , 36 + 3 = 39"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.split()) and tokenizer.decode(ids) == text
+    assert tokenizer.pad_token_id not in ids
