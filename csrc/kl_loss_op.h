@@ -6,13 +6,13 @@
 
 namespace entropy_rl {
 
-template <class T, class Fn>
-void with_kl_penalty(KlPenalty penalty, bool straight_through, Fn fn) {
+template <class T, bool straight_through, class Fn>
+void with_kl_penalty(KlPenalty penalty, Fn fn) {
   switch (penalty) {
-    case KlPenalty::kK1: return fn(K1Penalty<T>{straight_through});
-    case KlPenalty::kAbs: return fn(AbsPenalty<T>{straight_through});
+    case KlPenalty::kK1: return fn(K1Penalty<T, straight_through>{});
+    case KlPenalty::kAbs: return fn(AbsPenalty<T, straight_through>{});
     case KlPenalty::kK2: return fn(K2Penalty<T>{});
-    case KlPenalty::kK3: return fn(K3Penalty<T>{straight_through});
+    case KlPenalty::kK3: return fn(K3Penalty<T, straight_through>{});
   }
 }
 
@@ -41,9 +41,11 @@ LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
   const LossOutputs out(tokens);
   dispatch_accumulate(tokens.dtype, [&](auto element) {
     using T = decltype(element);
-    with_kl_penalty<T>(type.first, type.second, [&](const auto& token_loss) {
+    const auto run = [&](const auto& token_loss) {
       Backend::run(token_loss, tokens.inputs<T>(), normalization, out);
-    });
+    };
+    type.second ? with_kl_penalty<T, true>(type.first, run)
+                : with_kl_penalty<T, false>(type.first, run);
   });
   return out.tuple();
 }

@@ -10,18 +10,16 @@ template <class T>
 ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row, int64_t begin,
                                                int64_t end) {
   Moments<T> sums{};
-  alignas(64) T response[kChunkTokens], log_ratio[kChunkTokens], log_prob[kChunkTokens],
-      advantage[kChunkTokens];
+  alignas(64) T log_ratio[kChunkTokens], log_prob[kChunkTokens], advantage[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
-      const bool is_response = chunk.response_mask[i] != 0;
-      response[i] = is_response ? T(1) : T(0);
+      const bool is_response = chunk.response[i] != 0;
       log_ratio[i] = is_response ? chunk.log_prob[i] - chunk.old_log_prob[i] : T(0);
       log_prob[i] = is_response ? chunk.log_prob[i] : T(0);
-      advantage[i] = is_response ? chunk.advantages[i] : T(0);
+      advantage[i] = is_response ? chunk.advantage[i] : T(0);
     }
-    sums.response += sum_of(response, chunk.count);
+    sums.response += sum_of(chunk.response, chunk.count);
     sums.log_ratio += sum_of(log_ratio, chunk.count);
     sums.log_prob += sum_of(log_prob, chunk.count);
     sums.advantage += sum_of(advantage, chunk.count);
@@ -30,15 +28,14 @@ ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t
 }
 
 template <class T, class CovarianceKey>
-ENTROPY_RL_SIMD_CLONES void tile_keys(const CovarianceKey& key, const TokenInputs<T>& in,
-                                      const CovarianceMoments& moments, uint64_t seed, int64_t row,
-                                      int64_t begin, int64_t end,
-                                      typename CovarianceKey::Key* keys) {
+ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) void tile_keys(
+    const CovarianceKey& key, const TokenInputs<T>& in, const CovarianceMoments& moments,
+    uint64_t seed, int64_t row, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
-      keys[begin + i] = chunk.response_mask[i] != 0 ? key(chunk.token(i), moments, seed, begin + i)
-                                                    : kIneligibleKey<typename CovarianceKey::Key>;
+      keys[begin + i] = chunk.response[i] != 0 ? key(chunk.token(i), moments, seed, begin + i)
+                                               : kIneligibleKey<typename CovarianceKey::Key>;
     }
   }
 }

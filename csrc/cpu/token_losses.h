@@ -15,45 +15,48 @@ constexpr int kChunkTokens = 256;
 // Fewer tokens than this are not worth a thread of their own.
 constexpr int64_t kTokensPerTask = 1 << 14;
 
-// Stands in for an input that the caller has not given.
-template <class T>
-struct Constant {
-  explicit constexpr Constant(T value) {
-    for (int i = 0; i < kChunkTokens; ++i) values[i] = value;
-  }
-  alignas(64) T values[kChunkTokens] = {};
-};
-template <class T>
-constexpr Constant<T> kZeros(0);
-template <class T>
-constexpr Constant<T> kOnes(1);
-
-// The inputs of one chunk of one row, none of them null.
+// The inputs of up to kChunkTokens tokens of one row, masks as 0 and 1, absent inputs as their
+// defaults. In arrays of its own, which the compiler knows to be readable: it vectorises selections
+// between loaded values only where no load may fault.
 template <class T>
 struct Chunk {
-  const T* log_prob;
-  const T* old_log_prob;
-  const T* advantages;
-  const T* weights;
-  const uint8_t* response_mask;
-  const uint8_t* entropy_mask;
-  const uint8_t* chosen;
-  T sequence_log_ratio;
+  alignas(64) T log_prob[kChunkTokens];
+  T old_log_prob[kChunkTokens];
+  T advantage[kChunkTokens];
+  T weight[kChunkTokens];
+  T response[kChunkTokens];
+  T selected[kChunkTokens];
+  T chosen[kChunkTokens];
+  T sequence_log_ratio[kChunkTokens];
   int count;
 
-  Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end)
-      : log_prob(in.log_prob + begin),
-        old_log_prob(in.old_log_prob ? in.old_log_prob + begin : kZeros<T>.values),
-        advantages(in.advantages ? in.advantages + begin : kZeros<T>.values),
-        weights(in.weights ? in.weights + begin : kOnes<T>.values),
-        response_mask(in.response_mask + begin),
-        entropy_mask(in.entropy_mask ? in.entropy_mask + begin : kOnes<uint8_t>.values),
-        chosen(in.chosen ? in.chosen + begin : kZeros<uint8_t>.values),
-        sequence_log_ratio(in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0)),
-        count(static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens))) {}
+  __attribute__((always_inline)) Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin,
+                                       int64_t end)
+      : count(static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens))) {
+    load(in.log_prob, begin, T(0), log_prob);
+    load(in.old_log_prob, begin, T(0), old_log_prob);
+    load(in.advantages, begin, T(0), advantage);
+    load(in.weights, begin, T(1), weight);
+    load(in.response_mask, begin, T(1), response);
+    load(in.entropy_mask, begin, T(1), selected);
+    load(in.chosen, begin, T(0), chosen);
+    const T sequence = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
+    for (int i = 0; i < count; ++i) {
+      selected[i] *= response[i];
+      sequence_log_ratio[i] = sequence;
+    }
+  }
 
   __attribute__((always_inline)) Token<T> token(int i) const {
-    return {log_prob[i], old_log_prob[i], advantages[i], sequence_log_ratio, chosen[i] != 0};
+    return {log_prob[i], old_log_prob[i], advantage[i], sequence_log_ratio[i], chosen[i] != 0};
+  }
+
+ private:
+  __attribute__((always_inline)) void load(const T* values, int64_t begin, T absent, T* out) {
+    for (int i = 0; i < count; ++i) out[i] = values ? values[begin + i] : absent;
+  }
+  __attribute__((always_inline)) void load(const uint8_t* mask, int64_t begin, T absent, T* out) {
+    for (int i = 0; i < count; ++i) out[i] = mask ? (mask[begin + i] != 0 ? T(1) : T(0)) : absent;
   }
 };
 
@@ -86,44 +89,43 @@ __attribute__((always_inline)) inline T sum_of(const T* x, int count) {
   return lanes[0];
 }
 
-// Gradient and sums of the tokens [begin, end), all of one row.
+// Gradient and sums of the tokens [begin, end), all of one row. The loop over a token loss
+// vectorises only without a call, hence `flatten`, and with its constants in registers, hence by
+// value.
 template <class T, class TokenLoss>
-ENTROPY_RL_SIMD_CLONES LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in,
-                                             int64_t row, int64_t begin, int64_t end,
-                                             T* gradient /*[rows, cols]*/) {
+ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) LossSums<T> tile_loss(
+    TokenLoss token_loss, const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end,
+    T* __restrict__ gradient /*[rows, cols]*/) {
   LossSums<T> sums{};
-  alignas(64) T loss[kChunkTokens], selected[kChunkTokens], response[kChunkTokens],
-      clipped[kChunkTokens], clipped_lower[kChunkTokens], kl[kChunkTokens], advantage[kChunkTokens],
-      log_weight[kChunkTokens];
+  alignas(64) T loss[kChunkTokens], clipped[kChunkTokens], clipped_lower[kChunkTokens],
+      kl[kChunkTokens], advantage[kChunkTokens], log_weight[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
-      const bool is_response = chunk.response_mask[i] != 0;
-      const bool is_selected = is_response && chunk.entropy_mask[i] != 0;
       const TokenResult<T> result = token_loss(chunk.token(i));
-      const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weights[i];
+      const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weight[i];
       // A token that is out may hold NaN: select, where multiplying by 0 would keep it.
-      loss[i] = is_selected ? result.loss * weight : T(0);
-      gradient[begin + i] = is_selected ? result.gradient * weight : T(0);
-      selected[i] = is_selected ? T(1) : T(0);
-      response[i] = is_response ? T(1) : T(0);
-      clipped[i] = is_response ? result.clipped : T(0);
-      clipped_lower[i] = is_response ? result.clipped_lower : T(0);
-      kl[i] = is_response ? result.kl : T(0);
+      loss[i] = chunk.selected[i] != 0 ? result.loss * weight : T(0);
+      gradient[begin + i] = chunk.selected[i] != 0 ? result.gradient * weight : T(0);
+      clipped[i] = chunk.response[i] != 0 ? result.clipped : T(0);
+      clipped_lower[i] = chunk.response[i] != 0 ? result.clipped_lower : T(0);
+      kl[i] = chunk.response[i] != 0 ? result.kl : T(0);
     }
     sums.loss += sum_of(loss, chunk.count);
-    sums.selected += sum_of(selected, chunk.count);
-    sums.response += sum_of(response, chunk.count);
+    sums.selected += sum_of(chunk.selected, chunk.count);
+    sums.response += sum_of(chunk.response, chunk.count);
     sums.clipped += sum_of(clipped, chunk.count);
     sums.clipped_lower += sum_of(clipped_lower, chunk.count);
     sums.kl += sum_of(kl, chunk.count);
     if constexpr (kIsSequenceLoss<TokenLoss>) {
       for (int i = 0; i < chunk.count; ++i) {
-        advantage[i] = chunk.response_mask[i] ? chunk.advantages[i] : T(0);
-        log_weight[i] = chunk.response_mask[i] ? log_of_weight(chunk.weights[i]) : T(0);
+        advantage[i] = chunk.response[i] != 0 ? chunk.advantage[i] : T(0);
       }
       sums.advantage += sum_of(advantage, chunk.count);
-      sums.log_weight += sum_of(log_weight, chunk.count);
+      for (int i = 0; i < chunk.count && in.weights; ++i) {
+        log_weight[i] = chunk.response[i] != 0 ? log_of_weight(chunk.weight[i]) : T(0);
+      }
+      if (in.weights) sums.log_weight += sum_of(log_weight, chunk.count);
     }
   }
   return sums;

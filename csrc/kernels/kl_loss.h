@@ -11,10 +11,8 @@ namespace entropy_rl {
 enum class KlPenalty { kK1, kAbs, kK2, kK3 };
 
 // d
-template <class T>
+template <class T, bool straight_through>
 struct K1Penalty {
-  bool straight_through;
-
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T d = token.log_prob - token.old_log_prob;
     TokenResult<T> out{};
@@ -25,10 +23,8 @@ struct K1Penalty {
 };
 
 // |d|
-template <class T>
+template <class T, bool straight_through>
 struct AbsPenalty {
-  bool straight_through;
-
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T d = token.log_prob - token.old_log_prob;
     const T sign = d > 0 ? T(1) : d < 0 ? T(-1) : T(0);
@@ -52,15 +48,13 @@ struct K2Penalty {
 };
 
 // e^-d + d - 1, d clamped to [-20, 20] and the result to [-10, 10]
-template <class T>
+template <class T, bool straight_through>
 struct K3Penalty {
-  bool straight_through;
-
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T d = token.log_prob - token.old_log_prob;
     const ClampedRatio<T> r(-d);
     const T value = r.ratio - r.log_ratio - T(1);
-    const bool inside = r.inside && within(value, T(-10), T(10));
+    const bool inside = r.inside & within(value, T(-10), T(10));
     TokenResult<T> out{};
     out.loss = clamped(value, T(-10), T(10));
     out.gradient = straight_through ? d : inside ? T(1) - r.ratio : T(0);

@@ -48,7 +48,7 @@ struct VanillaLoss {
     TokenResult<T> out =
         clipped_surrogate(token.advantage, r.ratio, r.inside ? r.ratio : T(0), low, high);
     const T bound = -token.advantage * dual_clip;
-    const bool bounded = token.advantage < 0 && out.loss > bound;
+    const bool bounded = (token.advantage < 0) & (out.loss > bound);
     out.loss = bounded ? bound : out.loss;
     out.gradient = bounded ? T(0) : out.gradient;
     out.clipped_lower = bounded ? T(1) : T(0);
@@ -128,16 +128,17 @@ struct GeoMeanLoss {
 
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T d = token.log_prob - token.old_log_prob;
-    const bool up = token.advantage > 0;
-    const bool down = token.advantage < 0;
-    const bool clipped = (up && d > high) || (down && d < low);
-    const T bound = up ? high : low;
+    const T up = token.advantage > 0 ? T(1) : T(0);
+    const T down = token.advantage < 0 ? T(1) : T(0);
+    const T sign = up - down;
+    const T bound = token.advantage > 0 ? high : low;
+    const bool clipped = sign * d > sign * bound;
+    const T outside = within(d, low, high) ? T(0) : T(1);
     TokenResult<T> out{};
-    out.loss = clipped ? bound : (up || down ? d : T(0) * d);
-    out.gradient = (up || down) && !clipped ? T(1) : T(0);
-    const bool outside = !within(d, low, high);
-    out.clipped = outside && up ? T(1) : T(0);
-    out.clipped_lower = outside && down ? T(1) : T(0);
+    out.loss = clipped ? bound : sign * sign * d;
+    out.gradient = clipped ? T(0) : sign * sign;
+    out.clipped = outside * up;
+    out.clipped_lower = outside * down;
     out.kl = -d;
     return out;
   }
@@ -157,7 +158,7 @@ ENTROPY_RL_HD inline TokenResult<T> truncated_reinforce(const Token<T>& token, T
   out.loss = valid ? -token.advantage * ratio * token.log_prob : T(0);
   out.gradient = valid ? -token.advantage * ratio : T(0);
   out.clipped = valid ? T(0) : T(1);
-  out.clipped_lower = valid && r.ratio > truncation ? T(1) : T(0);
+  out.clipped_lower = valid & (r.ratio > truncation) ? T(1) : T(0);
   out.kl = -r.log_ratio;
   return out;
 }
@@ -169,7 +170,9 @@ struct DppoTvLoss {
 
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T moved = ratio_exp(token.log_prob) - ratio_exp(token.old_log_prob);
-    const bool valid = token.advantage > 0 ? moved <= high : moved >= -low;
+    const bool up = token.advantage > 0;
+    const bool down = !up;
+    const bool valid = (up & (moved <= high)) | (down & (moved >= -low));
     return truncated_reinforce(token, truncation, valid);
   }
 };
@@ -185,7 +188,9 @@ struct DppoKlLoss {
     const T epsilon = T(1e-8);
     const T moved = q * (token.old_log_prob - token.log_prob) +
                     (T(1) - q) * log((T(1) - q + epsilon) / (T(1) - p + epsilon));
-    const bool valid = token.advantage > 0 ? moved <= high || p <= q : moved <= low || p >= q;
+    const bool up = token.advantage > 0;
+    const bool down = !up;
+    const bool valid = (up & ((moved <= high) | (p <= q))) | (down & ((moved <= low) | (p >= q)));
     return truncated_reinforce(token, truncation, valid);
   }
 };

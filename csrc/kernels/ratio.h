@@ -1,4 +1,6 @@
 // Probability ratios from log-probs, with the clamps that keep them finite; host and device.
+// Here and in the losses conditions are joined by & and |, and values selected: && and || are
+// branches, over which the host's loops do not vectorise.
 #pragma once
 
 #include "aggregate.h"
@@ -22,7 +24,7 @@ ENTROPY_RL_HD inline T clamped(T x, T low, T high) {
 }
 template <class T>
 ENTROPY_RL_HD inline bool within(T x, T low, T high) {
-  return x >= low && x <= high;
+  return (x >= low) & (x <= high);
 }
 
 // d clamped to [-20, 20], its exponential, and whether d is inside, where alone it has a gradient.

@@ -20,10 +20,10 @@ Token<double> token(double d) { return {d - 7, -7, 0, 0, false}; }
 
 TEST(KlPenalty, Values) {
   for (const double d : kDistances) {
-    EXPECT_NEAR(K1Penalty<double>{false}(token(d)).loss, d, 1e-12);
-    EXPECT_NEAR(AbsPenalty<double>{false}(token(d)).loss, std::abs(d), 1e-12);
+    EXPECT_NEAR(K1Penalty<double, false>{}(token(d)).loss, d, 1e-12);
+    EXPECT_NEAR(AbsPenalty<double, false>{}(token(d)).loss, std::abs(d), 1e-12);
     EXPECT_NEAR(K2Penalty<double>{}(token(d)).loss, d * d / 2, 1e-12);
-    EXPECT_NEAR(K3Penalty<double>{false}(token(d)).loss, std::min(std::exp(-d) + d - 1, 10.0),
+    EXPECT_NEAR(K3Penalty<double, false>{}(token(d)).loss, std::min(std::exp(-d) + d - 1, 10.0),
                 1e-12);
   }
 }
@@ -33,47 +33,47 @@ TEST(KlPenalty, GradientsAreDerivatives) {
     const auto check = [&](const auto& penalty) {
       EXPECT_NEAR(penalty(token(d)).gradient, numeric_gradient(penalty, token(d)), 1e-6) << d;
     };
-    check(K1Penalty<double>{false});
-    check(AbsPenalty<double>{false});
+    check(K1Penalty<double, false>{});
+    check(AbsPenalty<double, false>{});
     check(K2Penalty<double>{});
-    check(K3Penalty<double>{false});
+    check(K3Penalty<double, false>{});
   }
 }
 
 TEST(KlPenalty, StraightThroughHasTheGradientOfK2) {
   for (const double d : kDistances) {
     const double expected = K2Penalty<double>{}(token(d)).gradient;
-    EXPECT_EQ(K1Penalty<double>{true}(token(d)).gradient, expected);
-    EXPECT_EQ(AbsPenalty<double>{true}(token(d)).gradient, expected);
-    EXPECT_EQ(K3Penalty<double>{true}(token(d)).gradient, expected);
-    EXPECT_EQ(K3Penalty<double>{true}(token(d)).loss, K3Penalty<double>{false}(token(d)).loss);
+    EXPECT_EQ(K1Penalty<double, true>{}(token(d)).gradient, expected);
+    EXPECT_EQ(AbsPenalty<double, true>{}(token(d)).gradient, expected);
+    EXPECT_EQ(K3Penalty<double, true>{}(token(d)).gradient, expected);
+    EXPECT_EQ(K3Penalty<double, true>{}(token(d)).loss, K3Penalty<double, false>{}(token(d)).loss);
   }
 }
 
 TEST(KlPenalty, FarPoliciesAreClampedWithoutGradient) {
   for (const double d : {-200.0, -20.5, -5.0, 15.0, 200.0}) {
-    EXPECT_EQ(K3Penalty<double>{false}(token(d)).loss, 10);
-    EXPECT_EQ(K3Penalty<double>{false}(token(d)).gradient, 0);
-    EXPECT_TRUE(std::isfinite(K3Penalty<float>{false}({float(d), 0, 0, 0, false}).loss));
+    EXPECT_EQ(K3Penalty<double, false>{}(token(d)).loss, 10);
+    EXPECT_EQ(K3Penalty<double, false>{}(token(d)).gradient, 0);
+    EXPECT_TRUE(std::isfinite(K3Penalty<float, false>{}({float(d), 0, 0, 0, false}).loss));
   }
 }
 
 TEST(KlPenalty, NanIsKept) {
   const Token<double> bad = token(testing::kNan);
-  EXPECT_TRUE(std::isnan(K1Penalty<double>{false}(bad).loss));
-  EXPECT_TRUE(std::isnan(AbsPenalty<double>{false}(bad).loss));
+  EXPECT_TRUE(std::isnan(K1Penalty<double, false>{}(bad).loss));
+  EXPECT_TRUE(std::isnan(AbsPenalty<double, false>{}(bad).loss));
   EXPECT_TRUE(std::isnan(K2Penalty<double>{}(bad).loss));
-  EXPECT_TRUE(std::isnan(K3Penalty<double>{false}(bad).loss));
+  EXPECT_TRUE(std::isnan(K3Penalty<double, false>{}(bad).loss));
 }
 
 TEST(KlPenalty, ThroughTheKernels) {
   TokenBatch<float> batch(3, 100);
-  LossRun<float, K3Penalty<float>> run({false}, batch.inputs(),
-                                       normalization(Aggregation::kTokenMean));
+  LossRun<float, K3Penalty<float, false>> run({}, batch.inputs(),
+                                              normalization(Aggregation::kTokenMean));
   double sum = 0, selected = 0;
   for (int64_t i = 0; i < 300; ++i) {
     if (!batch.selected(i)) continue;
-    sum += K3Penalty<double>{false}(batch.token(i)).loss * double(batch.weights[i]);
+    sum += K3Penalty<double, false>{}(batch.token(i)).loss * double(batch.weights[i]);
     ++selected;
   }
   EXPECT_NEAR(run.loss[0], sum / selected, kTolerance<float>);
