@@ -74,8 +74,9 @@ class Logs:
             # A run that goes on after a kill does not log again what came before its checkpoint.
             self._tensorboard.flush()
         if self._console:
-            shown = {name: metrics[name] for name in metrics if name in _CONSOLE or name.startswith("val-core/")}
-            self.bar.write(f"step {step}: " + " - ".join(f"{name}:{value:.4g}" for name, value in shown.items()))
+            shown = [name for name in metrics if name.startswith("val-core/")]
+            shown += [name for name in _CONSOLE if name in metrics]
+            self.bar.write(f"step {step}: " + " - ".join(f"{name}:{metrics[name]:.4g}" for name in shown))
             self.bar.set_postfix({word: f"{metrics[name]:.3f}" for name, word in _BAR.items() if name in metrics})
             self.bar.update(step - self.bar.n)
 

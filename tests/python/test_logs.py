@@ -28,7 +28,10 @@ def test_the_terminal_shows_reward_selected_share_and_entropy(
 ) -> None:
     log(tmp_path, 1, 6)
     captured = capsys.readouterr()
-    assert "step 4: critic/rewards/mean:0.4 - actor/entropy:1.5" in captured.out + captured.err
+    assert (
+        "step 4: val-core/sums/reward/mean@1:0.5 - critic/rewards/mean:0.4 - actor/entropy:1.5"
+        in captured.out + captured.err
+    )
     assert "6/6" in captured.err and "reward=0.600, selected=0.200, entropy=1.500" in captured.err
 
 
