@@ -109,6 +109,9 @@ def _draw(history: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         if axes.lines:
+            # From zero, or a share that hardly moves would look as if it did.
+            if axes.dataLim.ymin >= 0:
+                axes.set_ylim(bottom=0)
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
