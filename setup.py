@@ -117,9 +117,9 @@ if not ABI3:
     )
 
 setup(
-    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl"],
+    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config"],
     package_dir={"entropy_rl": "python/entropy_rl"},
-    package_data={"entropy_rl_ext": ["py.typed"]},
+    package_data={"entropy_rl_ext": ["py.typed"], "entropy_rl.config": ["train.yaml"]},
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},

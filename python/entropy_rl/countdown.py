@@ -59,6 +59,7 @@ def random_steps(numbers: Sequence[int], generator: random.Random) -> list[Step]
             (i, j, Step(pool[i], operator, pool[j], result))
             for i, j in itertools.permutations(range(len(pool)), 2)
             for operator in OPERATORS
+            if operator == "-" or i < j  # the order of the others changes nothing
             if (result := compute(pool[i], operator, pool[j])) is not None
         ]
         if not options:

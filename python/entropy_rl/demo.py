@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -45,8 +44,7 @@ def main() -> int:
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     start = time.perf_counter()
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -61,8 +59,7 @@ def main() -> int:
     write_problems(directory / "train.parquet", random.Random(f"train {arguments.seed}"), TRAIN_PROBLEMS)
     write_problems(directory / "val.parquet", random.Random("val"), VALIDATION_PROBLEMS, held_out=True)
     overrides = training_overrides(directory, arguments.seed, arguments.steps)
-    command = " ".join(["python -m entropy_rl.train", *overrides])
-    (directory / "command.txt").write_text(command + "\n")
+    (directory / "command.txt").write_text(" ".join(["python -m entropy_rl.train", *overrides]) + "\n")
     status = train.main(overrides)
     if status:
         return status
@@ -73,23 +70,24 @@ def main() -> int:
     trained = checkpoint.model_directory(run / f"global_step_{arguments.steps}")
     before = examine(directory / "warm", settings)
     after = examine(trained, settings, samples=6)
-    accuracy = validation_accuracy(run / "metrics.jsonl")
+    accuracy = logged(run / "metrics.jsonl", "val-core/countdown/reward/mean@1")
     results = {
         "seed": arguments.seed,
-        "accuracy": {"before": accuracy[0], "after": accuracy[-1], "all": accuracy},
-        "forks": {"before": before, "after": after},
+        "held_out_accuracy": accuracy,
+        "before": before,
+        "after": after,
+        "training_reward": logged(run / "metrics.jsonl", "critic/rewards/mean"),
         "seconds": time.perf_counter() - start,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "command": command,
     }
     (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(
         f"\n{'':44}    before     after\n"
         f"{f'solved, of {VALIDATION_PROBLEMS} held-out problems (greedy)':44}"
         f"{accuracy[0]:>10.1%}{accuracy[-1]:>10.1%}\n"
-        f"{'forks among the selected tokens':44}{before['selected']:>10.1%}{after['selected']:>10.1%}\n"
-        f"{'forks among all response tokens':44}{before['all']:>10.1%}{after['all']:>10.1%}\n\n"
+        f"{'forks among the selected tokens':44}{before['forks_selected']:>10.1%}{after['forks_selected']:>10.1%}\n"
+        f"{'forks among all response tokens':44}{before['forks_all']:>10.1%}{after['forks_all']:>10.1%}\n\n"
         f"metrics     {run / 'metrics.jsonl'}, {run / 'tensorboard'}\n"
         f"curves      {run / 'curves.png'}\n"
         f"model       {trained}\n"
@@ -121,6 +119,7 @@ def training_overrides(directory: Path, seed: int, steps: int) -> list[str]:
         f"trainer.total_training_steps={steps}",
         f"trainer.test_freq={max(1, steps // 4)}",
         f"trainer.save_freq={steps}",
+        "trainer.resume_mode=disable",
         f"trainer.default_local_dir={directory / 'run'}",
     ]
 
@@ -218,7 +217,7 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
         train.choose_device(settings.trainer.device)
     )
     _, problems, scorer = tasks.load_tasks(settings)
-    examples = train.encode(tokenizer, problems, settings, "data.val_files")
+    examples = train.encode(tokenizer, problems, settings)
     rollout, actor = settings.actor_rollout_ref.rollout, settings.actor_rollout_ref.actor
     generator = torch.Generator(model.device).manual_seed(rollout.seed)
     batch = train.generate(model, tokenizer, [prompt for _, prompt in examples], settings, rollout, generator)
@@ -234,8 +233,8 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
     if samples:
         print(f"  {SELECTED}selected tokens{PLAIN}: the {actor.entropy_top_ratio:.0%} of highest entropy")
     return {
-        "selected": forks[selected].double().mean().item(),
-        "all": forks[batch.response_mask].double().mean().item(),
+        "forks_selected": forks[selected].double().mean().item(),
+        "forks_all": forks[batch.response_mask].double().mean().item(),
         "sampled_accuracy": rewards.double().mean().item(),
     }
 
@@ -248,10 +247,10 @@ def coloured(words: list[str], selected: Tensor, inside: Tensor) -> str:
     )
 
 
-def validation_accuracy(metrics: Path) -> list[float]:
+def logged(metrics: Path, name: str) -> list[float]:
+    """A metric's values, step by step."""
     lines = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
-    key = "val-core/countdown/reward/mean@1"
-    return [line[key] for line in lines if key in line]
+    return [line[name] for line in lines if name in line]
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ class Logs:
         if "file" in loggers:
             path = directory / "metrics.jsonl"
             self.history = [line for line in _read_lines(path) if line["step"] <= step] if step else []
-            self._file = path.open("w", buffering=1)
-            self._file.writelines(json.dumps(line) + "\n" for line in self.history)
+            kept = path.with_name(path.name + ".partial")
+            kept.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            kept.replace(path)
+            self._file = path.open("a", buffering=1)
         self._tensorboard = None
         if "tensorboard" in loggers:
             from torch.utils.tensorboard import SummaryWriter
@@ -69,6 +71,8 @@ class Logs:
         if self._tensorboard:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
+            # A run that goes on after a kill does not log again what came before its checkpoint.
+            self._tensorboard.flush()
         if self._console:
             shown = {name: metrics[name] for name in metrics if name in _CONSOLE or name.startswith("val-core/")}
             self.bar.write(f"step {step}: " + " - ".join(f"{name}:{value:.4g}" for name, value in shown.items()))

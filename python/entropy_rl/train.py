@@ -87,14 +87,14 @@ def train(config: DictConfig) -> None:
     transformers.logging.disable_progress_bar()
     device = choose_device(trainer.device)
     directory = Path(trainer.default_local_dir).expanduser()
-    resumed = find_checkpoint(config.trainer, directory)
+    resumed = find_checkpoint(trainer, directory)
     first_step = checkpoint.step_of(resumed) if resumed else 0
 
     problems, validation_problems, scorer = load_tasks(config)
     settings = config.actor_rollout_ref.model
     tokenizer = load_tokenizer(settings)
-    examples = encode(tokenizer, problems, config, "data.train_files")
-    validation = encode(tokenizer, validation_problems, config, "data.val_files")
+    examples = encode(tokenizer, problems, config)
+    validation = encode(tokenizer, validation_problems, config)
     if len(examples) < config.data.train_batch_size:
         raise ConfigError(
             f"data.train_batch_size={config.data.train_batch_size}: it must be at most the number of training "
@@ -103,13 +103,14 @@ def train(config: DictConfig) -> None:
     steps_per_epoch = len(examples) // config.data.train_batch_size
     total_steps = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
 
-    transformers.set_seed(rollout.seed % 2**32)
+    transformers.set_seed(rollout.seed)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
     reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
     checkpoint.remove_partial(directory)
     if resumed:
         checkpoint.restore(resumed, optimizer)
+        print(f"going on from {resumed}")
 
     with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps)) as logs:
         if trainer.val_before_train and validation and not resumed:
@@ -214,9 +215,7 @@ def _cannot_load(settings: DictConfig, what: str, error: Exception) -> ConfigErr
     )
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig, key: str
-) -> list[Example]:
+def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig) -> list[Example]:
     """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
@@ -225,12 +224,14 @@ def encode(
         else:
             text = "\n".join(message["content"] for message in problem.messages)
         prompt = tokenizer.encode(text, add_special_tokens=False)
+        if not prompt:
+            raise ConfigError("data: a prompt has no tokens; at least one was expected")
         if len(prompt) <= limit:
             examples.append((problem, prompt))
         elif not config.data.filter_overlong_prompts:
             raise ConfigError(
-                f"data.max_prompt_length={limit}: a prompt of {key} has {len(prompt)} tokens; allow as many, or "
-                "set data.filter_overlong_prompts=true"
+                f"data.max_prompt_length={limit}: a prompt has {len(prompt)} tokens; allow as many, or set "
+                "data.filter_overlong_prompts=true"
             )
     return examples
 
@@ -464,10 +465,11 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
+    generator = torch.Generator().manual_seed(actor.data_loader_seed * 1_000_003 + step)
     history: dict[str, list[Tensor]] = defaultdict(list)
-    for mini_batch in mini_batches(experience, step, config):
+    for mini_batch in mini_batches(experience, generator, config):
         optimizer.zero_grad()
-        for name, value in accumulate_gradients(model, mini_batch, step, config).items():
+        for name, value in accumulate_gradients(model, mini_batch, generator, config).items():
             history[name].append(value)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), actor.optim.clip_grad)
         history["actor/grad_norm"].append(grad_norm.detach())
@@ -480,11 +482,10 @@ def update(
     }
 
 
-def mini_batches(experience: Experience, step: int, config: DictConfig) -> Iterator[Experience]:
+def mini_batches(experience: Experience, generator: torch.Generator, config: DictConfig) -> Iterator[Experience]:
     """What each optimizer step learns from: whole groups, in order or, with actor.shuffle, at random."""
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     device = experience.advantages.device
-    generator = torch.Generator().manual_seed(actor.data_loader_seed * 1_000_003 + step)
     rows = torch.arange(len(experience.advantages)).view(-1, n)
     for _ in range(actor.ppo_epochs):
         order = torch.randperm(len(rows), generator=generator) if actor.shuffle else torch.arange(len(rows))
@@ -493,7 +494,7 @@ def mini_batches(experience: Experience, step: int, config: DictConfig) -> Itera
 
 
 def accumulate_gradients(
-    model: PreTrainedModel, mini_batch: Experience, step: int, config: DictConfig
+    model: PreTrainedModel, mini_batch: Experience, generator: torch.Generator, config: DictConfig
 ) -> dict[str, Tensor]:
     """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics.
 
@@ -538,7 +539,7 @@ def accumulate_gradients(
             clip_ratio_c=actor.clip_ratio_c,
             tau_pos=actor.tau_pos,
             tau_neg=actor.tau_neg,
-            seed=config.actor_rollout_ref.rollout.seed * 1_000_003 + step * 1009 + number,
+            seed=int(torch.randint(2**62, (), generator=generator)),  # of clip_cov's draw
             **actor.policy_loss,
             **policy_aggregation,
         )

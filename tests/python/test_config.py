@@ -77,7 +77,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("data.train_files", "null", "exactly one of the two must be set"),
         ("data.reasoning_gym.name", "chain_sum", "exactly one of the two must be set"),
         ("data.train_batch_size", 32, "at most the number of training problems, 16"),
-        ("data.max_prompt_length", 3, "a prompt of data.train_files has 7 tokens"),
+        ("data.max_prompt_length", 3, "a prompt has 7 tokens"),
         ("trainer.logger", "[wandb]", "each one of console, file, tensorboard"),
         ("trainer.resume_mode", "resume_path", "trainer.resume_from_path=null: it must be a path"),
         ("trainer.n_gpus_per_node", 8, "it must be 1"),
@@ -105,3 +105,11 @@ def test_an_override_that_is_none(override: str, capsys: pytest.CaptureFixture[s
 def test_an_interpolation_that_leads_nowhere(overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*as_arguments(overrides), "data.seed='${data.sed}'"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_gpu_that_is_not_there(
+    overrides: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert train.main(as_arguments(overrides | {"trainer.device": "cuda"})) == 2
+    assert "trainer.device=cuda: no GPU is visible to PyTorch" in capsys.readouterr().err

@@ -22,7 +22,8 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert demo.main() == 0
     shown = capsys.readouterr().out
     results = json.loads((directory / "results.json").read_text())
-    assert 0 <= results["accuracy"]["before"] <= 1 and 0 <= results["forks"]["after"]["selected"] <= 1
+    assert len(results["held_out_accuracy"]) == 3 and len(results["training_reward"]) == 2
+    assert 0 <= results["after"]["forks_selected"] <= 1
     assert re.search(r"^solved, of 16 held-out problems \(greedy\) +[\d.]+% +[\d.]+%$", shown, flags=re.MULTILINE)
     assert re.search(r"\x1b\[1;30;43m\S+\x1b\[0m", shown), "a selected token is coloured"
     for path in re.findall(r"^(?:metrics|curves|model|command) +(.*)$", shown, flags=re.MULTILINE):

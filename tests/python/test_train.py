@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_rl import config as configuration
 from entropy_rl import train
+from entropy_rl.tasks import Problem, load_tasks
 from training import ACTOR, as_arguments
 
 Run = Callable[..., list[dict[str, Any]]]
@@ -185,6 +186,36 @@ def test_an_epoch_meets_every_problem_once(config: Any) -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_prompts_that_are_too_long_are_dropped(config: Any, tokenizer: Any) -> None:
+    """Prompts of 7 to 10 characters, 16 in all, of which those of 9 or less stay."""
+    problems, _, _ = load_tasks(config)
+    lengths = [len(problem.messages[0]["content"]) for problem in problems]
+    config.data.max_prompt_length, config.data.filter_overlong_prompts = 9, True
+    kept = train.encode(tokenizer, problems, config)
+    assert [len(prompt) for _, prompt in kept] == [length for length in lengths if length <= 9]
+    assert 0 < len(kept) < 16
+
+
+def test_a_prompt_without_tokens(config: Any, tokenizer: Any) -> None:
+    problem = Problem([{"role": "user", "content": ""}], "sums", "1")
+    with pytest.raises(configuration.ConfigError, match="a prompt has no tokens"):
+        train.encode(tokenizer, [problem], config)
+
+
+# ---- Validation
+
+
+def test_validation_is_a_mean_over_each_source(run: Run, problems_path: Path) -> None:
+    """Two responses to each of five problems, three at a time, before the first step and after the last."""
+    settings = {"data.val_files": problems_path, "data.val_max_samples": 5, "data.val_batch_size": 3}
+    settings |= {"actor_rollout_ref.rollout.val_kwargs.n": 2}
+    settings |= {"actor_rollout_ref.rollout.val_kwargs.temperature": 1.0}
+    first, last = run(settings)
+    name = "val-core/sums/reward/mean@2"
+    assert (first["step"], last["step"]) == (0, 1)
+    assert first["data"].keys() == {name} and 0 <= last["data"][name] <= 1
+
+
 # ---- Sampling
 
 
@@ -303,7 +334,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(
     results = []
     for size in (8, 2):
         actor.ppo_micro_batch_size_per_gpu = size
-        metrics = train.accumulate_gradients(model, experience, 1, config)
+        metrics = train.accumulate_gradients(model, experience, torch.Generator(), config)
         results.append((gradients(model), metrics))
     for whole, parts in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-4)
@@ -324,7 +355,7 @@ def test_gradient_is_the_mean_over_the_selected_tokens(
     actor.ppo_micro_batch_size_per_gpu = size
     experience = random_experience(model, config)
     batch = experience.batch
-    train.accumulate_gradients(model, experience, 1, config)
+    train.accumulate_gradients(model, experience, torch.Generator(), config)
     found = gradients(model)
 
     parts, counts, response_tokens = [], [], 0

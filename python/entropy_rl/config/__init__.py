@@ -57,8 +57,11 @@ def one_of(*names: str) -> Rule:
     return Rule("one of " + ", ".join(names), lambda value: value in names)
 
 
-def integer(minimum: int) -> Rule:
-    return Rule(f"an integer of at least {minimum}", lambda value: _is_integer(value) and value >= minimum)
+def integer(minimum: int, maximum: int | None = None) -> Rule:
+    return Rule(
+        f"an integer of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}"),
+        lambda value: _is_integer(value) and minimum <= value and (maximum is None or value <= maximum),
+    )
 
 
 def number(
@@ -112,6 +115,7 @@ FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TABLE = Rule("a table of settings", lambda value: isinstance(value, dict))
 FILES = optional(Rule("a path or a list of paths", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)))
 RATIO = number(above=0, at_most=1)
+SEED = integer(0, 2**32 - 1)
 MINUS_ONE = Rule("-1", lambda value: _is_integer(value) and value == -1)
 ONE = Rule("1", lambda value: _is_integer(value) and value == 1)
 
@@ -121,7 +125,7 @@ RULES: dict[str, Rule] = {
     "data.reasoning_gym.name": optional(TEXT),
     "data.reasoning_gym.size": integer(1),
     "data.reasoning_gym.val_size": integer(0),
-    "data.reasoning_gym.seed": integer(0),
+    "data.reasoning_gym.seed": SEED,
     "data.reasoning_gym.config": TABLE,
     "data.reasoning_gym.system_prompt": optional(
         one_of("default", "simple", "direct", "DeepSeekZero", "chain_of_draft")
@@ -136,7 +140,7 @@ RULES: dict[str, Rule] = {
     "data.val_batch_size": optional(integer(1)),
     "data.filter_overlong_prompts": FLAG,
     "data.shuffle": FLAG,
-    "data.seed": optional(integer(0)),
+    "data.seed": optional(SEED),
     "reward.custom_reward_function.path": optional(TEXT),
     "reward.custom_reward_function.name": TEXT,
     "actor_rollout_ref.model.path": TEXT,
@@ -166,7 +170,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": optional(integer(1)),
     "actor_rollout_ref.actor.ppo_epochs": integer(1),
     "actor_rollout_ref.actor.shuffle": FLAG,
-    "actor_rollout_ref.actor.data_loader_seed": integer(0),
+    "actor_rollout_ref.actor.data_loader_seed": SEED,
     "actor_rollout_ref.actor.entropy_coeff": number(),
     "actor_rollout_ref.actor.use_kl_loss": FLAG,
     "actor_rollout_ref.actor.kl_loss_coef": number(at_least=0),
@@ -185,7 +189,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.temperature": number(above=0),
     "actor_rollout_ref.rollout.top_p": RATIO,
     "actor_rollout_ref.rollout.top_k": either(MINUS_ONE, integer(1)),
-    "actor_rollout_ref.rollout.seed": integer(0),
+    "actor_rollout_ref.rollout.seed": SEED,
     "actor_rollout_ref.rollout.max_num_seqs": integer(1),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": optional(integer(1)),
     "actor_rollout_ref.rollout.val_kwargs.temperature": number(at_least=0),
