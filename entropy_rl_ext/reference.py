@@ -290,8 +290,10 @@ def policy_loss(
         towards = torch.where(advantage > 0, torch.minimum(d, bounded), torch.maximum(d, bounded))
         count = _count(response, 1) + 1e-8
         ratio = (torch.where(advantage != 0, towards, 0.0).sum(1) / count).exp()
-        log_weight = torch.where(response, (weight + 1e-10).log(), 0.0)
-        losses = -advantage.sum(1) / count * ratio * (log_weight.sum(1) / count).exp()
+        losses = -advantage.sum(1) / count * ratio
+        if rollout_is_weights is not None:
+            log_weight = torch.where(response, (weight + 1e-10).log(), 0.0)
+            losses = losses * (log_weight.sum(1) / count).exp()
         clipped, clipped_lower, kl = (d != bounded) & (advantage > 0), (d != bounded) & (advantage < 0), -d
     elif loss_mode in ("dppo_tv", "dppo_kl"):
         p, q = log_p.exp(), old.exp()

@@ -72,7 +72,7 @@ __global__ void token_loss_kernel(TokenLoss token_loss, TokenInputs<T> in,
         T weight = in.weights ? in.weights[i] : T(1);
         if constexpr (kIsSequenceLoss<TokenLoss>) {
           sum.advantage += in.advantages[i];
-          sum.log_weight += log_of_weight(weight);
+          if (in.weights) sum.log_weight += log_of_weight(weight);
           weight = 1;
         }
         if (!in.entropy_mask || in.entropy_mask[i] != 0) {
