@@ -1,10 +1,11 @@
 // How loops over elements are vectorised on the CPU. A function marked ENTROPY_RL_SIMD_CLONES is
-// compiled for AVX-512, AVX2 and the baseline, and one is chosen when the library loads.
+// compiled for AVX-512, AVX2 and the baseline, and one is chosen when the library loads. The clones
+// are named by instruction set: one named by architecture is chosen by processor model, and would
+// leave other makers' processors with the baseline.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ENTROPY_RL_SIMD_CLONES \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define ENTROPY_RL_SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define ENTROPY_RL_SIMD_CLONES
 #endif

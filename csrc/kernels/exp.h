@@ -10,7 +10,7 @@ namespace entropy_rl {
 // e^x for x in [-103, 88] (any x below 709 for double), NaN kept, zero where the result is below
 // the smallest normal number; error under 2 ulp. Cody-Waite reduction and a degree-6 polynomial,
 // free of branches so that loops over it vectorise.
-inline float exp_vectorizable(float x) {
+ENTROPY_RL_HD inline float exp_vectorizable(float x) {
   // 1.5 * 2^23: adding it rounds to an integer in the low bits.
   constexpr float kRound = 12582912.0f;
   const float shifted = x * 1.44269504088896341f + kRound;
@@ -27,6 +27,6 @@ inline float exp_vectorizable(float x) {
   const float value = p * detail::float_from_bits(exponent);
   return x < -87.3f ? 0.0f : value;
 }
-inline double exp_vectorizable(double x) { return x < -708.0 ? 0.0 : exp(x); }
+ENTROPY_RL_HD inline double exp_vectorizable(double x) { return x < -708.0 ? 0.0 : exp(x); }
 
 }  // namespace entropy_rl
