@@ -7,7 +7,7 @@
 
 namespace entropy_rl {
 
-// e^x for x in [-103, 88] (any x below 709 for double), NaN kept, zero where the result is below
+// e^x for x in [-104, 88] (any x below 709 for double), NaN kept, zero where the result is below
 // the smallest normal number; error under 2 ulp. Cody-Waite reduction and a degree-6 polynomial,
 // free of branches so that loops over it vectorise.
 ENTROPY_RL_HD inline float exp_vectorizable(float x) {

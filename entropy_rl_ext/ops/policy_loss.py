@@ -1,4 +1,4 @@
-"""policy_loss: every policy loss of verl, with its gradient and metrics, in one pass over the tokens."""
+"""policy_loss: every policy loss of verl, with its gradient and metrics, from one op."""
 
 import functools
 import warnings
