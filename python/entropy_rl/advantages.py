@@ -2,11 +2,13 @@
 
 Every function takes rewards [B], the response mask [B, S] and the index of each response's problem [B] (int64,
 0 .. P-1), and returns advantages [B, S], 0 outside the mask. A response that is alone with its problem has no
-baseline but 0.
+baseline but 0. A rank holds all responses to a problem; what is over the batch is over those of all ranks.
 """
 
 import torch
 from torch import Tensor
+
+from entropy_rl.distributed import reduce
 
 
 def grpo(rewards: Tensor, mask: Tensor, problem: Tensor, *, norm_by_std: bool = True) -> Tensor:
@@ -33,7 +35,7 @@ def rloo(rewards: Tensor, mask: Tensor, problem: Tensor) -> Tensor:
 def gpg(rewards: Tensor, mask: Tensor, problem: Tensor) -> Tensor:
     """(r - mean) * B / (number of nonzero rewards). Source: arXiv 2504.02546."""
     count, mean = _group_mean(rewards, problem)
-    scale = len(rewards) / torch.count_nonzero(rewards).clamp(min=1)
+    scale = reduce(torch.ones_like(rewards).sum()) / reduce(torch.count_nonzero(rewards)).clamp(min=1)
     advantages = scale * (rewards - torch.where(count > 1, mean, 0.0))
     return advantages[:, None] * mask
 
@@ -47,9 +49,9 @@ def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) ->
     length = mask.sum(-1, keepdim=True)
     steps_to_go = (length - mask.cumsum(-1)).clamp(min=0)
     returns = rewards[:, None] * gamma**steps_to_go * mask
-    tokens = mask.sum()
-    mean = (returns * mask).sum() / (tokens + 1e-8)
-    variance = ((returns - mean) ** 2 * mask).sum() / (tokens + 1e-8) * tokens / (tokens - 1).clamp(min=1)
+    tokens = reduce(mask.sum())
+    mean = reduce((returns * mask).sum()) / (tokens + 1e-8)
+    variance = reduce(((returns - mean) ** 2 * mask).sum()) / (tokens + 1e-8) * tokens / (tokens - 1).clamp(min=1)
     return (returns - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 

@@ -3,6 +3,8 @@
     default_local_dir/global_step_N/actor/huggingface   weights, configuration, tokenizer, as transformers loads them
     default_local_dir/global_step_N/trainer.pt          optimizer and random states
 
+Both are whole, whatever the number of ranks: rank 0 writes them, and a run of any number of ranks goes on from them.
+
 A checkpoint is written beside its place and renamed into it when every byte is on the disk: a directory that
 bears the name global_step_N is whole.
 """
@@ -16,9 +18,11 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_rl import distributed
 from entropy_rl.config import ConfigError
 
 _NAME = re.compile(r"global_step_(\d+)")
@@ -48,28 +52,25 @@ def step_of(checkpoint: Path) -> int:
 def save(
     directory: Path,
     step: int,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
     keep: int | None,
 ) -> Path:
-    """Writes directory/global_step_{step}, then removes all but the `keep` newest checkpoints (None: keeps all)."""
+    """Writes directory/global_step_{step}, then removes all but the `keep` newest checkpoints (None: keeps all).
+
+    All ranks call it, and leave it when the checkpoint is whole.
+    """
     final = directory / f"global_step_{step}"
-    partial = directory / (final.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(model_directory(partial))
-    tokenizer.save_pretrained(model_directory(partial))
-    torch.save({"optimizer": optimizer.state_dict(), "random": _random_states()}, partial / "trainer.pt")
-    for path in [*partial.rglob("*"), partial]:
-        _flush_to_disk(path)
-    # A run that went back to an earlier step comes by here again.
-    if final.exists():
-        _remove(final)
-    partial.rename(final)
-    _flush_to_disk(directory)
-    if keep is not None:
-        for old in _checkpoints(directory)[:-keep]:
-            _remove(old)
+    weights, optimizer_state = distributed.full_state(model, optimizer)
+    random_states = distributed.gather(_random_states())
+    if distributed.rank() == 0:
+        state = {"optimizer": optimizer_state, "random": random_states}
+        _write(final, distributed.unwrapped(model), weights, tokenizer, state)
+        if keep is not None:
+            for old in _checkpoints(directory)[:-keep]:
+                _remove(old)
+    distributed.barrier()
     return final
 
 
@@ -79,11 +80,36 @@ def remove_partial(directory: Path) -> None:
         shutil.rmtree(path)
 
 
-def restore(checkpoint: Path, optimizer: Optimizer) -> None:
-    """Brings back optimizer and random states; the weights are those of `model_directory(checkpoint)`."""
+def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Brings back optimizer and random states; the weights are those of `model_directory(checkpoint)`.
+
+    A rank that was not there when the checkpoint was written keeps its own random state.
+    """
     state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    _set_random_states(state["random"])
+    distributed.load_optimizer(model, optimizer, state["optimizer"])
+    if distributed.rank() < len(state["random"]):
+        _set_random_states(state["random"][distributed.rank()])
+
+
+def _write(
+    final: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+) -> None:
+    partial = final.with_name(final.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(model_directory(partial), state_dict=weights)
+    tokenizer.save_pretrained(model_directory(partial))
+    torch.save(state, partial / "trainer.pt")
+    for path in [*partial.rglob("*"), partial]:
+        _flush_to_disk(path)
+    # A run that went back to an earlier step comes by here again.
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    _flush_to_disk(final.parent)
 
 
 def _checkpoints(directory: Path) -> list[Path]:

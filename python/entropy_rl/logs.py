@@ -41,9 +41,15 @@ class Logs:
     """Writes the metrics of each step to the configured places.
 
     `step` is where the run goes on: what a killed run logged after its last checkpoint is taken back first.
+    Of the ranks of a run one is active; the others write nothing.
     """
 
-    def __init__(self, directory: Path, loggers: Sequence[str], step: int, total_steps: int) -> None:
+    def __init__(
+        self, directory: Path, loggers: Sequence[str], step: int, total_steps: int, *, active: bool = True
+    ) -> None:
+        self._active = active
+        if not active:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         self.curves_path = directory / "curves.png"
         self.history: list[dict[str, Any]] = []
@@ -64,6 +70,8 @@ class Logs:
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self._console)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._active:
+            return
         line = {"step": step, "data": metrics}
         self.history.append(line)
         if self._file:
@@ -81,6 +89,8 @@ class Logs:
             self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
+        if not self._active:
+            return
         self.bar.close()
         if self._file:
             self._file.close()

@@ -3,6 +3,8 @@
     python -m entropy_rl.train actor_rollout_ref.model.path=MODEL data.train_files=train.parquet \
         actor_rollout_ref.actor.entropy_top_ratio=0.2
 
+    torchrun --nproc-per-node 8 -m entropy_rl.train ...
+
 A step samples a group of responses to each problem, scores them, turns scores into advantages, computes the
 log-probabilities that the responses have under the policy as it is, and then takes optimizer steps.
 --help lists every key.
@@ -25,10 +27,10 @@ from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import entropy_rl.config
-from entropy_rl import advantages, checkpoint
+from entropy_rl import advantages, checkpoint, distributed
 from entropy_rl.config import ConfigError
 from entropy_rl.logs import Logs
-from entropy_rl.selection import select_tokens, token_divisor, top_k_count
+from entropy_rl.selection import prepass, select_mini_batch, select_tokens, token_divisor, top_k_count
 from entropy_rl.tasks import Problem, Scorer, load_tasks
 from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
 
@@ -59,10 +61,16 @@ class Experience:
     advantages: Tensor  # [B, S]
     old_log_prob: Tensor  # [B, S]
     ref_log_prob: Tensor | None  # [B, S], with use_kl_loss
+    old_entropy: Tensor  # [B, S]
 
     def rows(self, index: Tensor) -> "Experience":
-        ref_log_prob = None if self.ref_log_prob is None else self.ref_log_prob[index]
-        return Experience(self.batch.rows(index), self.advantages[index], self.old_log_prob[index], ref_log_prob)
+        return Experience(
+            self.batch.rows(index),
+            self.advantages[index],
+            self.old_log_prob[index],
+            None if self.ref_log_prob is None else self.ref_log_prob[index],
+            self.old_entropy[index],
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,12 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config: DictConfig) -> None:
     """Trains as `config` says (config/train.yaml). Raises ConfigError for what the user can mend."""
-    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = choose_device(trainer.device)
+    device = choose_device(config.trainer.device)
+    with distributed.process_group(device, config.actor_rollout_ref.nccl_timeout):
+        check_ranks(config)
+        run(config, device)
+
+
+def run(config: DictConfig, device: torch.device) -> None:
+    """What every rank does: its share of each batch, of each gradient, and of each sum."""
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    first_rank = distributed.rank() == 0
     directory = Path(trainer.default_local_dir).expanduser()
-    resumed = find_checkpoint(trainer, directory)
+    resumed = distributed.from_first(find_checkpoint(trainer, directory))
     first_step = checkpoint.step_of(resumed) if resumed else 0
 
     problems, validation_problems, scorer = load_tasks(config)
@@ -105,28 +121,38 @@ def train(config: DictConfig) -> None:
 
     transformers.set_seed(rollout.seed)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
-    reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
+    model = distributed.distribute(model, actor.strategy, device)
+    reference = None
+    if actor.use_kl_loss:
+        reference = load_model(settings, settings.path).to(device).requires_grad_(False)
+        # Without gradients there is nothing for DDP to do.
+        reference = distributed.distribute(reference, actor.strategy, device) if actor.strategy != "ddp" else reference
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
-    checkpoint.remove_partial(directory)
+    if distributed.rank() > 0:
+        torch.manual_seed(distributed.seed_of_rank(rollout.seed))
+    if first_rank:
+        checkpoint.remove_partial(directory)
     if resumed:
-        checkpoint.restore(resumed, optimizer)
-        print(f"going on from {resumed}")
+        checkpoint.restore(resumed, model, optimizer)
+        if first_rank:
+            print(f"going on from {resumed}")
 
-    with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps)) as logs:
+    with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps, active=first_rank)) as logs:
         if trainer.val_before_train and validation and not resumed:
             logs.write(0, validate(model, tokenizer, validation, scorer, config))
 
         for step in range(first_step + 1, total_steps + 1):
             timer = Timer()
             metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
-            chosen = batch_of_step(examples, step, config.data)
+            chosen = share_of_rank(batch_of_step(examples, step, config.data), config)
             # Group by group: the responses to a problem stand side by side.
             group = [example for example in chosen for _ in range(rollout.n)]
 
-            with timer.phase("gen"):
-                generator = torch.Generator(device).manual_seed(rollout.seed * 1_000_003 + step)
+            with timer.phase("gen"), distributed.whole(model) as whole_model:
+                seed = distributed.seed_of_rank(rollout.seed * 1_000_003 + step)
+                generator = torch.Generator(device).manual_seed(seed)
                 prompts = [prompt for _, prompt in group]
-                batch = generate(model, tokenizer, prompts, config, rollout, generator)
+                batch = generate(whole_model, tokenizer, prompts, config, rollout, generator)
 
             with timer.phase("reward"):
                 rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer).to(device)
@@ -143,7 +169,7 @@ def train(config: DictConfig) -> None:
                 advantage = compute_advantages(rewards, batch.response_mask, config)
 
             with timer.phase("update_actor"):
-                experience = Experience(batch, advantage, old_log_prob, ref_log_prob)
+                experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy)
                 metrics |= update(model, optimizer, experience, step, total_steps, config)
 
             metrics |= batch_metrics(batch, rewards, advantage, entropy, config)
@@ -154,10 +180,11 @@ def train(config: DictConfig) -> None:
                     metrics |= validate(model, tokenizer, validation, scorer, config)
 
             # Before the checkpoint: a run that goes on from it has logged all of its steps.
-            logs.write(step, metrics | timer.metrics(int(batch.attention_mask.sum())))
+            logs.write(step, metrics | timer.metrics(int(distributed.reduce(batch.attention_mask.sum()))))
             if trainer.save_freq > 0 and (last or step % trainer.save_freq == 0):
                 checkpoint.save(directory, step, model, tokenizer, optimizer, trainer.max_actor_ckpt_to_keep)
-    print(f"metrics, curves and checkpoints: {directory.resolve()}")
+    if first_rank:
+        print(f"metrics, curves and checkpoints: {directory.resolve()}")
 
 
 # ---- Setting up
@@ -168,7 +195,31 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError("trainer.device=cuda: no GPU is visible to PyTorch; auto and cpu are allowed here")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device(name) if name == "cpu" else torch.device(name, distributed.local_rank())
+
+
+def check_ranks(config: DictConfig) -> None:
+    """Raises ConfigError where the batch cannot be shared equally, by whole groups, or where verl's keys disagree."""
+    actor, trainer, ranks = config.actor_rollout_ref.actor, config.trainer, distributed.size()
+    if trainer.n_gpus_per_node is not None and trainer.n_gpus_per_node * trainer.nnodes != ranks:
+        raise ConfigError(
+            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}, trainer.nnodes={trainer.nnodes}: torchrun started "
+            f"{ranks} processes (without it there is one); leave n_gpus_per_node null, or let them agree"
+        )
+    if actor.ppo_mini_batch_size % ranks:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: the number of processes, "
+            f"{ranks}, must divide it"
+        )
+    micro, responses = (
+        actor.ppo_micro_batch_size_per_gpu,
+        actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n,
+    )
+    if micro is not None and responses // ranks % micro:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro}: it must divide ppo_mini_batch_size * "
+            f"rollout.n / processes = {responses}"
+        )
 
 
 def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
@@ -244,6 +295,14 @@ def batch_of_step(examples: Sequence[Example], step: int, data: DictConfig) -> l
     if data.shuffle:
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed((data.seed or 0) + epoch))
     return [examples[i] for i in order[index * data.train_batch_size :][: data.train_batch_size].tolist()]
+
+
+def share_of_rank(chosen: Sequence[Example], config: DictConfig) -> list[Example]:
+    """The problems of this rank, the same part of every mini-batch: those do not depend on the number of ranks."""
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    own = mini // distributed.size()
+    begins = range(distributed.rank() * own, len(chosen), mini)
+    return [example for begin in begins for example in chosen[begin : begin + own]]
 
 
 # ---- Sampling and scoring
@@ -377,15 +436,21 @@ def validate(
 ) -> dict[str, float]:
     """Mean reward of each data source, as `val-core/SOURCE/reward/mean@n`."""
     sampling = config.actor_rollout_ref.rollout.val_kwargs
-    generator = torch.Generator(model.device).manual_seed(config.actor_rollout_ref.rollout.seed)
+    seed = distributed.seed_of_rank(config.actor_rollout_ref.rollout.seed)
     size = config.data.val_batch_size or len(examples)
+    own = examples[distributed.rank() :: distributed.size()]
+    scored: list[tuple[str, float]] = []
+    with distributed.whole(model) as whole_model:
+        generator = torch.Generator(whole_model.device).manual_seed(seed)
+        for begin in range(0, len(own), size):
+            group = [example for example in own[begin : begin + size] for _ in range(sampling.n)]
+            batch = generate(whole_model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
+            rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer)
+            scored += zip((problem.data_source for problem, _ in group), rewards.tolist(), strict=True)
     by_source: dict[str, list[float]] = defaultdict(list)
-    for begin in range(0, len(examples), size):
-        group = [example for example in examples[begin : begin + size] for _ in range(sampling.n)]
-        batch = generate(model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
-        rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer)
-        for (problem, _), reward in zip(group, rewards.tolist(), strict=True):
-            by_source[problem.data_source].append(reward)
+    for of_rank in distributed.gather(scored):
+        for source, reward in of_rank:
+            by_source[source].append(reward)
     return {
         f"val-core/{source}/reward/mean@{sampling.n}": sum(rewards) / len(rewards)
         for source, rewards in by_source.items()
@@ -465,17 +530,19 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
-    generator = torch.Generator().manual_seed(actor.data_loader_seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(distributed.seed_of_rank(actor.data_loader_seed * 1_000_003 + step))
     history: dict[str, list[Tensor]] = defaultdict(list)
     for mini_batch in mini_batches(experience, generator, config):
         optimizer.zero_grad()
         for name, value in accumulate_gradients(model, mini_batch, generator, config).items():
             history[name].append(value)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), actor.optim.clip_grad)
-        history["actor/grad_norm"].append(grad_norm.detach())
+        grad_norm = distributed.full_norm(
+            torch.nn.utils.clip_grad_norm_(model.parameters(), actor.optim.clip_grad).detach()
+        )
+        history["actor/grad_norm"].append(grad_norm)
         if grad_norm.isfinite():
             optimizer.step()
-        else:
+        elif distributed.rank() == 0:
             print(f"step {step}: the gradient is not finite; this optimizer step is left out", file=sys.stderr)
     return {name: torch.stack(values).double().mean().item() for name, values in history.items()} | {
         "actor/lr": learning_rate
@@ -483,49 +550,84 @@ def update(
 
 
 def mini_batches(experience: Experience, generator: torch.Generator, config: DictConfig) -> Iterator[Experience]:
-    """What each optimizer step learns from: whole groups, in order or, with actor.shuffle, at random."""
+    """What each optimizer step learns from: whole groups, in order or, with actor.shuffle, at random.
+
+    A rank shuffles what it has: with actor.shuffle the mini-batches depend on the number of ranks.
+    """
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     device = experience.advantages.device
     rows = torch.arange(len(experience.advantages)).view(-1, n)
     for _ in range(actor.ppo_epochs):
         order = torch.randperm(len(rows), generator=generator) if actor.shuffle else torch.arange(len(rows))
-        for groups in order.split(actor.ppo_mini_batch_size):
+        for groups in order.split(actor.ppo_mini_batch_size // distributed.size()):
             yield experience.rows(rows[groups].flatten().to(device))
+
+
+def select_for_step(
+    model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], config: DictConfig
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """One selection for the optimizer step, before its first micro-batch: the mask of each, and its metrics."""
+    actor = config.actor_rollout_ref.actor
+    if actor.entropy_top_source == "old_policy":
+        entropies = [mini_batch.old_entropy[index] for index in rows]
+    else:
+        with prepass(mini_batch.old_entropy.device):
+            entropies = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config)[1] for index in rows]
+    masks = [mini_batch.batch.response_mask[index] for index in rows]
+    return select_mini_batch(entropies, masks, actor.entropy_top_ratio, actor.entropy_top_rule, actor.entropy_top_ranks)
 
 
 def accumulate_gradients(
     model: PreTrainedModel, mini_batch: Experience, generator: torch.Generator, config: DictConfig
 ) -> dict[str, Tensor]:
-    """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics.
+    """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics over all ranks.
 
-    The divisors of every mean are counts over the whole mini-batch, so that the losses of its micro-batches add up.
+    The divisors of every mean are counts over the whole mini-batch, so that the losses of its micro-batches add up,
+    and over all ranks, whose gradients are averaged: hence their number, `dp_size`, as a factor of every loss.
     """
     actor, ratio = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.entropy_top_ratio
+    ranks, over_ranks = distributed.size(), actor.entropy_top_ranks == "global"
     mask = mini_batch.batch.response_mask
     rows = torch.arange(len(mask), device=mask.device).split(actor.ppo_micro_batch_size_per_gpu or len(mask))
-    tokens = torch.stack([mask[index].sum() for index in rows])  # response tokens of each micro-batch
-    counts = top_k_count(tokens, ratio) if ratio else tokens
+    own_tokens = torch.stack([mask[index].sum() for index in rows])  # response tokens of each micro-batch
+    tokens = distributed.reduce(own_tokens)  # of the micro-batches that all ranks run at the same time
     aggregation = {
         "loss_agg_mode": actor.loss_agg_mode,
         "batch_num_tokens": tokens.sum(),
-        "global_batch_size": len(mask),
+        "global_batch_size": len(mask) * ranks,
         "loss_scale_factor": actor.loss_scale_factor or config.data.max_response_length,
+        "dp_size": ranks,
     }
+    policy_aggregation = dict(aggregation)
+    applied = actor.policy_loss.loss_mode not in ("gspo", "geo_mean")  # they weigh a sequence as a whole
+    divide_by_selected = ratio and applied and actor.entropy_top_normalize == "selected"
+    whole_step = ratio and actor.entropy_top_scope == "mini_batch"
+    if whole_step:
+        selections, selection_metrics = select_for_step(model, mini_batch, rows, config)
+        if divide_by_selected:
+            own_selected = torch.stack([selected.sum() for selected in selections]).sum()
+            policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
+    elif ratio:
+        counts = top_k_count(tokens if over_ranks else own_tokens, ratio)
+        mini_batch_count = counts.sum() if over_ranks else distributed.reduce(counts.sum())
 
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
     for number, index in enumerate(rows):
         micro = mini_batch.rows(index)
         response_mask = micro.batch.response_mask
+        distributed.reduces_gradients(model, number == len(rows) - 1)
         log_prob, entropy = log_prob_and_entropy(model, micro.batch, config, entropy_grad=actor.entropy_coeff != 0)
 
-        selected, policy_aggregation = None, dict(aggregation)
-        if ratio:
-            selected, means = select_tokens(entropy.detach(), response_mask, ratio, actor.entropy_top_rule)
-            applied = actor.policy_loss.loss_mode not in ("gspo", "geo_mean")  # they weigh a sequence as a whole
-            if applied and actor.entropy_top_normalize == "selected":
-                policy_aggregation["batch_num_tokens"] = token_divisor(selected.sum(), counts[number], counts.sum())
-        else:
-            means = {}
+        selected, means = None, {}
+        if whole_step:
+            selected, means = selections[number], dict(selection_metrics)
+        elif ratio:
+            selected, means = select_tokens(
+                entropy, response_mask, ratio, actor.entropy_top_rule, actor.entropy_top_ranks
+            )
+            if divide_by_selected:
+                count = distributed.reduce(selected.sum()) if over_ranks else selected.sum()
+                policy_aggregation["batch_num_tokens"] = token_divisor(count, counts[number], mini_batch_count)
         loss, policy_metrics = policy_loss(
             log_prob,
             micro.old_log_prob,
@@ -561,10 +663,10 @@ def accumulate_gradients(
         sums["actor/loss"] = loss.detach()
         means |= policy_metrics
         for name, value in sums.items():
-            metrics[name] = metrics[name] + value
+            metrics[name] = metrics[name] + value / ranks
         for name, value in means.items():
-            metrics[name] = metrics[name] + value * tokens[number] / tokens.sum().clamp(min=1)
-    return metrics
+            metrics[name] = metrics[name] + value * own_tokens[number] / tokens.sum().clamp(min=1)
+    return dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:
@@ -592,23 +694,34 @@ def autocast(device: torch.device, config: DictConfig) -> torch.autocast:
 def batch_metrics(
     batch: Batch, rewards: Tensor, advantage: Tensor, entropy: Tensor, config: DictConfig
 ) -> dict[str, float]:
+    """Of the batch of a step, over all ranks."""
     actor, mask = config.actor_rollout_ref.actor, batch.response_mask
     length = mask.sum(-1).float()
-    prompt_length = batch.attention_mask.sum(-1) - length
-    scale = actor.loss_scale_factor or config.data.max_response_length
-    metrics = {
-        "actor/entropy": aggregate(entropy, mask, loss_agg_mode=actor.loss_agg_mode, loss_scale_factor=scale).item(),
-        "response_length/clip_ratio": (length == config.data.max_response_length).float().mean().item(),
-    }
-    for name, values in {
+    values = {
         "critic/score": rewards,
         "critic/rewards": rewards,
         "critic/advantages": advantage[mask],
         "response_length": length,
-        "prompt_length": prompt_length,
-    }.items():
-        for statistic in ("mean", "max", "min"):
-            metrics[f"{name}/{statistic}"] = getattr(values, statistic)().item()
+        "prompt_length": batch.attention_mask.sum(-1) - length,
+        "response_length/clip_ratio": (length == config.data.max_response_length).float(),
+    }
+    sums = distributed.reduce(torch.tensor([(value.double().sum(), value.numel()) for value in values.values()]))
+    ends = torch.tensor([(value.max(), -value.min()) for value in values.values()])
+    ends = distributed.reduce(ends, torch.distributed.ReduceOp.MAX)
+    mean_entropy = aggregate(
+        entropy,
+        mask,
+        loss_agg_mode=actor.loss_agg_mode,
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
+        batch_num_tokens=distributed.reduce(mask.sum()),
+        global_batch_size=len(mask) * distributed.size(),
+    )
+    metrics = {"actor/entropy": distributed.reduce(mean_entropy).item()}
+    for name, (total, count), (highest, lowest) in zip(values, sums.tolist(), ends.tolist(), strict=True):
+        if name == "response_length/clip_ratio":
+            metrics[name] = total / count
+        else:
+            metrics |= {f"{name}/mean": total / count, f"{name}/max": highest, f"{name}/min": -lowest}
     return metrics
 
 

@@ -287,10 +287,10 @@ def random_experience(model: Any, config: Any, rows: int = 8, width: int = 5, le
     tokens = torch.randint(2, 97, (rows, width + length), generator=generator)
     attention = torch.cat([torch.arange(width) >= width - prompt_lengths[:, None], mask], -1).long()
     batch = train.Batch(tokens, attention, mask)
-    old_log_prob, _ = train.compute_log_prob(model, batch, config)
+    old_log_prob, old_entropy = train.compute_log_prob(model, batch, config)
     noise = 0.3 * torch.randn(old_log_prob.shape, generator=generator)
     advantage = torch.randn(rows, 1, generator=generator).expand(-1, length)
-    return train.Experience(batch, advantage, old_log_prob + noise, old_log_prob)
+    return train.Experience(batch, advantage, old_log_prob + noise, old_log_prob, old_entropy)
 
 
 def plain_log_prob_and_entropy(model: Any, batch: train.Batch, row: int, temperature: float) -> tuple[Tensor, Tensor]:

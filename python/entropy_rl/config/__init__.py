@@ -148,9 +148,11 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.trust_remote_code": FLAG,
     "actor_rollout_ref.actor.entropy_top_ratio": optional(RATIO),
     "actor_rollout_ref.actor.entropy_top_rule": one_of("topk", "threshold", "quantile"),
-    "actor_rollout_ref.actor.entropy_top_scope": one_of("micro_batch"),
-    "actor_rollout_ref.actor.entropy_top_ranks": one_of("local"),
+    "actor_rollout_ref.actor.entropy_top_scope": one_of("micro_batch", "mini_batch"),
+    "actor_rollout_ref.actor.entropy_top_source": one_of("prepass", "old_policy"),
+    "actor_rollout_ref.actor.entropy_top_ranks": one_of("local", "global"),
     "actor_rollout_ref.actor.entropy_top_normalize": one_of("selected", "response"),
+    "actor_rollout_ref.actor.strategy": one_of("fsdp2", "ddp"),
     "actor_rollout_ref.actor.policy_loss.loss_mode": one_of(*LOSS_MODES),
     "actor_rollout_ref.actor.policy_loss.clip_cov_ratio": RATIO,
     "actor_rollout_ref.actor.policy_loss.clip_cov_lb": number(),
@@ -198,6 +200,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.rollout.val_kwargs.n": integer(1),
     "actor_rollout_ref.rollout.name": TEXT,
     "actor_rollout_ref.rollout.tensor_model_parallel_size": ONE,
+    "actor_rollout_ref.nccl_timeout": integer(1),
     "algorithm.adv_estimator": one_of(*ADV_ESTIMATORS),
     "algorithm.norm_adv_by_std_in_grpo": FLAG,
     "algorithm.gamma": number(at_least=0, at_most=1),
@@ -214,8 +217,8 @@ RULES: dict[str, Rule] = {
     "trainer.project_name": TEXT,
     "trainer.experiment_name": TEXT,
     "trainer.device": one_of("auto", "cuda", "cpu"),
-    "trainer.n_gpus_per_node": ONE,
-    "trainer.nnodes": ONE,
+    "trainer.n_gpus_per_node": optional(integer(1)),
+    "trainer.nnodes": integer(1),
 }
 
 

@@ -1,0 +1,295 @@
+"""The trainer on several ranks: one optimizer step is the same for any split; how runs go on, and how they end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from entropy_rl import checkpoint, distributed, train
+from entropy_rl import config as configuration
+from ranks import Ranks
+from training import ACTOR, as_arguments, read_metrics, without_times
+
+Overrides = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    pool = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+# ---- One optimizer step
+
+
+def make_experience(rows: int = 16, width: int = 5, length: int = 6) -> train.Experience:
+    """Responses of different lengths; those of the last rank of four are empty."""
+    generator = torch.Generator().manual_seed(0)
+    prompt_lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+    lengths[-rows // 4 :] = 0
+    mask = torch.arange(length) < lengths[:, None]
+    tokens = torch.randint(2, 97, (rows, width + length), generator=generator)
+    attention = torch.cat([torch.arange(width) >= width - prompt_lengths[:, None], mask], -1).long()
+    log_prob, entropy = torch.randn(2, rows, length, generator=generator).abs()
+    advantage = torch.randn(rows, 1, generator=generator).expand(-1, length)
+    return train.Experience(train.Batch(tokens, attention, mask), advantage, -4 - log_prob, -4 + log_prob, entropy)
+
+
+def step(arguments: list[str], micro_batch_size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients and metrics of this rank's share of the mini-batch."""
+    config = configuration.load(arguments)
+    config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu = micro_batch_size
+    model = train.load_model(config.actor_rollout_ref.model, config.actor_rollout_ref.model.path)
+    model = distributed.distribute(model, config.actor_rollout_ref.actor.strategy, torch.device("cpu"))
+    experience = make_experience()
+    own = len(experience.advantages) // distributed.size()
+    share = experience.rows(torch.arange(own) + own * distributed.rank())
+    metrics = train.accumulate_gradients(model, share, torch.Generator(), config)
+    norm = distributed.full_norm(torch.nn.utils.get_total_norm(p.grad for p in model.parameters()))
+    gradients = {
+        name.removeprefix("module."): p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters()
+    }
+    return gradients, {name: value.item() for name, value in metrics.items()} | {"norm": norm.item()}
+
+
+CASES = {
+    "topk": {},
+    "threshold": {f"{ACTOR}.entropy_top_rule": "threshold"},
+    "quantile, response": {f"{ACTOR}.entropy_top_rule": "quantile", f"{ACTOR}.entropy_top_normalize": "response"},
+    "old policy": {f"{ACTOR}.entropy_top_source": "old_policy"},
+    "KL and bonus": {f"{ACTOR}.use_kl_loss": "true", f"{ACTOR}.entropy_coeff": 0.1},
+    "means over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"},
+    "sums over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"},
+    "gspo": {f"{ACTOR}.policy_loss.loss_mode": "gspo"},
+    "geo_mean": {f"{ACTOR}.policy_loss.loss_mode": "geo_mean"},
+    "all tokens": {f"{ACTOR}.entropy_top_ratio": "null"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:entropy_mask is not applied")
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("case", CASES)
+def test_one_step_is_the_same_for_any_split(case: str, strategy: str, ranks: Ranks, overrides: Overrides) -> None:
+    """Scope mini_batch, global ranks: 16 responses whole on one rank, against 4 and 1 at a time on 2 and 4."""
+    overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_ranks": "global"}
+    arguments = as_arguments(overrides | {f"{ACTOR}.strategy": strategy} | CASES[case])
+    gradients, metrics = step(arguments, 16)
+    assert metrics["norm"] > 0
+    for size in (4, 1):
+        for found, found_metrics in ranks.run(step, arguments, size):
+            assert found.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+            assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+
+
+def test_micro_batch_scope_means_what_it_says(ranks: Ranks, overrides: Overrides) -> None:
+    """Global ranks: the micro-batches that the ranks run together are one; so one of 4 on each of 4 ranks is all."""
+    overrides |= {f"{ACTOR}.entropy_top_ranks": "global"}
+    gradients, metrics = step(as_arguments(overrides), 16)
+    for found, found_metrics in ranks.run(step, as_arguments(overrides), 16):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+        assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    (_, local), *_ = ranks.run(step, as_arguments(overrides | {f"{ACTOR}.entropy_top_ranks": "local"}), 16)
+    assert local["actor/entropy_token_ratio"] > metrics["actor/entropy_token_ratio"]  # rounded up on each rank
+
+
+def test_prepass_and_old_policy_agree_before_the_first_step(overrides: Overrides) -> None:
+    """The old log-probabilities' pass and the prepass run the same model on the same micro-batches: the same bits."""
+    overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch"}
+    results = []
+    for source in ("prepass", "old_policy"):
+        config = configuration.load(as_arguments(overrides | {f"{ACTOR}.entropy_top_source": source}))
+        model = train.load_model(config.actor_rollout_ref.model, config.actor_rollout_ref.model.path)
+        experience = make_experience()
+        _, experience.old_entropy = train.compute_log_prob(model, experience.batch, config)
+        rows = torch.arange(16).split(4)
+        results.append(torch.cat(train.select_for_step(model, experience, rows, config)[0]))
+    assert results[0].any() and torch.equal(*results)
+
+
+# ---- Whole runs under torchrun
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+        *("-m", "entropy_rl.train", *arguments),
+    ]
+
+
+def run(processes: int, overrides: Overrides) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    result = subprocess.run(
+        torchrun(processes, *as_arguments(overrides)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return read_metrics(Path(overrides["trainer.default_local_dir"]))
+
+
+@pytest.fixture
+def small_run(overrides: Overrides, problems_path: Path) -> Overrides:
+    """Mini-batch scope and global ranks, groups of four that one rank holds whole, and five problems to validate on."""
+    return overrides | {
+        f"{ACTOR}.entropy_top_scope": "mini_batch",
+        f"{ACTOR}.entropy_top_ranks": "global",
+        f"{ACTOR}.ppo_mini_batch_size": 4,
+        "data.val_files": problems_path,
+        "data.val_max_samples": 5,
+        "trainer.save_freq": 1,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_greedy_run_is_the_same_on_any_number_of_ranks(strategy: str, small_run: Overrides, tmp_path: Path) -> None:
+    """Without chance in sampling, two steps on 1, 2 and 4 processes: metrics, and weights in the end."""
+    small_run |= {
+        f"{ACTOR}.strategy": strategy,
+        "actor_rollout_ref.rollout.top_k": 1,
+        "algorithm.adv_estimator": "reinforce_plus_plus",  # a group of equal responses has no other advantage
+        "trainer.total_training_steps": 2,
+        f"{ACTOR}.use_kl_loss": "true",
+    }
+    small_run |= {f"{ACTOR}.ppo_micro_batch_size_per_gpu": 2}
+    directories = {size: tmp_path / str(size) for size in (1, 2, 4)}
+    lines = {size: run(size, small_run | {"trainer.default_local_dir": path}) for size, path in directories.items()}
+    for size in (2, 4):
+        for line, expected in zip(lines[size], lines[1], strict=True):
+            for name, value in expected["data"].items():
+                if not name.startswith(("timing_s/", "perf/t")):
+                    assert line["data"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert lines[1][-1]["data"]["actor/grad_norm"] > 0
+    saved = {
+        size: load_file(checkpoint.model_directory(path / "global_step_2") / "model.safetensors")
+        for size, path in directories.items()
+    }
+    for size in (2, 4):
+        assert saved[size].keys() == saved[1].keys()
+        for name, weight in saved[1].items():
+            # Two steps of Adam at 1e-3: where a gradient is rounding alone, its sign, and so the step, is too.
+            assert (saved[size][name] - weight).abs().mean() < 1e-5, name
+
+
+def state_of(directory: Path, step: int) -> dict[str, Any]:
+    return torch.load(directory / f"global_step_{step}/trainer.pt", weights_only=True)["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_resume_with_another_number_of_ranks(strategy: str, small_run: Overrides, tmp_path: Path) -> None:
+    """Two ranks, then one, then two again: each goes on from the weights and moments that the one before it saved."""
+    directory = tmp_path / "run"
+    small_run |= {f"{ACTOR}.strategy": strategy, "trainer.default_local_dir": directory}
+    settings = configuration.load(as_arguments(small_run)).actor_rollout_ref.model
+    for step, processes in ((1, 2), (2, 1), (3, 2)):
+        lines = run(processes, small_run | {"trainer.total_training_steps": step})
+        assert [line["step"] for line in lines] == list(range(step + 1)), "steps are logged once, on one rank"
+        moments = state_of(directory, step)
+        assert {state["step"].item() for state in moments.values()} == {float(step)}
+        saved = train.load_model(settings, checkpoint.model_directory(directory / f"global_step_{step}"))
+        for name, weight in saved.named_parameters():
+            assert moments[name]["exp_avg"].shape == weight.shape
+    # With beta1 = 0.9 a first moment that was lost would leave a tenth of the gradient alone.
+    before, after = state_of(directory, 2), state_of(directory, 3)
+    name = "model.norm.weight"
+    assert (after[name]["exp_avg_sq"] >= 0.999 * before[name]["exp_avg_sq"] * (1 - 1e-6)).all()
+
+
+def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, tmp_path: Path) -> None:
+    """Two ranks, with sampling at random and mini-batches in random order: the same bits."""
+    small_run |= {f"{ACTOR}.shuffle": "true", f"{ACTOR}.ppo_mini_batch_size": 2, "data.val_files": "null"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(2, small_run | {"trainer.total_training_steps": 2, "trainer.default_local_dir": whole})
+    for step in (1, 2):
+        run(2, small_run | {"trainer.total_training_steps": step, "trainer.default_local_dir": parts})
+    weights = [checkpoint.model_directory(path / "global_step_2") / "model.safetensors" for path in (whole, parts)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert without_times(read_metrics(whole)) == without_times(read_metrics(parts))
+
+
+# ---- Ranks that die
+
+# Says which process it is, once it trains.
+ANNOUNCE = """
+import os, sys
+from pathlib import Path
+from entropy_rl import train
+
+original = train.update
+def update(*args):
+    Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
+    return original(*args)
+train.update = update
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_rank_that_dies_ends_the_run(machines: int, small_run: Overrides, tmp_path: Path) -> None:
+    """kill -9 of one of two ranks, on one machine or on two: every torchrun ends with an error within a minute."""
+    script, pids = tmp_path / "announce.py", tmp_path / "pids"
+    script.write_text(ANNOUNCE)
+    pids.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    small_run |= {"trainer.total_training_steps": 100_000, "trainer.save_freq": -1, "trainer.val_before_train": "false"}
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test"]
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", *rendezvous),
+                *("--nnodes", str(machines), "--nproc-per-node", str(2 // machines)),
+                *(str(script), str(pids), *as_arguments(small_run)),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(machines)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(pids.iterdir())) < 2 or not all(path.read_text() for path in pids.iterdir()):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        of_rank = {path.name: int(path.read_text()) for path in pids.iterdir()}
+        os.kill(of_rank["1"], signal.SIGKILL)
+        killed = time.monotonic()
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        assert time.monotonic() - killed < 60
+        assert all(process.returncode != 0 for process in processes)
+        assert any("SIGKILL" in error or "Signal 9" in error for error in errors)
+        assert not Path(f"/proc/{of_rank['0']}").exists(), "the other rank must not stay behind"
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(30)
+
+
+def test_batches_that_ranks_cannot_share(small_run: Overrides) -> None:
+    for change, message in (
+        ({f"{ACTOR}.ppo_mini_batch_size": 1}, "ppo_mini_batch_size=1: the number of processes, 2, must divide it"),
+        ({f"{ACTOR}.ppo_micro_batch_size_per_gpu": 16}, "rollout.n / processes = 8"),
+        ({"trainer.n_gpus_per_node": 3}, "trainer.n_gpus_per_node=3, trainer.nnodes=1: torchrun started 2 processes"),
+    ):
+        result = subprocess.run(torchrun(2, *as_arguments(small_run | change)), capture_output=True, text=True)
+        assert result.returncode != 0 and message in result.stderr
