@@ -10,6 +10,7 @@ bears the name global_step_N is whole.
 """
 
 import os
+import pickle
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_rl import distributed
 from entropy_rl.config import ConfigError
+from entropy_rl.errors import one_line
 
 _NAME = re.compile(r"global_step_(\d+)")
 _PARTIAL = ".partial"
@@ -85,7 +87,10 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     A rank that was not there when the checkpoint was written keeps its own random state.
     """
-    state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{checkpoint / 'trainer.pt'}: it cannot be read: {one_line(error)}") from None
     distributed.load_optimizer(model, optimizer, state["optimizer"])
     if distributed.rank() < len(state["random"]):
         _set_random_states(state["random"][distributed.rank()])

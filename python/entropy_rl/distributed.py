@@ -155,7 +155,11 @@ def full_norm(norm: Tensor) -> Tensor:
 def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and optimizer state, whole and by parameter name, on the CPU of rank 0; empty on the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+    weights = get_model_state_dict(model, options=options)
+    # A tied parameter once: gathered twice, transformers would not know it for one and would write both.
+    own = {name for name, _ in [*unwrapped(model).named_parameters(), *unwrapped(model).named_buffers()]}
+    weights = {name: weight for name, weight in weights.items() if name in own}
+    return weights, get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -24,11 +24,12 @@ import transformers
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import entropy_rl.config
-from entropy_rl import advantages, checkpoint, distributed
+from entropy_rl import advantages, checkpoint, distributed, pretrained
 from entropy_rl.config import ConfigError
+from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
 from entropy_rl.selection import prepass, select_mini_batch, select_tokens, token_divisor, top_k_count
 from entropy_rl.tasks import Problem, Scorer, load_tasks
@@ -82,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         train(entropy_rl.config.load(arguments))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -103,6 +104,7 @@ def run(config: DictConfig, device: torch.device) -> None:
     actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     first_rank = distributed.rank() == 0
     directory = Path(trainer.default_local_dir).expanduser()
+    make_directory(directory)
     resumed = distributed.from_first(find_checkpoint(trainer, directory))
     first_step = checkpoint.step_of(resumed) if resumed else 0
 
@@ -211,15 +213,20 @@ def check_ranks(config: DictConfig) -> None:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: the number of processes, "
             f"{ranks}, must divide it"
         )
-    micro, responses = (
-        actor.ppo_micro_batch_size_per_gpu,
-        actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n,
-    )
-    if micro is not None and responses // ranks % micro:
+    micro = actor.ppo_micro_batch_size_per_gpu
+    responses = actor.ppo_mini_batch_size // ranks * config.actor_rollout_ref.rollout.n
+    if micro is not None and responses % micro:
         raise ConfigError(
             f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro}: it must divide ppo_mini_batch_size * "
             f"rollout.n / processes = {responses}"
         )
+
+
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"trainer.default_local_dir={directory}: it cannot be made: {error.strerror}") from None
 
 
 def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
@@ -232,48 +239,33 @@ def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
 
 def load_model(settings: DictConfig, path: str | Path) -> PreTrainedModel:
     """The model in float32, which is what the optimizer updates."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings, "model", error) from None
+    model = pretrained.load_model(
+        _where(settings), path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+    )
     if settings.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
 def load_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings, "tokenizer", error) from None
+    where = _where(settings)
+    tokenizer = pretrained.load_tokenizer(where, settings.path, trust_remote_code=settings.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={settings.path}: its tokenizer has no end-of-text token; one that has "
-            "was expected"
-        )
+        raise ConfigError(f"{where}: its tokenizer has no end-of-text token; one that has was expected")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _cannot_load(settings: DictConfig, what: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
-    return ConfigError(
-        f"actor_rollout_ref.model.path={settings.path}: no {what} of a Hugging Face causal language model can be "
-        f"loaded from it: {reason}"
-    )
+def _where(settings: DictConfig) -> str:
+    return f"actor_rollout_ref.model.path={settings.path}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig) -> list[Example]:
     """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
-        if tokenizer.chat_template is not None:
-            text = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=False)
-        else:
-            text = "\n".join(message["content"] for message in problem.messages)
+        text = pretrained.conversation_text(tokenizer, problem.messages, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
         if not prompt:
             raise ConfigError("data: a prompt has no tokens; at least one was expected")
