@@ -187,7 +187,7 @@ struct Tiles {
       } else if (gradient != products + begin) {
         std::copy(products + begin, products + begin + count, gradient);
       }
-      chunk_gradient(gradient, count, at);
+      chunk_gradient(gradient, count, at, gradient);
       // The target's term joins before rounding to Out: added after, p - 1 would be rounded twice.
       if (target >= begin && target < begin + count) {
         gradient[target - begin] += at.inverse_temperature * at.grad_log_prob;
