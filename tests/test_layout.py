@@ -18,6 +18,7 @@ ROOMS = (
     "entropy_rl_ext/ops/{}.py",
     "tests/ops/test_{}.py",
     "tests/cpp/test_{}.cpp",
+    "benchmarks/bench_{}.py",
 )
 
 
