@@ -22,16 +22,6 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kFullMask, value, lane_mask);
 }
 
-template <class Acc>
-__device__ __forceinline__ OnlineSoftmax<Acc> shuffle_xor(const OnlineSoftmax<Acc>& value,
-                                                          int lane_mask) {
-  OnlineSoftmax<Acc> out;
-  out.max = shuffle_xor(value.max, lane_mask);
-  out.sum = shuffle_xor(value.sum, lane_mask);
-  out.dot = shuffle_xor(value.dot, lane_mask);
-  return out;
-}
-
 // All 32 lanes call it; all return the combination of their values.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
@@ -40,6 +30,31 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
     value = combine(value, shuffle_xor(value, lane_mask));
   }
   return value;
+}
+
+struct Larger {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return larger(a, b);
+  }
+};
+
+struct Plus {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+// The partial rows of a warp's lanes as one, with one exponential a lane; all return it.
+template <class Acc>
+__device__ __forceinline__ OnlineSoftmax<Acc> warp_merge(const OnlineSoftmax<Acc>& state,
+                                                         Acc inverse_temperature) {
+  const Acc max = warp_reduce(state.max, Larger{});
+  OnlineSoftmax<Acc> merged = rescaled(state, max, inverse_temperature);
+  merged.sum = warp_reduce(merged.sum, Plus{});
+  merged.dot = warp_reduce(merged.dot, Plus{});
+  return merged;
 }
 
 // All threads of the block call it, blockDim.x a multiple of 32; all return the combination.
