@@ -60,7 +60,7 @@ __device__ __forceinline__ OnlineSoftmax<Acc> warp_merge(const OnlineSoftmax<Acc
 // All threads of the block call it, blockDim.x a multiple of 32; all return the combination.
 // `shared` holds kMaxWarps values; `neutral` stands in for warps that the block does not have.
 template <class T, class Combine>
-__device__ __forceinline__ T block_reduce(T value, const T& neutral, Combine combine, T* shared) {
+__device__ __forceinline__ T block_reduce(T value, T neutral, Combine combine, T* shared) {
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int warps = blockDim.x / kWarpSize;
