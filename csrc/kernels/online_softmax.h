@@ -70,7 +70,23 @@ ENTROPY_RL_HD inline OnlineSoftmax<Acc> rescaled(const OnlineSoftmax<Acc>& part,
   return out;
 }
 
-// ---- Sums over logits, on the device ----
+// Adds kCount elements with at most one rescale.
+template <int kCount, class Acc>
+ENTROPY_RL_HD inline void accumulate(OnlineSoftmax<Acc>* state, const Acc (&x)[kCount],
+                                     Acc inverse_temperature) {
+  Acc max = state->max;
+  for (int i = 0; i < kCount; ++i) max = x[i] > max ? x[i] : max;
+  if (max > state->max) *state = rescaled(*state, max, inverse_temperature);
+  const Acc shift = state->shift();
+  for (int i = 0; i < kCount; ++i) {
+    const Acc d = (x[i] - shift) * inverse_temperature;
+    const Acc e = exp_shifted(d);
+    state->sum += e;
+    state->dot += e * clamp_exponent(d);
+  }
+}
+
+// ---- Sums over logits as they are: what token_entropy and logprob_entropy keep on the device ----
 
 // e^(d / T) as exp_scaled(d * exponent_scale(1 / T)): in base 2 for float, as the hardware has it.
 ENTROPY_RL_HD inline float exponent_scale(float inverse_temperature) {
@@ -172,6 +188,14 @@ struct SoftmaxGradient {
   Acc inverse_temperature;
   Acc grad_log_prob;
   Acc grad_entropy;
+
+  ENTROPY_RL_HD Acc operator()(Acc x, bool is_target) const {
+    const Acc log_p = (x - shift) * inverse_temperature - log_sum;
+    const Acc p = exp_shifted(log_p);
+    const Acc pull = is_target ? grad_log_prob : Acc(0);
+    const Acc push = grad_log_prob + grad_entropy * (clamp_exponent(log_p) + entropy);
+    return inverse_temperature * (pull - p * push);
+  }
 };
 
 // The same with all that a row's elements share multiplied out: an element other than the target is

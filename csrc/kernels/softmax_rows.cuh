@@ -65,6 +65,9 @@ struct Pack {
     memcpy(&pack, &raw, kPackBytes);
     return pack;
   }
+  __device__ __forceinline__ static Pack load(const T* from) {
+    return of(*reinterpret_cast<const uint4*>(from));
+  }
   __device__ __forceinline__ static Pack filled(float value) {
     Pack pack;
 #pragma unroll
@@ -75,8 +78,17 @@ struct Pack {
 
 // Packs that a thread loads before it uses the first. Two make a group, which rescales once.
 constexpr int kGroupPacks = 2;
+constexpr int kPacks = 2 * kGroupPacks;
 template <class T>
-inline constexpr int kPacksInFlight = sizeof(T) == sizeof(double) ? kGroupPacks : 2 * kGroupPacks;
+inline constexpr int kPacksInFlight = sizeof(T) == sizeof(double) ? kGroupPacks : kPacks;
+
+// Elements before the first 16-byte boundary of a row: rows of an odd vocabulary begin anywhere.
+template <class T>
+__device__ __forceinline__ int elements_before_boundary(const T* row, int vocab) {
+  const int bytes = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
+  const int count = (kPackBytes - bytes) % kPackBytes / static_cast<int>(sizeof(T));
+  return count < vocab ? count : vocab;
+}
 
 // The 16 bytes that begin `bytes` into `low` and `high`; `bytes` is a multiple of kElement.
 template <int kElement>
@@ -384,9 +396,7 @@ struct OutputPart {
   bool is_last;
 
   __device__ __forceinline__ OutputPart(const T* row, int vocab, int part, int parts) {
-    const int bytes = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
-    head = (kPackBytes - bytes) % kPackBytes / static_cast<int>(sizeof(T));
-    if (head > vocab) head = vocab;
+    head = elements_before_boundary(row, vocab);
     const int packs = (vocab - head) / kCount;
     begin = static_cast<int>(static_cast<int64_t>(packs) * part / parts);
     end = static_cast<int>(static_cast<int64_t>(packs) * (part + 1) / parts);

@@ -22,6 +22,16 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kFullMask, value, lane_mask);
 }
 
+template <class Acc>
+__device__ __forceinline__ OnlineSoftmax<Acc> shuffle_xor(const OnlineSoftmax<Acc>& value,
+                                                          int lane_mask) {
+  OnlineSoftmax<Acc> out;
+  out.max = shuffle_xor(value.max, lane_mask);
+  out.sum = shuffle_xor(value.sum, lane_mask);
+  out.dot = shuffle_xor(value.dot, lane_mask);
+  return out;
+}
+
 // All 32 lanes call it; all return the combination of their values.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {

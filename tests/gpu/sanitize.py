@@ -21,6 +21,13 @@ def main() -> None:
             keep = torch.rand(3, rows, device="cuda") < 0.8
             log_prob, entropy = ext.logprob_entropy(logits, targets, mask=keep, entropy_grad=True)
             (log_prob.sum() + entropy.sum() + ext.token_entropy(logits).sum()).backward()
+            hidden = torch.randn(3, rows, 24, device="cuda").to(dtype).requires_grad_()
+            weight, bias = (torch.randn(logits.shape[-1], *n, device="cuda").to(dtype) for n in ((24,), ()))
+            outputs = ext.linear_logprob_entropy(
+                hidden, weight.requires_grad_(), targets, bias=bias, mask=keep, softcap=3.0, chunk_rows=64,
+                entropy_grad=True, max_grad_rows=3 * rows, token_statistics=vocab == 33,
+            )  # fmt: skip
+            (outputs[0].sum() + outputs[1].sum()).backward()
         ratio = torch.tensor(0.2, dtype=torch.float64)
         group_ids = torch.tensor([7, 1, 7], device="cuda")
         for rule, scope, algorithm, columns in itertools.product(
