@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import compile_report
 import pytest
+
+import compile_report
 
 ROOT = Path(__file__).parent.parent
 
