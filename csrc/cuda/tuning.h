@@ -49,6 +49,6 @@ inline int radix_tile_keys(int64_t rows, int64_t columns) {
 // Threads that share one tile of kTileTokens tokens of a loss: two quads each.
 constexpr int kLossTileThreads = 256;
 // Threads of the one block that sums a batch's rows or tiles.
-constexpr int kLossRowThreads = 1024;
+constexpr int kLossRowThreads = 512;
 
 }  // namespace entropy_rl::cuda

@@ -43,22 +43,24 @@ __device__ __forceinline__ void load_quad(const T* from, T (&to)[kQuad]) {
   }
 }
 
+// By intrinsics: a plain store beside a branch that stores the four one by one is merged with it,
+// and comes out as four.
 template <class T>
 __device__ __forceinline__ void store_quad(const T (&from)[kQuad], T* to) {
   if constexpr (sizeof(T) == 1) {
     uint32_t raw;
     memcpy(&raw, from, sizeof(raw));
-    *reinterpret_cast<uint32_t*>(to) = raw;
+    __stwb(reinterpret_cast<uint32_t*>(to), raw);
   } else if constexpr (sizeof(T) == 2) {
     uint2 raw;
     memcpy(&raw, from, sizeof(raw));
-    *reinterpret_cast<uint2*>(to) = raw;
+    __stwb(reinterpret_cast<uint2*>(to), raw);
   } else {
     constexpr int kStores = kQuad * sizeof(T) / sizeof(uint4);
     uint4 raw[kStores];
     memcpy(raw, from, sizeof(raw));
 #pragma unroll
-    for (int i = 0; i < kStores; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
+    for (int i = 0; i < kStores; ++i) __stwb(reinterpret_cast<uint4*>(to) + i, raw[i]);
   }
 }
 
