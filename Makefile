@@ -3,6 +3,7 @@
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   policy losses against verl's own functions, in an environment of their own
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
+# make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU
 # make lint        formatting and types; make format mends the formatting
 #
@@ -30,7 +31,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-gpu cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-gpu wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -55,7 +56,7 @@ gtest: .venv/libraries
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser -q
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
 	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
@@ -74,6 +75,20 @@ test-verl: .venv-verl/environment
 	$(PYTHON) -m venv .venv-cuda
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
+
+wheel: .venv/libraries
+	rm -rf build/lib* build/temp* build/bdist* dist
+	ENTROPY_RL_ABI3=1 $(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+
+test-wheel: wheel .venv-cuda/environment
+	$(BIN)/pip install -q 'abi3audit>=0.0.26' 'twine>=6'
+	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/pytest tests/wheel -q
+	@echo "the wheel, built under $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
+	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
+	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
+	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
 cuda-build: .venv-cuda/environment .venv/libraries
 	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
