@@ -3,6 +3,8 @@
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   policy losses against verl's own functions, in an environment of their own
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
+# make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
+# make performance docs/performance.md from benchmarks/results
 # make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU
 # make lint        formatting and types; make format mends the formatting
@@ -18,6 +20,7 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
+BENCH_BIN := .venv-bench/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
@@ -31,7 +34,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-gpu wheel test-wheel cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-gpu bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -70,6 +73,19 @@ test-report: .venv/libraries
 test-verl: .venv-verl/environment
 	$(VERL_BIN)/pip install -q --no-deps .
 	$(VERL_BIN)/pytest tests/integrations/verl -q
+
+# verl, TRL and Liger in one environment, so that each meets the same inputs in the same process.
+.venv-bench/environment: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	PIP_CONSTRAINT= $(BENCH_BIN)/pip install -q -r benchmarks/requirements.txt
+	touch $@
+
+DEVICE ?= cpu
+bench: .venv/libraries .venv-bench/environment
+	PYTHONPATH=.:python $(BENCH_BIN)/python -W ignore -m benchmarks --device $(DEVICE) $(ARGS)
+
+performance: .venv/libraries
+	$(BIN)/python -m benchmarks.report
 
 .venv-cuda/environment: Makefile
 	$(PYTHON) -m venv .venv-cuda
@@ -118,4 +134,4 @@ format: .venv/libraries
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-cuda .venv-verl build dist entropy_rl_ext/*.so
+	rm -rf .venv .venv-bench .venv-cuda .venv-verl build dist entropy_rl_ext/*.so
