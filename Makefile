@@ -6,6 +6,7 @@
 # make gpu-bundle  the wheels that tests/gpu/run_all.sh needs on a GPU machine without a network
 # make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
 # make performance docs/performance.md from benchmarks/results
+# make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
 # make lint        formatting and types; make format mends the formatting
 #
@@ -36,7 +37,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-gpu gpu-bundle bench performance cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -61,7 +62,7 @@ gtest: .venv/libraries
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser -q
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
 	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
@@ -93,6 +94,20 @@ performance: .venv/libraries
 	$(PYTHON) -m venv .venv-cuda
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
+
+wheel: .venv/libraries
+	rm -rf build/lib* build/temp* build/bdist* dist
+	ENTROPY_RL_ABI3=1 $(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+
+test-wheel: wheel .venv-cuda/environment
+	$(BIN)/pip install -q 'abi3audit>=0.0.26' 'twine>=6'
+	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/pytest tests/wheel -q
+	@echo "the wheel, built under $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
+	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
+	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
+	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
 cuda-build: .venv-cuda/environment .venv/libraries
 	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
