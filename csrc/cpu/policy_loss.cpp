@@ -29,7 +29,8 @@ ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t
 
 template <class T, class CovarianceKey>
 ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) void tile_keys(
-    CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments moments, uint64_t seed, int64_t row, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
+    CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments moments, uint64_t seed,
+    int64_t row, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
   using Key = typename CovarianceKey::Key;
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);

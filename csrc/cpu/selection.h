@@ -31,9 +31,8 @@ constexpr int kBlockKeys = 1024;
 struct Ranges {
   explicit Ranges(int64_t n)
       : n(n),
-        count(std::max(
-            std::clamp<int64_t>(n / kKeysPerRange, 1, torch::stable::get_num_threads()),
-            n / kMaxKeysPerRange + 1)) {}
+        count(std::max(std::clamp<int64_t>(n / kKeysPerRange, 1, torch::stable::get_num_threads()),
+                       n / kMaxKeysPerRange + 1)) {}
   int64_t begin(int64_t range) const { return range * (n / count) + std::min(range, n % count); }
   int64_t end(int64_t range) const { return begin(range + 1); }
 
@@ -166,8 +165,7 @@ KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, in
       Candidates& own = candidates[range];
       if (unknown_bits == kFirstShift) {
         for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
-          own.count +=
-              copy_matching(keys, count, unknown_bits, result.key, own.keys + own.count);
+          own.count += copy_matching(keys, count, unknown_bits, result.key, own.keys + own.count);
         });
       } else {
         own.count = copy_matching(own.keys, own.count, unknown_bits, result.key, own.keys);
