@@ -523,7 +523,7 @@ def accumulate_gradients(
             selected, means = select_tokens(entropy.detach(), response_mask, ratio, actor.entropy_top_rule)
             applied = actor.policy_loss.loss_mode not in ("gspo", "geo_mean")  # they weigh a sequence as a whole
             if applied and actor.entropy_top_normalize == "selected":
-                policy_aggregation["batch_num_tokens"] = token_divisor(selected, counts[number], counts.sum())
+                policy_aggregation["batch_num_tokens"] = token_divisor(selected.sum(), counts[number], counts.sum())
         else:
             means = {}
         loss, policy_metrics = policy_loss(
