@@ -1,6 +1,7 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
 # make test        gtests and pytest on the CPU
 # make test-verl   policy losses against verl's own functions, in an environment of their own
+# make test-trl    the trainer for TRL against TRL's own, in an environment of their own
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
 # make cuda-build  the CUDA wheel, built and tested without a GPU
 # make lint        formatting and types; make format mends the formatting
@@ -16,6 +17,7 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
+TRL_BIN := .venv-trl/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
@@ -27,9 +29,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
-PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
+PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-verl test-gpu cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-verl test-trl test-gpu cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -65,6 +67,15 @@ test-verl: .venv-verl/environment
 	$(VERL_BIN)/pip install -q --no-deps .
 	$(VERL_BIN)/pytest tests/integrations/verl -q
 
+.venv-trl/environment: tests/integrations/trl/requirements.txt
+	$(PYTHON) -m venv .venv-trl
+	PIP_CONSTRAINT= $(TRL_BIN)/pip install -q -r tests/integrations/trl/requirements.txt
+	touch $@
+
+test-trl: .venv-trl/environment
+	$(TRL_BIN)/pip install -q --no-deps .
+	$(TRL_BIN)/pytest tests/integrations/trl -q
+
 .venv-cuda/environment: Makefile
 	$(PYTHON) -m venv .venv-cuda
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
@@ -98,4 +109,4 @@ format: .venv/libraries
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-cuda .venv-verl build dist entropy_rl_ext/*.so
+	rm -rf .venv .venv-cuda .venv-trl .venv-verl build dist entropy_rl_ext/*.so

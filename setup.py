@@ -117,7 +117,7 @@ if not ABI3:
     )
 
 setup(
-    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config"],
+    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config", "entropy_rl.integrations"],
     package_dir={"entropy_rl": "python/entropy_rl"},
     package_data={"entropy_rl_ext": ["py.typed"], "entropy_rl.config": ["train.yaml"]},
     ext_modules=extensions,

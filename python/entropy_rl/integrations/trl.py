@@ -17,8 +17,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from entropy_rl.selection import top_k_count
-from entropy_rl_ext import global_top_mask, logprob_entropy
+from entropy_rl.selection import prepass, select_mini_batch, select_tokens, top_k_count
+from entropy_rl_ext import logprob_entropy
 
 SUPPORTED = "1.16"  # the replaced methods are not public: another minor version may call them otherwise
 
@@ -144,15 +144,6 @@ class EntropyGRPOConfig(GRPOConfig):
             )
 
 
-class _Selection(NamedTuple):
-    mask: Tensor  # [B, T] bool
-    count: Tensor  # 0-dim: how many were selected among all that competed, here and elsewhere
-    threshold: Tensor  # 0-dim: the lowest entropy that was selected, nats; 0 where nothing was
-
-    def rows(self, index: slice) -> "_Selection":
-        return self._replace(mask=self.mask[index])
-
-
 class EntropyGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer`, the policy gradient on the tokens of highest entropy.
 
@@ -170,7 +161,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if args.entropy_top_ratio is not None:
             self.top_entropy_quantile = 0.0  # below 1, TRL's loss asks for the mask
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
-        self._mini_batch: _Selection | None = None  # held for an optimizer step
+        self._mini_batch: tuple[list[Tensor], Tensor] | None = None  # masks and threshold, held for an optimizer step
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -199,16 +190,17 @@ class EntropyGRPOTrainer(GRPOTrainer):
         """
         inputs = self._loss_inputs
         if inputs is None:
-            return self._select(entropies, mask, max(1 - threshold, sys.float_info.min)).mask
+            return self._select(entropies, mask, max(1 - threshold, sys.float_info.min))[0]
         if self._is_mini_batch_scope():
-            rows = len(mask)
-            selection = self._mini_batch.rows(slice(self._position() * rows, (self._position() + 1) * rows))
+            masks, lowest = self._mini_batch
+            selected = masks[self._position()]
         else:
-            selection = self._select(entropies, mask, self.args.entropy_top_ratio)
-        self._log_selection(selection, mask)
+            selected, lowest = self._select(entropies, mask, self.args.entropy_top_ratio)
+            masks = [selected]
+        self._log_selection(selected, mask, lowest)
         if self.args.entropy_top_normalize == "response":
-            return selection.mask
-        return selection.mask * self._normalization(selection, mask, inputs)
+            return selected
+        return selected * self._normalization(selected, mask, masks, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.entropy_top_ratio is None or self.args.entropy_lm_head == "trl":
@@ -225,47 +217,29 @@ class EntropyGRPOTrainer(GRPOTrainer):
         """Of this micro-batch in its optimizer step."""
         return self._step % self.args.gradient_accumulation_steps
 
-    def _select(self, entropies: Tensor, mask: Tensor, ratio: float) -> _Selection:
-        everywhere = self.args.entropy_top_ranks == "global"
-        entropies = entropies.detach()
-        if everywhere:
-            selected = self._select_over_ranks(entropies, mask, ratio)
-        else:
-            selected = global_top_mask(entropies, mask, ratio, rule=self.args.entropy_top_rule)
-        count, lowest = selected.sum(), torch.where(selected, entropies, torch.inf).amin()
-        if everywhere:
-            count = self.accelerator.reduce(count, reduction="sum")
-            lowest = self.accelerator.gather(lowest).min()
-        return _Selection(selected, count, torch.where(count > 0, lowest, 0.0))
+    def _select(self, entropies: Tensor, mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """The mask [B, T] of a micro-batch, and the lowest entropy that was selected."""
+        args = self.args
+        selected, metrics = select_tokens(entropies, mask, ratio, args.entropy_top_rule, args.entropy_top_ranks)
+        return selected, metrics["actor/entropy_threshold"]
 
-    def _select_over_ranks(self, entropies: Tensor, mask: Tensor, ratio: float) -> Tensor:
-        inside = mask != 0
-        local = entropies[inside]
-        lengths = self.accelerator.gather(torch.tensor([len(local)], device=local.device))
-        padded = local.new_zeros(max(1, int(lengths.max())))
-        padded[: len(local)] = local
-        everyone = self.accelerator.gather(padded[None])  # [ranks, longest]
-        valid = torch.arange(everyone.shape[1], device=local.device) < lengths[:, None]
-        selected = global_top_mask(everyone, valid, ratio, rule=self.args.entropy_top_rule)
-        own = selected[self.accelerator.process_index, : len(local)]
-        return torch.zeros_like(inside).masked_scatter(inside, own)
-
-    def _select_mini_batch(self) -> _Selection:
-        """One selection over the micro-batches of the optimizer step that begins, by a forward without gradient.
-
-        Random numbers afterwards are those that would have followed without it.
-        """
-        begin = self._step % self.args.steps_per_generation
-        micro_batches = self._buffered_inputs[begin : begin + self.args.gradient_accumulation_steps]
-        device = self.accelerator.device
+    def _select_mini_batch(self) -> tuple[list[Tensor], Tensor]:
+        """The masks [B, T] of the micro-batches of the optimizer step that begins, and the lowest entropy selected."""
+        args, begin = self.args, self._step % self.args.steps_per_generation
+        micro_batches = self._buffered_inputs[begin : begin + args.gradient_accumulation_steps]
         with (
-            torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            prepass(self.accelerator.device),
+            disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs),
         ):
-            entropies = torch.cat([self._entropies(inputs) for inputs in micro_batches])
-        mask = torch.cat([_loss_mask(inputs) for inputs in micro_batches])
-        return self._select(entropies, mask, self.args.entropy_top_ratio)
+            entropies = [self._entropies(inputs) for inputs in micro_batches]
+        masks, metrics = select_mini_batch(
+            entropies,
+            [_loss_mask(inputs) for inputs in micro_batches],
+            args.entropy_top_ratio,
+            args.entropy_top_rule,
+            args.entropy_top_ranks,
+        )
+        return masks, metrics["actor/entropy_threshold"]
 
     def _entropies(self, inputs: dict[str, Any]) -> Tensor:
         # Beside tokens and masks, images and the like, under the names that the method has for them.
@@ -282,18 +256,29 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     # ---- What their loss is divided by
 
-    def _normalization(self, selection: _Selection, mask: Tensor, inputs: dict[str, Any]) -> Tensor | float:
-        """Completion tokens per selected token, of those that this loss_type takes its mean over: [], [B, 1] or 1."""
+    def _normalization(
+        self, selected: Tensor, mask: Tensor, masks: list[Tensor], inputs: dict[str, Any]
+    ) -> Tensor | float:
+        """Completion tokens per selected token, of those that this loss_type takes its mean over: [], [B, 1] or 1.
+
+        `masks` are the selections of all micro-batches, of this rank, whose tokens competed.
+        """
         match MEAN_OVER.get(self.loss_type):
             case "sequence":
-                return mask.sum(-1, keepdim=True) / selection.mask.sum(-1, keepdim=True).clamp(min=1)
+                return mask.sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp(min=1)
             case "micro_batch":
-                return mask.sum() / selection.mask.sum().clamp(min=1)
+                return mask.sum() / selected.sum().clamp(min=1)
             case "batch":
-                # Under topk `here` is selection.count; the other rules may keep more tokens, in this micro-batch more
-                # than in that one, and the later ones are not known yet: each pool of tokens weighs by its topk count.
-                here, all_pools = self._topk_counts(inputs)
-                return inputs["num_items_in_batch"] / all_pools.clamp(min=1) * (here / selection.count.clamp(min=1))
+                here, everywhere = self._topk_counts(inputs)
+                factor = inputs["num_items_in_batch"] / everywhere.clamp(min=1)
+                if self.args.entropy_top_rule == "topk":
+                    return factor
+                # The other rules may keep more tokens than topk, and how many of the later micro-batches is not known
+                # yet: those that competed together weigh by their topk count.
+                count = torch.stack([part.sum() for part in masks]).sum()
+                if self.args.entropy_top_ranks == "global":
+                    count = self.accelerator.reduce(count, reduction="sum")
+                return factor * here / count.clamp(min=1)
             case _:
                 return 1.0
 
@@ -316,9 +301,9 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     # ---- Metrics
 
-    def _log_selection(self, selection: _Selection, mask: Tensor) -> None:
+    def _log_selection(self, selected: Tensor, mask: Tensor, lowest: Tensor) -> None:
         tokens = mask.sum()
-        sums = torch.stack([selection.mask.sum(), tokens, selection.threshold * tokens]).double()
+        sums = torch.stack([selected.sum(), tokens, lowest * tokens]).double()
         self._selected_tokens = sums if self._selected_tokens is None else self._selected_tokens + sums
         mode = "train" if self.model.training else "eval"
         if mode == "train" and not self.accelerator.sync_gradients:

@@ -1,5 +1,8 @@
 """What the tests of the TRL integration share: trainers on a tiny model, batches, and one optimizer step on them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def make_trainer(model: Path, output: Path, trainer_class: type = EntropyGRPOTra
 
 
 def make_batch(rows: int = 8, *, seed: int = 0, prompt: int = 5, completion: int = 12) -> dict[str, Tensor]:
-    """A scored generation batch as TRL holds it: prompts padded on the left, completions of all lengths on the right."""
+    """A scored generation batch as TRL holds it: prompts padded on the left, completions on the right."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -92,3 +95,29 @@ def optimizer_step(
         trainer._step += 1
     gradients = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
     return loss, gradients, dict(trainer._metrics["train"])
+
+
+def launch(script: Path, *arguments: str | Path, processes: int) -> None:
+    """Runs a script, in so many processes of `accelerate launch` where they are more than one.
+
+    Fails with what it printed; a hang is a failure.
+    """
+    folder = Path(__file__).parent
+    search_path = [str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search_path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable]
+    if processes > 1:
+        # With --cpu it starts one process. --multi_gpu starts as many as asked for, and the variable keeps them on CPU.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    run = subprocess.run(
+        [*command, *map(str, (script, *arguments))],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]

@@ -1,8 +1,5 @@
 """Two processes under `accelerate launch`: what two_ranks.py asserts, and that one process does the same."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,35 +8,15 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from grpo import make_batch, optimizer_step
+import two_ranks
+from grpo import launch, make_batch, optimizer_step
 from two_ranks import WHOLE_STEP
-
-FOLDER = Path(__file__).parent
-
-
-def launch(*arguments: str | Path, processes: int = 2) -> None:
-    """Fails with what the processes printed; a hang is a failure."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    # With --cpu it would start one process; --multi_gpu starts as many as asked, and ACCELERATE_USE_CPU puts them on CPU.
-    command += ["--multi_gpu"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    paths = [str(FOLDER), str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [*command, *map(str, arguments)],
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=180,
-    )
-    assert run.returncode == 0, run.stdout[-8000:]
 
 
 @pytest.fixture(scope="module")
 def results(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("ranks")
-    launch(FOLDER / "two_ranks.py", model_path, output)
+    launch(Path(two_ranks.__file__), model_path, output, processes=2)
     return torch.load(output / "results.pt")
 
 

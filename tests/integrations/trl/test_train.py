@@ -47,7 +47,7 @@ def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str) -
     for prefix, times in (("", 4), ("eval_", 2)):
         ratios, thresholds = (logged(run, f"{prefix}entropy_{name}") for name in ("token_ratio", "threshold"))
         assert len(ratios) == len(thresholds) == times
-        assert all(0.2 <= ratio < 0.3 for ratio in ratios) and all(0 < threshold for threshold in thresholds)
+        assert all(0.2 <= ratio < 0.3 for ratio in ratios) and all(threshold > 0 for threshold in thresholds)
 
 
 def test_without_a_ratio_a_run_is_trls_bit_for_bit(trainer: Callable[..., GRPOTrainer]) -> None:
