@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
 
 import torch
 from packaging.version import Version
@@ -136,11 +137,10 @@ class EntropyGRPOConfig(GRPOConfig):
                 stacklevel=3,
             )
         bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
-        mean_over = MEAN_OVER.get(self.loss_type)
-        if bonus and self.entropy_top_normalize == "selected" and mean_over in ("sequence", "micro_batch"):
+        if bonus and self.entropy_top_normalize == "selected" and MEAN_OVER.get(self.loss_type) == "sequence":
             raise ValueError(
                 f"entropy_top_normalize is 'selected' with an entropy bonus and loss_type {self.loss_type!r}; it must "
-                "be 'response' there, because TRL weighs the bonus as it weighs the loss"
+                "be 'response' there, because TRL would weigh the bonus by sequence, as it weighs the loss"
             )
 
 
@@ -346,17 +346,14 @@ def _lm_head(score: Any) -> Iterator[None]:
     All that surrounds the head (sharded and split weights, adapters, experts) remains TRL's.
     """
     module = trl.trainer.utils
-    replaced = {"_ChunkedLogProbFunction": _Head(score), "_use_triton": lambda device: True}
+    # TRL asks for Triton to decide whether to leave out the positions that are not scored: it does on CUDA alone.
+    replaced = {"_ChunkedLogProbFunction": SimpleNamespace(apply=score), "_use_triton": lambda device: True}
     originals = {name: getattr(module, name) for name in replaced}
     vars(module).update(replaced)
     try:
         yield
     finally:
         vars(module).update(originals)
-
-
-class _Head(NamedTuple):
-    apply: Any
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

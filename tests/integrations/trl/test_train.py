@@ -29,11 +29,14 @@ def logged(trainer: GRPOTrainer, name: str) -> list[Any]:
     return [line[name] for line in trainer.state.log_history if name in line]
 
 
-@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
-def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str) -> None:
+@pytest.mark.parametrize(
+    ("scope", "checkpointing"), [("micro_batch", False), ("mini_batch", False), ("mini_batch", True)]
+)
+def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str, checkpointing: bool) -> None:
     run = trainer(
         entropy_top_ratio=0.2,
         entropy_top_scope=scope,
+        gradient_checkpointing=checkpointing,
         gradient_accumulation_steps=2,
         num_iterations=2,
         max_steps=4,
@@ -43,6 +46,7 @@ def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str) -
     )
     before = weights(run)
     run.train()
+    assert run.model.is_gradient_checkpointing == checkpointing
     assert any(not torch.equal(before[name], value) for name, value in weights(run).items())
     for prefix, times in (("", 4), ("eval_", 2)):
         ratios, thresholds = (logged(run, f"{prefix}entropy_{name}") for name in ("token_ratio", "threshold"))
