@@ -72,9 +72,8 @@ test-verl: .venv-verl/environment
 	PIP_CONSTRAINT= $(TRL_BIN)/pip install -q -r tests/integrations/trl/requirements.txt
 	touch $@
 
-test-trl: .venv-trl/environment
-	$(TRL_BIN)/pip install -q --no-deps .
-	$(TRL_BIN)/pytest tests/integrations/trl -q
+test-trl: .venv-trl/environment .venv/libraries
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(TRL_BIN)/pytest tests/integrations/trl -q
 
 .venv-cuda/environment: Makefile
 	$(PYTHON) -m venv .venv-cuda
