@@ -1,5 +1,6 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
 # make test        gtests and pytest on the CPU
+# make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   policy losses against verl's own functions, in an environment of their own
 # make test-trl    the trainer for TRL against TRL's own, in an environment of their own
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
@@ -31,7 +32,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-verl test-trl test-gpu cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -56,7 +57,11 @@ gtest: .venv/libraries
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu -q
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser -q
+
+test-report: .venv/libraries
+	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	$(BIN)/pytest tests/browser -q
 
 .venv-verl/environment: tests/integrations/verl/requirements.txt
 	$(PYTHON) -m venv .venv-verl

@@ -117,9 +117,20 @@ if not ABI3:
     )
 
 setup(
-    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config", "entropy_rl.integrations"],
+    packages=[
+        "entropy_rl_ext",
+        "entropy_rl_ext.ops",
+        "entropy_rl",
+        "entropy_rl.config",
+        "entropy_rl.integrations",
+        "entropy_rl.report",
+    ],
     package_dir={"entropy_rl": "python/entropy_rl"},
-    package_data={"entropy_rl_ext": ["py.typed"], "entropy_rl.config": ["train.yaml"]},
+    package_data={
+        "entropy_rl_ext": ["py.typed"],
+        "entropy_rl.config": ["train.yaml"],
+        "entropy_rl.report": ["page.html", "page.css", "page.js"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},

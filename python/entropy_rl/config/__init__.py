@@ -15,6 +15,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entropy_rl.errors import UserError, one_line
+
 LOSS_MODES = (
     "vanilla",
     "gpg",
@@ -44,7 +46,7 @@ ADV_ESTIMATORS = ("grpo", "rloo", "gpg", "reinforce_plus_plus")
 LOGGERS = ("console", "file", "tensorboard")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake of the user's: in the configuration, or in a file that it names."""
 
 
@@ -232,7 +234,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
             config = compose("train", overrides=list(overrides))
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(one_line(error)) from None
     check(config)
     return config
 
