@@ -4,6 +4,9 @@
 # make test-verl   policy losses against verl's own functions, in an environment of their own
 # make test-trl    the trainer for TRL against TRL's own, in an environment of their own
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
+# make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
+# make performance docs/performance.md from benchmarks/results
+# make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU
 # make lint        formatting and types; make format mends the formatting
 #
@@ -19,6 +22,7 @@ BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
 TRL_BIN := .venv-trl/bin
+BENCH_BIN := .venv-bench/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
@@ -32,7 +36,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -57,7 +61,7 @@ gtest: .venv/libraries
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser -q
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
 	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
@@ -80,10 +84,37 @@ test-verl: .venv-verl/environment
 test-trl: .venv-trl/environment .venv/libraries
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(TRL_BIN)/pytest tests/integrations/trl -q
 
+# verl, TRL and Liger in one environment, so that each meets the same inputs in the same process.
+.venv-bench/environment: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	PIP_CONSTRAINT= $(BENCH_BIN)/pip install -q -r benchmarks/requirements.txt
+	touch $@
+
+DEVICE ?= cpu
+bench: .venv/libraries .venv-bench/environment
+	PYTHONPATH=.:python $(BENCH_BIN)/python -W ignore -m benchmarks --device $(DEVICE) $(ARGS)
+
+performance: .venv/libraries
+	$(BIN)/python -m benchmarks.report
+
 .venv-cuda/environment: Makefile
 	$(PYTHON) -m venv .venv-cuda
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
+
+wheel: .venv/libraries
+	rm -rf build/lib* build/temp* build/bdist* dist
+	ENTROPY_RL_ABI3=1 $(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+
+test-wheel: wheel .venv-cuda/environment
+	$(BIN)/pip install -q 'abi3audit>=0.0.26' 'twine>=6'
+	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/pytest tests/wheel -q
+	@echo "the wheel, built under $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
+	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
+	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
+	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
 cuda-build: .venv-cuda/environment .venv/libraries
 	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
@@ -113,4 +144,4 @@ format: .venv/libraries
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-cuda .venv-trl .venv-verl build dist entropy_rl_ext/*.so
+	rm -rf .venv .venv-bench .venv-cuda .venv-trl .venv-verl build dist entropy_rl_ext/*.so
