@@ -3,11 +3,12 @@
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   policy losses against verl's own functions, in an environment of their own
 # make test-trl    the trainer for TRL against TRL's own, in an environment of their own
-# make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
+# make test-gpu    on a GPU: the op tests, compute-sanitizer; fails where there is none
+# make gpu-bundle  the wheels that tests/gpu/run_all.sh needs on a GPU machine without a network
 # make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
 # make performance docs/performance.md from benchmarks/results
 # make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
-# make cuda-build  the CUDA wheel, built and tested without a GPU
+# make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
 # make lint        formatting and types; make format mends the formatting
 #
 # Each target makes the virtual environment it needs. PYTHON chooses the interpreter.
@@ -26,6 +27,8 @@ BENCH_BIN := .venv-bench/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
+# Pure Python, for a GPU machine that has torch: the tests' needs, and peers of the benchmarks.
+GPU_WHEELS := pytest iniconfig packaging pluggy pygments hypothesis sortedcontainers trl==1.16.0 liger-kernel==0.8.5
 
 # The tested versions, for what is installed and for what pip's isolated builds install.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -36,7 +39,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu bench performance wheel test-wheel cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -121,16 +124,19 @@ cuda-build: .venv-cuda/environment .venv/libraries
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
+	$(CUDA_BIN)/python tests/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 	@echo "the same wheel under a CPU build of torch:"
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel $(BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
 
 test-gpu:
-	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU, and torch sees none')"
-	cd tests && $(GPU_PYTHON) -m pytest ops gpu test_registration.py --device cuda -q
-	cd tests && for tool in memcheck racecheck synccheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) gpu/sanitize.py; done
+	GPU_PYTHON=$(GPU_PYTHON) tests/gpu/run_all.sh tests sanitizers
+
+gpu-bundle: cuda-build
+	rm -rf build/gpu/wheels
+	$(CUDA_BIN)/pip download -q -d build/gpu/wheels --no-deps --only-binary=:all: --implementation py --abi none --platform any $(GPU_WHEELS)
+	cp dist/*.whl build/gpu/wheels
 
 lint: .venv/libraries
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))

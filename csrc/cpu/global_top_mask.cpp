@@ -113,8 +113,8 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
 
 Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mask,
                                const Tensor& top_ratio, std::string rule, std::string scope,
-                               std::optional<Tensor> group_ids) {
-  const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids);
+                               std::optional<Tensor> group_ids, std::string algorithm) {
+  const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids, algorithm);
   Tensor result = in.new_mask();
   if (result.numel() == 0) return result;
   dispatch_floating(in.entropy.scalar_type(), [&](auto element) {
