@@ -2,6 +2,7 @@
 # make test        gtests and pytest on the CPU
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   policy losses against verl's own functions, in an environment of their own
+# make test-trl    the trainer for TRL against TRL's own, in an environment of their own
 # make test-gpu    on a GPU: the op tests, compute-sanitizer; fails where there is none
 # make gpu-bundle  the wheels that tests/gpu/run_all.sh needs on a GPU machine without a network
 # make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
@@ -21,6 +22,7 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
+TRL_BIN := .venv-trl/bin
 BENCH_BIN := .venv-bench/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
@@ -35,9 +37,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
-PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
+PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -76,6 +78,14 @@ test-report: .venv/libraries
 test-verl: .venv-verl/environment
 	$(VERL_BIN)/pip install -q --no-deps .
 	$(VERL_BIN)/pytest tests/integrations/verl -q
+
+.venv-trl/environment: tests/integrations/trl/requirements.txt
+	$(PYTHON) -m venv .venv-trl
+	PIP_CONSTRAINT= $(TRL_BIN)/pip install -q -r tests/integrations/trl/requirements.txt
+	touch $@
+
+test-trl: .venv-trl/environment .venv/libraries
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(TRL_BIN)/pytest tests/integrations/trl -q
 
 # verl, TRL and Liger in one environment, so that each meets the same inputs in the same process.
 .venv-bench/environment: benchmarks/requirements.txt
@@ -140,4 +150,4 @@ format: .venv/libraries
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-bench .venv-cuda .venv-verl build dist entropy_rl_ext/*.so
+	rm -rf .venv .venv-bench .venv-cuda .venv-trl .venv-verl build dist entropy_rl_ext/*.so
