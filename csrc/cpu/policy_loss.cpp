@@ -35,7 +35,8 @@ ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) void tile_keys(
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
-      // Made for every token and then selected, so that the loop has no branch and vectorises.
+      // Made for every token and then selected: without a branch, kl_cov's loop vectorises.
+      // clip_cov's hash multiplies 64-bit words, and its loop stays scalar.
       const Key made = key(chunk.token(i), moments, seed, begin + i);
       keys[begin + i] = chunk.response[i] != 0 ? made : kIneligibleKey<Key>;
     }
