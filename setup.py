@@ -117,7 +117,14 @@ if not ABI3:
     )
 
 setup(
-    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config", "entropy_rl.report"],
+    packages=[
+        "entropy_rl_ext",
+        "entropy_rl_ext.ops",
+        "entropy_rl",
+        "entropy_rl.config",
+        "entropy_rl.integrations",
+        "entropy_rl.report",
+    ],
     package_dir={"entropy_rl": "python/entropy_rl"},
     package_data={
         "entropy_rl_ext": ["py.typed"],
