@@ -8,7 +8,7 @@ the mask leaves out never meet the head; rows whose incoming gradients are zero 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,50 +25,6 @@ _TILE = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 # The columns of the state of a row: csrc/kernels/linear_logprob_entropy.h.
 _MAX, _SUM, _DOT, _SQUARES, _BEFORE_TARGET, _TARGET = range(6)
 _NEUTRAL = (-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0)
-
-
-@overload
-def linear_logprob_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    mask: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    entropy_grad: bool = ...,
-    chunk_rows: int | None = ...,
-    max_grad_rows: int | None = ...,
-    max_mask_rows: int | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    vocab_start: int = ...,
-    vocab_size: int | None = ...,
-    group: dist.ProcessGroup | None = ...,
-    token_statistics: Literal[False] = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def linear_logprob_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    mask: Tensor | None = ...,
-    temperature: float | Tensor = ...,
-    entropy_grad: bool = ...,
-    chunk_rows: int | None = ...,
-    max_grad_rows: int | None = ...,
-    max_mask_rows: int | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    vocab_start: int = ...,
-    vocab_size: int | None = ...,
-    group: dist.ProcessGroup | None = ...,
-    token_statistics: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 def linear_logprob_entropy(

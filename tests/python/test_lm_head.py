@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from entropy_rl import config as configuration
 from entropy_rl import lm_head, train
+from ranks import Ranks
 from training import as_arguments
 
 
@@ -93,6 +95,45 @@ def test_a_model_that_soft_caps_its_logits_is_left_alone() -> None:
     settings = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     model = Gemma2ForCausalLM(Gemma2Config(**settings, num_key_value_heads=1, head_dim=16))
     assert "soft-cap" in lm_head.why_not(model)
+
+
+def distributed_gradients(path: str, settings: dict[str, Any], strategy: str) -> dict[str, torch.Tensor]:
+    """What one backward leaves on a rank, under DDP or FSDP2; every rank has the same batch."""
+    config = configuration.load(as_arguments(settings))
+    model = train.load_model(config.actor_rollout_ref.model, path)
+    if strategy == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        # What the trainer asks a model for.
+        wrapped.device = model.device
+    else:
+        wrapped = model
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    assert lm_head.why_not(wrapped) is None
+    log_prob, entropy = train.log_prob_and_entropy(wrapped, make_batch(), config)
+    (log_prob * (entropy > 2)).sum().backward()
+    return {
+        name: getattr(p.grad, "full_tensor", lambda grad=p.grad: grad)().detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_hooks_of_ddp_and_fsdp2_hold(
+    strategy: str, model: Any, config: Any, overrides: dict[str, Any], tmp_path: Any
+) -> None:
+    log_prob, entropy = train.log_prob_and_entropy(model, make_batch(), config)
+    (log_prob * (entropy > 2)).sum().backward()
+    settings = overrides | {"actor_rollout_ref.rollout.temperature": 0.8}
+    ranks = Ranks(2, tmp_path)
+    try:
+        results = ranks.run(distributed_gradients, str(overrides["actor_rollout_ref.model.path"]), settings, strategy)
+    finally:
+        ranks.close()
+    for gradients in results:  # the mean of two equal ones
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_the_run_says_why_not(
