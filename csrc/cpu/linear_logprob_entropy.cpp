@@ -82,6 +82,7 @@ namespace {
 struct Tiles {
   template <class Fn>
   static void for_each_row(const TileArguments& in, Fn fn) {
+    simd();  // a wrong ENTROPY_RL_SIMD is refused here: an error inside loses its message
     const int64_t rows_per_task = std::max<int64_t>(1, 32768 / in.width);
     torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) fn(row);

@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import os
 import platform
 import subprocess
 import sys
@@ -105,7 +106,15 @@ def check_library() -> Iterator[Finding]:
             f"{DISTRIBUTION} {installed_version(DISTRIBUTION)}; the libraries are of {info['version']}",
             REINSTALL,
         )
-    yield Finding("ok", "CPU kernels", f"SIMD: {simd_path()}")
+    if info["simd"]:
+        yield Finding("ok", "CPU kernels", f"SIMD: {info['simd']}")
+    else:
+        yield Finding(
+            "wrong",
+            "CPU kernels",
+            f"ENTROPY_RL_SIMD={os.environ.get('ENTROPY_RL_SIMD')} names no instruction set that this processor has",
+            "unset ENTROPY_RL_SIMD, or set it to portable, avx2 or avx512",
+        )
     yield from _cuda_kernels(torch, info)
 
 
@@ -146,17 +155,6 @@ def _ops() -> list[str]:
 def _has_kernel(torch: Any, op: str, key: str) -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return has(f"entropy_rl::{op}", key) or has(f"entropy_rl::{op}", "CompositeImplicitAutograd")
-
-
-def simd_path() -> str:
-    """What csrc/cpu/simd.h chooses on this processor."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"the compiler's for {platform.machine()}"
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return "unknown: no /proc/cpuinfo"
-    return "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "baseline x86-64"
 
 
 # ---- Self-test

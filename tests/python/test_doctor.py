@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,13 +104,12 @@ def test_cuda_kernels_on_a_machine_with_a_gpu(
     assert found and text in found[0].text and bool(found[0].mend) == (state == "wrong")
 
 
-@pytest.mark.parametrize(
-    ("flags", "path"), [("fpu avx2 avx512f", "AVX-512"), ("fpu avx2", "AVX2"), ("fpu sse2", "baseline x86-64")]
-)
-def test_simd_path(flags: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(Path, "read_text", lambda _: f"flags : {flags}\n")
-    assert doctor.simd_path() == path
+@pytest.mark.parametrize(("simd", "state"), [("avx2", "ok"), ("", "wrong")])
+def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = entropy_rl_ext.build_info() | {"simd": simd}
+    monkeypatch.setattr(entropy_rl_ext, "build_info", lambda: info)
+    [found] = [finding for finding in doctor.check_library() if finding.name == "CPU kernels"]
+    assert found.state == state and bool(found.mend) == (state == "wrong")
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
