@@ -1,6 +1,6 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
 # make test        gtests and pytest on the CPU
-# make test-verl   policy losses against verl's own functions, in an environment of their own
+# make test-verl   the verl integration, in an environment of its own
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
 # make cuda-build  the CUDA wheel, built and tested without a GPU
 # make lint        formatting and types; make format mends the formatting

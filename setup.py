@@ -117,9 +117,21 @@ if not ABI3:
     )
 
 setup(
-    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config"],
-    package_dir={"entropy_rl": "python/entropy_rl"},
-    package_data={"entropy_rl_ext": ["py.typed"], "entropy_rl.config": ["train.yaml"]},
+    packages=[
+        "entropy_rl_ext",
+        "entropy_rl_ext.ops",
+        "entropy_rl",
+        "entropy_rl.config",
+        "entropy_rl.integrations",
+        "entropy_rl.integrations.verl",
+        "hydra_plugins",
+    ],
+    package_dir={"entropy_rl": "python/entropy_rl", "hydra_plugins": "python/hydra_plugins"},
+    package_data={
+        "entropy_rl_ext": ["py.typed"],
+        "entropy_rl.config": ["train.yaml"],
+        "entropy_rl.integrations.verl": ["conf/*/*.yaml"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
