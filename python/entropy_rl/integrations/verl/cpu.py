@@ -2,9 +2,9 @@
 
     VERL_USE_EXTERNAL_MODULES=entropy_rl.integrations.verl.cpu python -m verl.trainer.main_ppo +entropy_rl=cpu ...
 
-A platform (device cpu, collectives by gloo) and the rollout backend `hf_cpu` (Hugging Face `generate` in an actor of its
-own, which gets the trainer's weights after every step), both registered with verl. Ray, TransferQueue, the agent loop,
-FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml sets what a CPU needs otherwise.
+A platform (device cpu, collectives by gloo) and the rollout backend `hf_cpu` (Hugging Face `generate` in an actor of
+its own, which gets the trainer's weights after every step), both registered with verl. Ray, TransferQueue, the agent
+loop, FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml sets what a CPU needs otherwise.
 """
 
 import asyncio

@@ -54,7 +54,7 @@ def _with_token_counts(prepare_micro_batches: Callable[..., Any]) -> Callable[..
 
     def wrapped(data: TensorDict, dp_group: Any = None, **options: Any) -> tuple[list[TensorDict], Any]:
         micro_batches, indices = prepare_micro_batches(data, dp_group=dp_group, **options)
-        if "advantages" in data.keys():  # what trains the actor, and no inference or critic
+        if "advantages" in data:  # what trains the actor, and no inference or critic
             counts = _all_gather(torch.stack([_tokens(micro_batch) for micro_batch in micro_batches]), dp_group)
             for micro_batch in micro_batches:
                 tu.assign_non_tensor(micro_batch, **{MICRO_BATCH_TOKENS: counts}, calculate_entropy=True)
@@ -71,9 +71,9 @@ def _tokens(micro_batch: TensorDict) -> Tensor:
 def _all_gather(counts: Tensor, group: Any) -> tuple[int, ...]:
     """[M] on each rank -> all ranks' counts. verl gives every rank the same number of micro-batches."""
     counts = counts.to(get_device_id())
-    gathered = counts.new_empty(torch.distributed.get_world_size(group) * len(counts))
-    torch.distributed.all_gather_into_tensor(gathered, counts, group=group)
-    return tuple(gathered.tolist())
+    ranks = [torch.empty_like(counts) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(ranks, counts, group=group)
+    return tuple(torch.cat(ranks).tolist())
 
 
 def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable[..., Any]:

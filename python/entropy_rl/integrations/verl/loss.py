@@ -41,7 +41,7 @@ def ppo_loss(
     """
     if not applies(config):
         return verl_ppo_loss(config, model_output, data, dp_group)
-    if MICRO_BATCH_TOKENS not in data.keys() or "entropy" not in model_output:
+    if MICRO_BATCH_TOKENS not in data or "entropy" not in model_output:
         raise RuntimeError(
             "actor_rollout_ref.actor.entropy_top_ratio is set, but this engine does not prepare its micro-batches for "
             "it; actor_rollout_ref.actor.strategy must be fsdp, fsdp2 or megatron"
