@@ -1,7 +1,10 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
 # make test        gtests and pytest on the CPU
-# make test-verl   the verl integration, in an environment of its own
+# make test-report the report of `entropy-rl inspect` in a headless Chromium
+# make test-verl   the verl integration, in an environment of its own; make test-verl-full: every mode and recipe
 # make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
+# make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
+# make performance docs/performance.md from benchmarks/results
 # make cuda-build  the CUDA wheel, built and tested without a GPU
 # make lint        formatting and types; make format mends the formatting
 #
@@ -16,6 +19,7 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
+BENCH_BIN := .venv-bench/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
@@ -29,7 +33,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
 
-.PHONY: help demo test gtest pytest test-verl test-gpu cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-gpu bench performance cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -54,7 +58,11 @@ gtest: .venv/libraries
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu -q
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser -q
+
+test-report: .venv/libraries
+	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	$(BIN)/pytest tests/browser -q
 
 .venv-verl/environment: tests/integrations/verl/requirements.txt
 	$(PYTHON) -m venv .venv-verl
@@ -63,7 +71,23 @@ pytest: .venv/libraries
 
 test-verl: .venv-verl/environment
 	$(VERL_BIN)/pip install -q --no-deps .
-	$(VERL_BIN)/pytest tests/integrations/verl -q
+	$(VERL_BIN)/pytest tests/integrations/verl -q -m 'not full'
+
+test-verl-full: test-verl
+	$(VERL_BIN)/pytest tests/integrations/verl -q -m full
+
+# verl, TRL and Liger in one environment, so that each meets the same inputs in the same process.
+.venv-bench/environment: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	PIP_CONSTRAINT= $(BENCH_BIN)/pip install -q -r benchmarks/requirements.txt
+	touch $@
+
+DEVICE ?= cpu
+bench: .venv/libraries .venv-bench/environment
+	PYTHONPATH=.:python $(BENCH_BIN)/python -W ignore -m benchmarks --device $(DEVICE) $(ARGS)
+
+performance: .venv/libraries
+	$(BIN)/python -m benchmarks.report
 
 .venv-cuda/environment: Makefile
 	$(PYTHON) -m venv .venv-cuda
@@ -98,4 +122,4 @@ format: .venv/libraries
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-cuda .venv-verl build dist entropy_rl_ext/*.so
+	rm -rf .venv .venv-bench .venv-cuda .venv-verl build dist entropy_rl_ext/*.so

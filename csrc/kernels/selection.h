@@ -107,8 +107,8 @@ ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
   const double low = static_cast<double>(selection_value(lower));
   const double high = static_cast<double>(selection_value(upper));
   if (low == -INFINITY) return lower;
-  // One rounding, the same on host and device, where a * b + c would have one or two.
-  const Key key = selection_key(static_cast<Value>(fma(weight, high - low, low)));
+  const double step = rounded(weight * rounded(high - low));
+  const Key key = selection_key(static_cast<Value>(low + step));
   // Rounding may not lift the threshold above the value that it interpolates towards.
   return key < upper ? key : upper;
 }

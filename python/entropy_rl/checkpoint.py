@@ -8,6 +8,7 @@ bears the name global_step_N is whole.
 """
 
 import os
+import pickle
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_rl.config import ConfigError
+from entropy_rl.errors import one_line
 
 _NAME = re.compile(r"global_step_(\d+)")
 _PARTIAL = ".partial"
@@ -81,7 +83,10 @@ def remove_partial(directory: Path) -> None:
 
 def restore(checkpoint: Path, optimizer: Optimizer) -> None:
     """Brings back optimizer and random states; the weights are those of `model_directory(checkpoint)`."""
-    state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{checkpoint / 'trainer.pt'}: it cannot be read: {one_line(error)}") from None
     optimizer.load_state_dict(state["optimizer"])
     _set_random_states(state["random"])
 

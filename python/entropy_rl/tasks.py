@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from entropy_rl.config import ConfigError
+from entropy_rl.errors import one_line
 
 # (data_source, solution_str, ground_truth, extra_info) -> reward: the signature of verl's reward functions.
 Scorer = Callable[[str, str, Any, dict[str, Any]], float]
@@ -97,9 +98,10 @@ def _problem(where: str, row: dict[str, Any], prompt_column: str, source_column:
     if (
         not isinstance(messages, list)
         or not messages
-        or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+        or not all(isinstance(m.get("content"), str) for m in messages)
     ):
-        raise ConfigError(f"{where}: column {prompt_column} must hold a list of {{role, content}}")
+        raise ConfigError(f"{where}: column {prompt_column} must hold a list of {{role, content}}, both texts")
     if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
         raise ConfigError(f"{where}: column reward_model must hold {{ground_truth: ...}}")
     return Problem(messages, str(row[source_column]), reward_model["ground_truth"], row.get("extra_info") or {})
@@ -127,8 +129,7 @@ def _load_reasoning_gym(settings: DictConfig) -> tuple[list[Problem], list[Probl
         try:
             return reasoning_gym.create_dataset(name, size=size, seed=seed, **task)
         except (AssertionError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"data.reasoning_gym.config={task}: {name} refuses it: {reason}") from None
+            raise ConfigError(f"data.reasoning_gym.config={task}: {name} refuses it: {one_line(error)}") from None
 
     system = settings.system_prompt and {"role": "system", "content": SYSTEM_PROMPTS[settings.system_prompt]}
     train = create(settings.size, settings.seed)

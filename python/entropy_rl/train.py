@@ -22,11 +22,12 @@ import transformers
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import entropy_rl.config
-from entropy_rl import advantages, checkpoint
+from entropy_rl import advantages, checkpoint, lm_head, pretrained
 from entropy_rl.config import ConfigError
+from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
 from entropy_rl.selection import select_tokens, token_divisor, top_k_count
 from entropy_rl.tasks import Problem, Scorer, load_tasks
@@ -74,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         train(entropy_rl.config.load(arguments))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -87,6 +88,7 @@ def train(config: DictConfig) -> None:
     transformers.logging.disable_progress_bar()
     device = choose_device(trainer.device)
     directory = Path(trainer.default_local_dir).expanduser()
+    make_directory(directory)
     resumed = find_checkpoint(trainer, directory)
     first_step = checkpoint.step_of(resumed) if resumed else 0
 
@@ -107,6 +109,8 @@ def train(config: DictConfig) -> None:
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
     reference = load_model(settings, settings.path).to(device) if actor.use_kl_loss else None
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
+    if settings.use_fused_kernels and (reason := lm_head.why_not(model)):
+        print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
     checkpoint.remove_partial(directory)
     if resumed:
         checkpoint.restore(resumed, optimizer)
@@ -171,6 +175,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"trainer.default_local_dir={directory}: it cannot be made: {error.strerror}") from None
+
+
 def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
     if trainer.resume_mode == "disable":
         return None
@@ -181,48 +192,33 @@ def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
 
 def load_model(settings: DictConfig, path: str | Path) -> PreTrainedModel:
     """The model in float32, which is what the optimizer updates."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings, "model", error) from None
+    model = pretrained.load_model(
+        _where(settings), path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+    )
     if settings.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
 def load_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings, "tokenizer", error) from None
+    where = _where(settings)
+    tokenizer = pretrained.load_tokenizer(where, settings.path, trust_remote_code=settings.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={settings.path}: its tokenizer has no end-of-text token; one that has "
-            "was expected"
-        )
+        raise ConfigError(f"{where}: its tokenizer has no end-of-text token; one that has was expected")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _cannot_load(settings: DictConfig, what: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
-    return ConfigError(
-        f"actor_rollout_ref.model.path={settings.path}: no {what} of a Hugging Face causal language model can be "
-        f"loaded from it: {reason}"
-    )
+def _where(settings: DictConfig) -> str:
+    return f"actor_rollout_ref.model.path={settings.path}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig) -> list[Example]:
     """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
-        if tokenizer.chat_template is not None:
-            text = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=False)
-        else:
-            text = "\n".join(message["content"] for message in problem.messages)
+        text = pretrained.conversation_text(tokenizer, problem.messages, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
         if not prompt:
             raise ConfigError("data: a prompt has no tokens; at least one was expected")
@@ -418,7 +414,12 @@ def log_prob_and_entropy(
     Both are of softmax(logits / temperature), the distribution that sampling drew from (before top_p and top_k).
     """
     length = batch.response_mask.shape[1]
-    with autocast(model.device, config):
+    temperature = config.actor_rollout_ref.rollout.temperature
+    fused = config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+    scoring = contextlib.nullcontext()
+    if fused:
+        scoring = lm_head.scoring(model, batch.responses, batch.response_mask, temperature, entropy_grad=entropy_grad)
+    with autocast(model.device, config), scoring:
         logits = model(
             input_ids=batch.tokens,
             attention_mask=batch.attention_mask,
@@ -426,13 +427,11 @@ def log_prob_and_entropy(
             use_cache=False,
             # The logits at a position are those of the next token.
             logits_to_keep=length + 1,
-        ).logits[:, :-1]
+        ).logits
+    if fused:
+        return logits[..., 0], logits[..., 1] if entropy_grad else logits[..., 1].detach()
     return logprob_entropy(
-        logits,
-        batch.responses,
-        mask=batch.response_mask,
-        temperature=config.actor_rollout_ref.rollout.temperature,
-        entropy_grad=entropy_grad,
+        logits[:, :-1], batch.responses, mask=batch.response_mask, temperature=temperature, entropy_grad=entropy_grad
     )
 
 
@@ -523,7 +522,7 @@ def accumulate_gradients(
             selected, means = select_tokens(entropy.detach(), response_mask, ratio, actor.entropy_top_rule)
             applied = actor.policy_loss.loss_mode not in ("gspo", "geo_mean")  # they weigh a sequence as a whole
             if applied and actor.entropy_top_normalize == "selected":
-                policy_aggregation["batch_num_tokens"] = token_divisor(selected, counts[number], counts.sum())
+                policy_aggregation["batch_num_tokens"] = token_divisor(selected.sum(), counts[number], counts.sum())
         else:
             means = {}
         loss, policy_metrics = policy_loss(

@@ -76,6 +76,14 @@ TEST(QuantileKey, LiesBetweenItsNeighbours) {
   EXPECT_EQ(quantile(-1.7e308, 1.7e308, 0.5), 1.7e308);
 }
 
+TEST(QuantileKey, RoundsTheProductBeforeTheSum) {
+  // Python, and torch on any device, round a step of half a last place down to 1; one rounding of
+  // the exact product and sum would give the next number.
+  const double low = 1.0, high = 1.0 + 3 * 0x1p-52;
+  const uint64_t key = quantile_key(selection_key(low), selection_key(high), 0x1.5555555555556p-3);
+  EXPECT_EQ(selection_value(key), low);
+}
+
 TEST(QuantileKey, IsRoundedToTheTypeOfItsNeighbours) {
   const float low = 1.0f, high = 1.0f + 0x1p-23f;
   const uint32_t key = quantile_key(selection_key(low), selection_key(high), 0.75);

@@ -17,6 +17,13 @@ def main() -> None:
             targets = torch.randint(0, logits.shape[-1], (3, 70), device="cuda")
             log_prob, entropy = ext.logprob_entropy(logits, targets, mask=mask, entropy_grad=True)
             (log_prob.sum() + entropy.sum() + ext.token_entropy(logits).sum()).backward()
+            hidden = torch.randn(3, 70, 24, device="cuda").to(dtype).requires_grad_()
+            weight, bias = (torch.randn(logits.shape[-1], *n, device="cuda").to(dtype) for n in ((24,), ()))
+            outputs = ext.linear_logprob_entropy(
+                hidden, weight.requires_grad_(), targets, bias=bias, mask=mask, softcap=3.0, chunk_rows=64,
+                entropy_grad=True, max_grad_rows=200, token_statistics=vocab == 33,
+            )  # fmt: skip
+            (outputs[0].sum() + outputs[1].sum()).backward()
         for rule in ("topk", "threshold", "quantile"):
             for scope in ("batch", "sequence", "group"):
                 group_ids = torch.tensor([7, 1, 7], device="cuda") if scope == "group" else None

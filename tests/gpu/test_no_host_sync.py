@@ -33,6 +33,17 @@ def make_step(name):
         log_prob, entropy = ext.logprob_entropy(leaf, targets, mask=mask, entropy_grad=True)
         return [log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaf)]
 
+    hidden, weight = random(8, 64, 32), random(1000, 32)
+
+    def linear_step(hidden, weight):
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        log_prob, entropy = ext.linear_logprob_entropy(
+            *leaves, targets, mask=mask, max_mask_rows=512, max_grad_rows=200, entropy_grad=True, chunk_rows=128
+        )
+        chosen = ext.global_top_mask(entropy.detach(), mask)
+        loss = ((log_prob + entropy) * chosen).sum()
+        return [log_prob, entropy, *torch.autograd.grad(loss, leaves)]
+
     def kl_step(log_prob, old):
         leaf = log_prob.detach().requires_grad_()
         loss = ext.kl_loss(leaf, old, mask)
@@ -42,6 +53,7 @@ def make_step(name):
     steps = {
         "token_entropy": ((logits,), lambda x: [ext.token_entropy(x)]),
         "logprob_entropy": ((logits, targets), entropy_step),
+        "linear_logprob_entropy": ((hidden, weight), linear_step),
         "kl_loss": ((log_prob, old), kl_step),
         "aggregate": ((entropy,), lambda x: [ext.aggregate(x, mask)]),
         **{
@@ -64,6 +76,7 @@ def make_step(name):
 STEPS = [
     "token_entropy",
     "logprob_entropy",
+    "linear_logprob_entropy",
     "kl_loss",
     "aggregate",
     *(

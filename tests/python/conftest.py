@@ -1,4 +1,4 @@
-"""A model of 20 thousand parameters, problems in verl's format, and the trainer's command line."""
+"""A tiny model, problems in verl's format, and the trainer's command line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_rl import train
+from tiny_model import save_tiny_model
 from training import ACTOR, as_arguments, read_metrics
 
 # A reward that a random model meets now and then, so that there is a gradient: the share of digits.
@@ -28,35 +27,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 with a token for each printable character, as transformers saves it."""
-    path = tmp_path_factory.mktemp("model")
-    words = ["<pad>", "<eos>", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(words),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                max_position_embeddings=512,
-                tie_word_embeddings=True,
-                # Larger than usual: a nearly uniform policy would make all entropies equal.
-                initializer_range=0.2,
-                bos_token_id=None,
-                eos_token_id=1,
-                pad_token_id=0,
-            )
-        )
-    model.save_pretrained(path)
-    return path
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

@@ -162,6 +162,17 @@ def test_a_path_that_is_no_checkpoint(
     assert message.count("\n") == 1 and f"trainer.resume_from_path={tmp_path / name}: not a checkpoint" in message
 
 
+def test_a_checkpoint_that_cannot_be_read(
+    overrides: Overrides, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run/global_step_1"
+    shutil.copytree(model_path, checkpoint.model_directory(path))
+    (path / "trainer.pt").write_bytes(b"not one")
+    assert train.main(as_arguments(overrides)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"{path}/trainer.pt: it cannot be read" in message
+
+
 def test_latest_is_by_number(tmp_path: Path) -> None:
     """10 comes after 9, and neither other files nor half-written checkpoints count."""
     for name in ("global_step_9", "global_step_10", "global_step_11.partial", "global_step_x"):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from entropy_rl import config as configuration
 from entropy_rl import train
-from training import ACTOR, as_arguments
+from training import ACTOR, as_arguments, broken_copy
 
 YAML = Path(configuration.__file__).parent / "train.yaml"
 
@@ -72,7 +72,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("actor_rollout_ref.rollout.n", 2.5, "an integer of at least 1"),
         ("actor_rollout_ref.rollout.n", "true", "an integer of at least 1"),
         ("actor_rollout_ref.model.path", "null", "a text"),
-        ("actor_rollout_ref.model.path", "/nowhere", "no tokenizer of a Hugging Face causal language model"),
+        ("actor_rollout_ref.model.path", "/nowhere", "no tokenizer can be loaded from it"),
         ("algorithm.adv_estimator", "gae", "one of grpo, rloo, gpg, reinforce_plus_plus"),
         ("data.train_files", "null", "exactly one of the two must be set"),
         ("data.reasoning_gym.name", "chain_sum", "exactly one of the two must be set"),
@@ -80,6 +80,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("data.max_prompt_length", 3, "a prompt has 7 tokens"),
         ("trainer.logger", "[wandb]", "each one of console, file, tensorboard"),
         ("trainer.resume_mode", "resume_path", "trainer.resume_from_path=null: it must be a path"),
+        ("trainer.default_local_dir", "/proc/run", "trainer.default_local_dir=/proc/run: it cannot be made"),
         ("trainer.n_gpus_per_node", 8, "it must be 1"),
         ("trainer.total_training_steps", 0, "an integer of at least 1, or null"),
     ],
@@ -113,3 +114,42 @@ def test_a_gpu_that_is_not_there(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert train.main(as_arguments(overrides | {"trainer.device": "cuda"})) == 2
     assert "trainer.device=cuda: no GPU is visible to PyTorch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("tokenizer*", None, "no tokenizer can be loaded from it: its files are missing"),
+        ("tokenizer.json", b"{", "no tokenizer can be loaded from it"),
+        ("config.json", b"{", "can be loaded from it"),
+        ("model.safetensors", b"weights", "no Hugging Face causal language model can be loaded from it"),
+    ],
+)
+def test_a_broken_model(
+    file: str,
+    content: bytes | None,
+    expected: str,
+    overrides: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = broken_copy(overrides["actor_rollout_ref.model.path"], tmp_path / "broken", file, content)
+    assert train.main(as_arguments(overrides | {"actor_rollout_ref.model.path": path})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: actor_rollout_ref.model.path={path}: ") and message.count("\n") == 1
+    assert expected in message
+
+
+def test_a_chat_template_that_refuses(
+    overrides: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = broken_copy(
+        overrides["actor_rollout_ref.model.path"],
+        tmp_path / "broken",
+        "chat_template.jinja",
+        b"{{ raise_exception('roles must alternate') }}",
+    )
+    assert train.main(as_arguments(overrides | {"actor_rollout_ref.model.path": path})) == 2
+    message = capsys.readouterr().err
+    assert "the tokenizer's chat template refuses a conversation: roles must alternate" in message
+    assert message.count("\n") == 1

@@ -63,6 +63,7 @@ def test_parquet(overrides: Overrides, problems_path: Path) -> None:
         ([{"data_source": "sums", "prompt": ROW["prompt"]}], "no column reward_model; columns prompt, data_source"),
         ([ROW | {"prompt": "1 + 1 ="}], "row 0: column prompt must hold a list of {role, content}"),
         ([ROW | {"prompt": [{"text": "1"}]}], "row 0: column prompt must hold a list of {role, content}"),
+        ([ROW | {"prompt": [{"role": "user", "content": None}]}], "prompt must hold a list of {role, content}, both"),
         ([ROW, ROW | {"reward_model": {"style": "rule"}}], "row 1: column reward_model must hold {ground_truth"),
     ],
 )

@@ -1,6 +1,7 @@
 """What the tests of the trainer share."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,14 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line | {"data": {k: v for k, v in line["data"].items() if not k.startswith(("timing_s/", "perf/"))}}
         for line in lines
     ]
+
+
+def broken_copy(model: Path, path: Path, pattern: str, content: bytes | None) -> Path:
+    """A copy of a model in which the files that fit `pattern` are gone (None), or one file holds `content`."""
+    shutil.copytree(model, path)
+    if content is None:
+        for file in path.glob(pattern):
+            file.unlink()
+    else:
+        (path / pattern).write_bytes(content)
+    return path

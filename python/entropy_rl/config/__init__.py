@@ -15,6 +15,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entropy_rl.errors import UserError, one_line
+
 LOSS_MODES = (
     "vanilla",
     "gpg",
@@ -44,7 +46,7 @@ ADV_ESTIMATORS = ("grpo", "rloo", "gpg", "reinforce_plus_plus")
 LOGGERS = ("console", "file", "tensorboard")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake of the user's: in the configuration, or in a file that it names."""
 
 
@@ -146,6 +148,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.path": TEXT,
     "actor_rollout_ref.model.enable_gradient_checkpointing": FLAG,
     "actor_rollout_ref.model.trust_remote_code": FLAG,
+    "actor_rollout_ref.model.use_fused_kernels": FLAG,
     "actor_rollout_ref.actor.entropy_top_ratio": optional(RATIO),
     "actor_rollout_ref.actor.entropy_top_rule": one_of("topk", "threshold", "quantile"),
     "actor_rollout_ref.actor.entropy_top_scope": one_of("micro_batch"),
@@ -232,7 +235,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
             config = compose("train", overrides=list(overrides))
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(one_line(error)) from None
     check(config)
     return config
 

@@ -31,6 +31,16 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "kl": ({"actor.use_kl_loss": True, "actor.kl_loss_coef": 0.1, "actor.kl_loss_type": "k2"}, 2),
 }
 
+# All tokens train: with this package in its place, and with verl's own configuration alone.
+NULL = {
+    "null": ({"actor.entropy_top_ratio": "null"}, 2),
+    "stock": (
+        {"actor._target_": "verl.workers.config.FSDPActorConfig"}
+        | {f"~actor.entropy_top_{key}": None for key in ("ratio", "rule", "scope", "ranks", "normalize", "kernel")},
+        2,
+    ),
+}
+
 
 def rows() -> list[dict[str, torch.Tensor]]:
     """Sequences of different lengths, with tokens inside the response that are none of the policy's."""
@@ -103,7 +113,7 @@ def run(model: str, name: str) -> dict[str, Any]:
     from verl.workers.engine.fsdp import transformer_impl
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    case, count = CASES[name]
+    case, count = (CASES | NULL)[name]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
             "ppo_trainer",
@@ -113,7 +123,12 @@ def run(model: str, name: str) -> dict[str, Any]:
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.actor.entropy_top_ratio=0.2",
-                *(f"actor_rollout_ref.{key}={value}" for key, value in case.items() if "." in key),
+                *(
+                    f"actor_rollout_ref.{key}={value}"
+                    for key, value in case.items()
+                    if "." in key and value is not None
+                ),
+                *(f"~actor_rollout_ref.{key[1:]}" for key in case if key.startswith("~")),
             ],
         )
     OmegaConf.resolve(config)
@@ -157,10 +172,10 @@ def run(model: str, name: str) -> dict[str, Any]:
     }
 
 
-def main(model: str, output: str) -> None:
+def main(model: str, output: str, *names: str) -> None:
     import torch.distributed as dist
 
-    results = {name: run(model, name) for name in CASES}
+    results = {name: run(model, name) for name in names or CASES}
     if dist.get_rank() == 0:
         torch.save(results, Path(output))
     dist.destroy_process_group()

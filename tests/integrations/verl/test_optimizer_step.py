@@ -8,7 +8,7 @@ from typing import Any
 
 import optimizer_step
 import pytest
-import tiny
+import task
 import torch
 from optimizer_step import CASES, TEMPERATURE
 from transformers import AutoModelForCausalLM
@@ -18,28 +18,32 @@ RATIO = 0.2
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_model(tmp_path_factory.mktemp("model"))
+    return task.save_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
-def results(request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    output = tmp_path_factory.mktemp("output") / "results.pt"
+def run(ranks: int, model_path: Path, output: Path, *cases: str, **environment: str) -> Any:
     subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(request.param)),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", optimizer_step.__file__),
-            *(str(model_path), str(output)),
+            *(str(model_path), str(output), *cases),
         ],
         env=os.environ
         | {
             "VERL_USE_EXTERNAL_MODULES": "entropy_rl.integrations.verl.cpu",
-            "RAY_LOCAL_WORLD_SIZE": str(request.param),
+            "RAY_LOCAL_WORLD_SIZE": str(ranks),
             "OMP_NUM_THREADS": "1",
-        },
+        }
+        | environment,
         check=True,
         timeout=280,
     )
     return torch.load(output, weights_only=False)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def results(request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(request.param, model_path, tmp_path_factory.mktemp("output") / "results.pt")
 
 
 def statement(model_path: Path, micro_batches: list[list[int]], case: dict[str, Any]) -> dict[str, Any]:
@@ -120,3 +124,13 @@ def test_gradients_and_metrics(results: Any, model_path: Path, name: str) -> Non
         assert difference <= 1e-6 * norm, f"{parameter}: {difference / norm:.1e}"
     for metric, value in expected.items():
         assert result["metrics"][metric] == pytest.approx(value, rel=1e-5), metric
+
+
+def test_null_is_bit_identical_to_verl_without_the_plugin(model_path: Path, tmp_path: Path) -> None:
+    ours = run(1, model_path, tmp_path / "ours.pt", "null")["null"]
+    verls = run(1, model_path, tmp_path / "verls.pt", "stock", VERL_USE_EXTERNAL_PLUGINS="none")["stock"]
+    assert ours["metrics"] == verls["metrics"]
+    assert "actor/pg_loss" in ours["metrics"] and "actor/entropy_token_ratio" not in ours["metrics"]
+    assert ours["gradients"].keys() == verls["gradients"].keys()
+    for name, gradient in ours["gradients"].items():
+        assert torch.equal(gradient, verls["gradients"][name]), name

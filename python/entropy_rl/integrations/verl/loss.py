@@ -68,7 +68,7 @@ def ppo_loss(
     if config.entropy_top_normalize == "selected":
         counts = top_k_count(micro_batch_tokens, config.entropy_top_ratio)
         here = top_k_count(response_mask.sum(), config.entropy_top_ratio)
-        policy_aggregation["batch_num_tokens"] = token_divisor(selected, here, counts.sum().to(here.device))
+        policy_aggregation["batch_num_tokens"] = token_divisor(selected.sum(), here, counts.sum().to(here.device))
     loss, policy_metrics = policy_loss(
         log_prob,
         data["old_log_probs"],

@@ -1,0 +1,123 @@
+"""The command `entropy-rl inspect`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from entropy_rl.errors import UserError
+from entropy_rl.pretrained import check_model, load_model, load_tokenizer
+from entropy_rl.report.completions import (
+    Completion,
+    has_completions,
+    read_completions,
+    read_prompts,
+    sample_completions,
+)
+from entropy_rl.report.measure import measure
+from entropy_rl.report.page import MeasuredModel, write_page
+from entropy_rl_ext import global_top_mask
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises UserError for what the user can mend."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    output: Path = arguments.output
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no directory {output.parent}")
+    if output.is_dir():
+        raise UserError(f"--output {output}: this is a directory; a file was expected")
+    device = _device(arguments.device)
+    given = arguments.samples is None and has_completions(arguments.input, arguments.completion_key)
+    source = "--model" if arguments.tokenizer is None else "--tokenizer"
+    path = arguments.tokenizer or arguments.model
+    tokenizer = load_tokenizer(f"{source} {path}", path)
+    if arguments.compare is not None:
+        _check_comparable(tokenizer, arguments.compare)
+
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    completions = _given(tokenizer, arguments) if given else None
+    models = []
+    for option in ("model", "compare"):
+        path = getattr(arguments, option)
+        if path is None:
+            continue
+        model = load_model(f"--{option} {path}", path, dtype=dtype).to(device).eval()
+        if completions is None:
+            completions = _sampled(model, tokenizer, arguments)
+        name = Path(path).name
+        models.append(MeasuredModel(name, measure(model, completions, temperature=arguments.temperature, name=name)))
+        del model  # before the next one is loaded
+    assert completions is not None
+    if len(models) == 2 and models[0].name == models[1].name:
+        paths = (arguments.model, arguments.compare)
+        models = [MeasuredModel(path, model.measurement) for path, model in zip(paths, models, strict=True)]
+
+    write_page(output, models, completions, tokenizer, ratio=arguments.ratio, temperature=arguments.temperature)
+    print(_summary(models, completions, arguments.ratio))
+    print(f"report: {output.resolve()}")
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to PyTorch; auto and cpu are allowed here")
+    return torch.device(name)
+
+
+def _check_comparable(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Before the first model is measured: that the second one is there, and that its tokens are the same.
+
+    One without a tokenizer is taken to share the first one's.
+    """
+    where = f"--compare {path}"
+    check_model(where, path)
+    try:
+        other = load_tokenizer(where, path)
+    except UserError:
+        return
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{where}: its tokenizer has other tokens than the first model's")
+
+
+def _given(tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> list[Completion]:
+    return read_completions(arguments.input, tokenizer, arguments.prompt_key, arguments.completion_key, arguments.limit)
+
+
+def _sampled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> list[Completion]:
+    return sample_completions(
+        model,
+        tokenizer,
+        read_prompts(arguments.input, tokenizer, arguments.prompt_key, arguments.limit),
+        samples=arguments.samples or 1,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+
+
+def _summary(models: list[MeasuredModel], completions: list[Completion], ratio: float) -> str:
+    selections = []
+    lines = [f"{sum(len(c.tokens) for c in completions):,} tokens of {len(completions):,} completions"]
+    for model in models:
+        entropy = model.measurement.entropy
+        selected = global_top_mask(entropy[None], torch.ones(1, len(entropy), dtype=torch.bool), ratio)[0]
+        selections.append(selected)
+        lines.append(
+            f"{model.name}: mean entropy {entropy.mean():.3f} nats; the {ratio:.0%} of highest entropy "
+            f"({int(selected.sum()):,} tokens) begin at {entropy[selected].min():.3f} nats"
+        )
+    if len(selections) == 2:
+        both = int((selections[0] & selections[1]).sum())
+        lines.append(f"overlap of the selected positions: {both / int(selections[0].sum()):.1%}")
+    return "\n".join(lines)

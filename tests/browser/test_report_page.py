@@ -1,0 +1,288 @@
+"""The report in a real browser: what it selects, shows and needs."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from entropy_rl.report.completions import Completion
+from entropy_rl.report.measure import Measurement
+from entropy_rl.report.page import MeasuredModel, write_page
+from entropy_rl_ext import global_top_mask
+
+WORDS = ["<eos>", "\n", " so", " but", " 36", " +", "</script><b>", "&amp;", *(f" w{i}" for i in range(92))]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def make_measurement(tokens: torch.Tensor, generator: torch.Generator) -> Measurement:
+    """Entropies in steps of 1/16 nat, so that ties are everywhere, among them the threshold's."""
+    n = len(tokens)
+    entropy = torch.floor(torch.rand(n, generator=generator) ** 4 * 48) / 16
+    log_prob = -torch.rand(n, 5, generator=generator).sort(-1).values * 3
+    top = torch.randint(len(WORDS), (n, 5), generator=generator)
+    top[:, 1] = tokens
+    return Measurement(entropy, log_prob[:, 1].contiguous(), top, log_prob)
+
+
+def make_page(path: Path, lengths: Sequence[int], count: int, ratio: float = 0.2) -> list[Measurement]:
+    generator = torch.Generator().manual_seed(len(lengths))
+    completions = []
+    for length in lengths:
+        tokens = torch.randint(2, len(WORDS), (length,), generator=generator)
+        tokens[9::10] = 1
+        completions.append(Completion([2, 3], tokens.tolist()))
+    tokens = torch.tensor([token for completion in completions for token in completion.tokens])
+    measurements = [make_measurement(tokens, generator) for _ in range(count)]
+    measured = [MeasuredModel(f"model {'AB'[m]}", found) for m, found in enumerate(measurements)]
+    write_page(path, measured, completions, make_tokenizer(), ratio=ratio)
+    return measurements
+
+
+def open_page(browser: WebDriver, path: Path) -> None:
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(path.as_uri())
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return !!window.entropyReport"))
+
+
+def set_ratio(browser: WebDriver, ratio: float) -> None:
+    """Moves the slider as a user does, and waits until the page has been drawn."""
+    script = """
+      const [ratio, done] = arguments;
+      const slider = document.getElementById("ratio");
+      slider.value = ratio;
+      slider.dispatchEvent(new Event("input", {bubbles: true}));
+      requestAnimationFrame(() => setTimeout(done));
+    """
+    browser.execute_async_script(script, ratio)
+
+
+def selected(browser: WebDriver, model: int = 0) -> torch.Tensor:
+    flags = browser.execute_script(f"return Array.from(entropyReport.selected({model}))")
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+def by_op(measurement: Measurement, ratio: float) -> torch.Tensor:
+    entropy = measurement.entropy[None]
+    return global_top_mask(entropy, torch.ones_like(entropy), ratio)[0]
+
+
+def token(browser: WebDriver, index: int) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, f".t[data-i='{index}']")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def one(pages: Path, browser: WebDriver) -> list[Measurement]:
+    return make_page(pages / "one.html", [300, 1, 57, 120], 1)
+
+
+@pytest.fixture(scope="module")
+def two(pages: Path, browser: WebDriver) -> list[Measurement]:
+    return make_page(pages / "two.html", [300, 40, 500], 2)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.2, 0.29, 0.57, 0.99, 1.0])
+def test_selection_is_the_ops(ratio: float, one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    """At every share, ties included, in the data and in what is marked."""
+    open_page(browser, pages / "one.html")
+    set_ratio(browser, ratio)
+    expected = by_op(one[0], ratio)
+    assert torch.equal(selected(browser), expected)
+    marked = browser.execute_script("return [...document.querySelectorAll('article .t.a')].map(t => +t.dataset.i)")
+    drawn = browser.execute_script("return [...document.querySelectorAll('article .t')].map(t => +t.dataset.i)")
+    assert sorted(drawn) == list(range(len(expected)))
+    assert sorted(marked) == expected.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "entropy",
+    [
+        [math.nan, 1.0, 2.0, math.nan, 2.0, 0.5, 2.0, 1.0],
+        [0.0, -0.0, 0.0, -0.0, 0.0],
+        [0.7],
+        [1.0, 1.0 + 2**-23, 1.0, 1.0 - 2**-24],  # neighbours in float32
+    ],
+)
+def test_selection_at_the_edges(entropy: list[float], tmp_path: Path, browser: WebDriver) -> None:
+    n = len(entropy)
+    found = Measurement(torch.tensor(entropy), torch.zeros(n), torch.full((n, 1), 2), torch.zeros(n, 1))
+    path = tmp_path / "page.html"
+    write_page(path, [MeasuredModel("A", found)], [Completion([2], [3] * n)], make_tokenizer(), ratio=0.3)
+    open_page(browser, path)
+    for ratio in (0.3, 0.5, 0.05, 1.0):
+        browser.execute_async_script(
+            "entropyReport.setRatio(arguments[0]); requestAnimationFrame(() => setTimeout(arguments[1]))", ratio
+        )
+        assert torch.equal(selected(browser), by_op(found, ratio))
+
+
+def test_a_share_that_the_slider_cannot_say(pages: Path, one: list[Measurement], browser: WebDriver) -> None:
+    make_page(pages / "eighth.html", [300, 1, 57, 120], 1, ratio=0.125)
+    open_page(browser, pages / "eighth.html")
+    assert browser.find_element(By.ID, "percent").get_property("value") == "12.5"
+    assert torch.equal(selected(browser), by_op(one[0], 0.125))
+
+
+def test_hover_tells_of_the_token(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    ActionChains(browser).move_to_element(token(browser, 12)).perform()
+    tip = browser.find_element(By.ID, "tip").text
+    assert "token 13 of completion 1" in tip
+    assert f"{one[0].entropy[12]:.3f} nats" in tip
+    assert f"{100 * one[0].log_prob[12].exp():.1f} %" in tip
+    for place in range(5):
+        assert WORDS[one[0].top_tokens[12, place]].strip() in tip
+        assert f"{100 * one[0].top_log_prob[12, place].exp():.1f} %" in tip
+
+
+def test_keys_go_from_token_to_token(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    reading = browser.find_element(By.ID, "reading")
+    reading.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == "1"
+    ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ARROW_RIGHT).key_up(Keys.SHIFT).perform()
+    following = by_op(one[0], 0.2)[2:].nonzero()[0].item() + 2
+    assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == str(following)
+
+
+def test_charts_and_tables(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    threshold = one[0].entropy[by_op(one[0], 0.2)].min().item()
+    shown = browser.find_element(By.CSS_SELECTOR, "#facts dd").text
+    assert float(shown.removesuffix(" nats")) == pytest.approx(threshold, abs=1e-3)
+    line = browser.find_element(By.CSS_SELECTOR, "[data-chart=histogram] .at")
+    top = one[0].entropy.max().item()
+    assert float(line.get_attribute("x1") or "nan") == pytest.approx(100 * threshold / top, abs=1e-3)
+
+    means: dict[str, list[float]] = {}
+    words = browser.execute_script("return [...document.querySelectorAll('article .t')].map(t => t.textContent)")
+    for word, entropy in zip(words, one[0].entropy.tolist(), strict=True):
+        means.setdefault(word.strip(), []).append(entropy)
+    frequent = sorted((sum(e) / len(e) for e in means.values() if len(e) >= 2), reverse=True)
+
+    def table() -> list[float]:
+        rows = browser.find_elements(By.CSS_SELECTOR, "#tokens tr")
+        return [float(row.find_elements(By.TAG_NAME, "td")[2].text) for row in rows]
+
+    assert table() == pytest.approx(frequent[:20], abs=1e-3)
+    browser.find_elements(By.CSS_SELECTOR, "#table-order label")[1].click()
+    assert table() == pytest.approx(frequent[:-21:-1], abs=1e-3)
+
+
+def test_compare(two: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "two.html")
+    for ratio in (0.2, 0.5):
+        set_ratio(browser, ratio)
+        first, second = (by_op(found, ratio) for found in two)
+        assert torch.equal(selected(browser, 0), first) and torch.equal(selected(browser, 1), second)
+        overlap = ((first & second).sum() / first.sum()).item()
+        assert browser.find_element(By.ID, "overlap-now").text == f"{100 * overlap:.1f} %"
+    browser.find_elements(By.CSS_SELECTOR, "#views label")[2].click()
+    change = two[1].entropy - two[0].entropy
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('article .t')].map(t => [+t.dataset.i, t.classList.contains('down')])"
+    )
+    assert len(drawn) > 300 and all(down == (change[i] < 0) for i, down in drawn)
+
+
+def test_markup_in_tokens_is_text(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    text = browser.find_element(By.ID, "completions").get_property("textContent")
+    assert "</script><b>" in text and "&amp;" in text
+    assert not browser.find_elements(By.CSS_SELECTOR, "article .t b")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_contrasts_with_every_shade(scheme: str, two: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    """WCAG AA, 4.5 : 1, for the reading text on its strongest shades, for quiet text and for the marks' names."""
+    open_page(browser, pages / "two.html")
+    script = """
+      const root = document.documentElement;
+      root.style.colorScheme = arguments[0];
+      const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+      const probe = document.body.appendChild(document.createElement("i"));
+      const luminance = (name) => {
+        probe.style.color = `var(${name})`;
+        context.fillStyle = getComputedStyle(probe).color;
+        context.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255)
+          .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      return arguments[1].map(([a, b]) => {
+        const [low, high] = [luminance(a), luminance(b)].sort((x, y) => x - y);
+        return [a, b, (high + 0.05) / (low + 0.05)];
+      });
+    """
+    pairs = [("--ink", ground) for ground in ("--paper", "--panel", "--heat", "--cool")]
+    pairs += [(text, ground) for text in ("--quiet", "--first", "--second") for ground in ("--paper", "--panel")]
+    for text, ground, contrast in browser.execute_script(script, scheme, pairs):
+        assert contrast >= 4.5, f"{text} on {ground}: {contrast:.2f} : 1"
+
+
+def requested(browser: WebDriver) -> list[str]:
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def test_the_page_needs_nothing_else(two: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    path = pages / "two.html"
+    open_page(browser, path)
+    set_ratio(browser, 0.4)
+    browser.find_element(By.ID, "theme").click()
+    assert {url for url in requested(browser) if not url.startswith("data:")} == {path.as_uri()}
+    assert browser.get_log("browser") == []
+
+
+def test_large_page_stays_responsive(tmp_path: Path, browser: WebDriver) -> None:
+    """100,000 tokens of two models: few elements, and every move of the slider drawn in well under half a second.
+
+    The bound is loose because the test shares its machine; it is what separates work for every token from work for
+    those in view.
+    """
+    path = tmp_path / "large.html"
+    lengths = [20_000, *[400] * 200]
+    measurements = make_page(path, lengths, 2)
+    open_page(browser, path)
+    assert browser.execute_script("return document.querySelectorAll('.t').length") < 10_000
+
+    script = """
+      const [ratio, done] = arguments, start = performance.now();
+      entropyReport.setRatio(ratio);
+      requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
+    """
+    times = sorted(browser.execute_async_script(script, ratio) for ratio in (0.1, 0.5, 0.05, 0.9, 0.2))
+    assert times[2] < 500, f"{times[2]:.0f} ms"
+    assert torch.equal(selected(browser, 1), by_op(measurements[1], 0.2))
+
+    # To the last completion and back: what left the window is emptied.
+    for place in ("last", "first"):
+        browser.execute_script(f"document.querySelector('article:{place}-of-type').scrollIntoView()")
+        WebDriverWait(browser, 5).until(
+            lambda b, place=place: b.find_elements(By.CSS_SELECTOR, f"article:{place}-of-type .t")
+        )
+        assert browser.execute_script("return document.querySelectorAll('.t').length") < 10_000
+    first = browser.find_element(By.CSS_SELECTOR, "article:first-of-type .block:last-child")
+    assert first.size["height"] > 0 and not first.find_elements(By.CLASS_NAME, "t")

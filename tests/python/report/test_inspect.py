@@ -1,0 +1,139 @@
+"""`entropy-rl inspect`, from its command line to the page."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from entropy_rl import cli
+from training import broken_copy
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    path = tmp_path / "given.jsonl"
+    rows = [{"prompt": f"{a} + {a} =", "completion": f" {2 * a}, of course"} for a in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def arguments(model_path: Path, given: Path, tmp_path: Path) -> dict[str, Any]:
+    return {"--model": model_path, "--input": given, "--output": tmp_path / "report.html"}
+
+
+def run(arguments: dict[str, Any]) -> int:
+    return cli.main(["inspect", *(str(word) for pair in arguments.items() for word in pair)])
+
+
+def read_data(path: Path) -> Any:
+    (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(found)
+
+
+@pytest.mark.parametrize("program", [["-m", "entropy_rl"], ["-m", "entropy_rl.cli"]])
+def test_command_line(program: list[str], arguments: dict[str, Any], tmp_path: Path) -> None:
+    words = [str(word) for pair in arguments.items() for word in pair]
+    result = subprocess.run(
+        [sys.executable, *program, "inspect", *words], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert re.search(r"^65 tokens of 5 completions$", result.stdout, re.MULTILINE)
+    assert f"report: {tmp_path / 'report.html'}" in result.stdout
+    assert read_data(tmp_path / "report.html")["lengths"] == [13] * 5
+
+
+def test_samples(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """--samples draws anew though the input has completions; the same seed draws the same."""
+    sampled = arguments | {"--samples": 3, "--max-new-tokens": 6, "--limit": 2, "--batch-size": 4}
+    pages = []
+    for _ in range(2):
+        assert run(sampled) == 0
+        pages.append(arguments["--output"].read_bytes())
+    assert pages[0] == pages[1]
+    data = read_data(arguments["--output"])
+    assert data["promptOf"] == [0, 0, 0, 1, 1, 1] and max(data["lengths"]) <= 6
+    assert run(sampled | {"--seed": 1}) == 0
+    assert arguments["--output"].read_bytes() != pages[0]
+
+
+def test_an_end_of_text_ends_a_sample(arguments: dict[str, Any], model_path: Path, tmp_path: Path) -> None:
+    assert run(arguments | {"--samples": 40, "--max-new-tokens": 100, "--limit": 1}) == 0
+    data = read_data(arguments["--output"])
+    assert min(data["lengths"]) < 100 and "<eos>" in data["vocabulary"]
+
+
+def test_compare(arguments: dict[str, Any], model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments | {"--compare": model_path}) == 0
+    assert "overlap of the selected positions: 100.0%" in capsys.readouterr().out
+    assert [model["name"] for model in read_data(arguments["--output"])["models"]] == [str(model_path)] * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("tokenizer*", None, "no tokenizer can be loaded from it"),
+        ("tokenizer.json", b"{", "no tokenizer can be loaded from it"),
+        ("config.json", b"{", "no tokenizer can be loaded|no Hugging Face causal language model can be loaded"),
+        ("model.safetensors", None, "no Hugging Face causal language model can be loaded from it"),
+        ("model.safetensors", b"weights", "no Hugging Face causal language model can be loaded from it"),
+    ],
+)
+def test_a_broken_model(
+    file: str, content: bytes | None, expected: str, arguments: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    path = broken_copy(arguments["--model"], tmp_path / "broken", file, content)
+    assert run(arguments | {"--model": path}) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert re.search(expected, message) and str(path) in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"--model": "/nowhere"}, "/nowhere: no tokenizer can be loaded from it"),
+        ({"--compare": "/nowhere"}, "--compare /nowhere: no Hugging Face causal language model"),
+        ({"--input": "/nowhere.jsonl"}, "--input /nowhere.jsonl: there is no such file"),
+        ({"--input": "/nowhere"}, "its name must end in .jsonl or .parquet"),
+        ({"--output": "/nowhere/report.html"}, "--output /nowhere/report.html: there is no directory /nowhere"),
+        ({"--output": "/tmp"}, "--output /tmp: this is a directory"),
+        ({"--ratio": 0}, "argument --ratio: 0: it must be a number above 0 and at most 1"),
+        ({"--ratio": "nan"}, "argument --ratio: nan: it must be a number above 0 and at most 1"),
+        ({"--temperature": -1}, "argument --temperature: -1: it must be a number above 0"),
+        ({"--temperature": "inf"}, "argument --temperature: inf: it must be a number above 0"),
+        ({"--samples": 0}, "argument --samples: 0: it must be an integer of at least 1"),
+        ({"--limit": 1.5}, "argument --limit: 1.5: it must be an integer of at least 1"),
+        ({"--prompt-key": "question"}, "there is no 'question'; it has 'prompt', 'completion'"),
+        ({"--dtype": "int8"}, "invalid choice: 'int8'"),
+        ({"--colour": "red"}, "unrecognized arguments: --colour red; see entropy-rl --help"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    changes: dict[str, Any], expected: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments | changes) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert expected in message
+
+
+def test_a_gpu_that_is_not_there(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(arguments | {"--device": "cuda"}) == 2
+    assert "--device cuda: no GPU is visible to PyTorch" in capsys.readouterr().err
+
+
+def test_models_with_other_tokens_are_not_compared(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = (arguments["--model"] / "tokenizer.json").read_text().replace('"~"', '"≈"')
+    other = broken_copy(arguments["--model"], tmp_path / "other", "tokenizer.json", tokenizer.encode())
+    assert run(arguments | {"--compare": other}) == 2
+    assert "its tokenizer has other tokens than the first model's" in capsys.readouterr().err

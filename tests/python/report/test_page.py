@@ -1,0 +1,100 @@
+"""The file that is written: its data, and that nothing in it can be taken for markup."""
+
+import base64
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from entropy_rl.report.completions import Completion
+from entropy_rl.report.measure import Measurement
+from entropy_rl.report.page import LOG_PROB_STEP, MeasuredModel, token_text, write_page
+
+
+def byte_level() -> PreTrainedTokenizerBase:
+    """Byte-level BPE without merges, but for a word and a mark that would end a script element."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, "</", "Ġt", "Ġthe"]
+    tokenizer = Tokenizer(
+        models.BPE({w: i for i, w in enumerate([*words, "he"])}, [("<", "/"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he")])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def sentence_piece() -> PreTrainedTokenizerBase:
+    words = ["<unk>", "▁the", "▁", "a", "<0xE4>", "<0x0A>"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def whole_words() -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.WordLevel({"36": 0, "+": 1}, unk_token="+"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "token", "text"),
+    [
+        (byte_level(), "Ġthe", " the"),
+        (byte_level(), "Ċ", "\n"),
+        (byte_level(), "ä", "⟨e4⟩"),  # the first byte of three
+        (sentence_piece(), "▁the", " the"),
+        (sentence_piece(), "a", "a"),
+        (sentence_piece(), "<0x0A>", "\n"),
+        (sentence_piece(), "<0xE4>", "⟨e4⟩"),
+        (whole_words(), "36", " 36"),
+    ],
+)
+def test_text_of_a_token(tokenizer: PreTrainedTokenizerBase, token: str, text: str) -> None:
+    assert token_text(tokenizer, tokenizer.convert_tokens_to_ids(token)) == text
+
+
+def read_data(page: str) -> Any:
+    (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    return json.loads(found)
+
+
+def column(text: str, dtype: str) -> numpy.ndarray:
+    return numpy.frombuffer(gzip.decompress(base64.b64decode(text)), dtype)
+
+
+def test_data(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    ids = tokenizer.encode(" the</a>")
+    completions = [Completion(tokenizer.encode("</script>"), ids), Completion(tokenizer.encode("</script>"), ids[:2])]
+    n = len(ids) + 2
+    entropy = torch.rand(n)
+    log_prob = -torch.rand(n) * 12
+    log_prob[0], log_prob[1] = -torch.inf, -50.0
+    top = torch.arange(2 * n).reshape(n, 2) % 11
+    model = MeasuredModel("a model", Measurement(entropy, log_prob, top, log_prob[:, None].expand(n, 2)))
+    write_page(tmp_path / "page.html", [model], completions, tokenizer, ratio=0.3, temperature=0.7)
+
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("</script>") == 2, "a token ended a script element"
+    assert not re.search(r"(?:src|href)=\"(?!data:)|@import|url\((?!#)|https?://", page), "the page names another place"
+    data = read_data(page)
+    assert data["lengths"] == [len(ids), 2] and data["promptOf"] == [0, 0] and data["prompts"] == ["</script>"]
+    assert (data["ratio"], data["temperature"]) == (0.3, 0.7)
+    assert "".join(data["vocabulary"][i] for i in column(data["tokens"], "<i4")) == " the</a> the</"
+    (found,) = data["models"]
+    assert column(found["entropy"], "<f4").tolist() == entropy.tolist(), "entropies keep every bit"
+    steps = column(found["logProb"], "<u2")
+    assert steps[:2].tolist() == [65535, 65535]
+    assert abs(steps[2:] * -LOG_PROB_STEP - log_prob[2:].numpy()).max() <= LOG_PROB_STEP / 2 + 1e-6
+    words = [data["vocabulary"][i] for i in column(found["topTokens"], "<i4")]
+    assert words == [token_text(tokenizer, token) for token in top.flatten().tolist()]
