@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas
+from transformers import AutoTokenizer
 
 from tiny_model import save_tiny_model
 
@@ -16,7 +17,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **ot
 
 def save_model(directory: Path) -> Path:
     save_tiny_model(directory)
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    # verl asks a Qwen3's tokenizer for the id of <|im_end|>; that of the unknown token will do.
+    tokenizer = AutoTokenizer.from_pretrained(directory, unk_token="?")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
 
 NAME = "hf_cpu"
@@ -112,7 +113,7 @@ set_platform(CPUPlatform())
 # verl registers its engines for cuda and npu; FSDP2 itself asks the platform.
 os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
-from verl.utils import distributed  # noqa: E402
+from verl.utils import distributed, fsdp_utils  # noqa: E402
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout  # noqa: E402
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput  # noqa: E402
 
@@ -120,6 +121,8 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 distributed.initialize_global_process_group_ray = functools.partial(
     distributed.initialize_global_process_group_ray, backend="gloo"
 )
+# verl pins a reference policy's memory, for which torch wants an accelerator.
+fsdp_utils.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
 
 
 class Server:
