@@ -116,7 +116,7 @@ def assert_checkpoint_loads(files: Path, output: Path, ranks: int = 1) -> None:
 def assert_trained(steps: list[dict[str, Any]], applied: bool = True) -> None:
     assert len(steps) == 2
     for metrics in steps:
-        assert 0 <= metrics["critic/rewards/mean"] <= 1
+        assert -1 <= metrics["critic/rewards/mean"] <= 1  # DAPO's penalty for length is up to 1
         assert 0 < metrics["actor/grad_norm"] < float("inf")
         if applied:
             assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.01)
