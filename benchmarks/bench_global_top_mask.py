@@ -1,5 +1,6 @@
 """global_top_mask: one read of the entropies and the response mask, one write of the mask."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -44,6 +45,15 @@ def quantile(entropy: Tensor, response_mask: Tensor) -> Tensor:
     return (entropy >= torch.quantile(entropy[response].float(), 1 - RATIO)) & response
 
 
+def by_sort(scope: str, entropy: Tensor, response_mask: Tensor) -> Tensor:
+    """Ours by CUB's segmented sort: what the radix select of `algorithm="auto"` is measured against."""
+    ratio = torch.tensor(RATIO, dtype=torch.float64)
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
+        entropy, response_mask, ratio, "topk", scope, None, "sort"
+    )
+    return mask
+
+
 def case(size: str, device: torch.device, rows: int, tokens: int, scope: str) -> Case:
     def inputs() -> Inputs:
         lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), device=device)
@@ -57,7 +67,8 @@ def case(size: str, device: torch.device, rows: int, tokens: int, scope: str) ->
         inputs=inputs,
         ours=lambda entropy, response_mask: global_top_mask(entropy, response_mask, RATIO, scope=scope),
         peers={"authors": expression}
-        | ({"authors, torch.compile": compiled(authors), "torch.quantile (TRL's rule)": quantile} if batch else {}),
+        | ({"authors, torch.compile": compiled(authors), "torch.quantile (TRL's rule)": quantile} if batch else {})
+        | ({"ours by sort": functools.partial(by_sort, scope)} if device.type == "cuda" else {}),
         bytes=rows * tokens * (4 + 1 + 1),
         goals=GOALS.get((size, rows, scope), {}),
         graph=True,

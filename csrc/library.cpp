@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "str rule=\"topk\", str scope=\"batch\", Tensor? group_ids=None) -> Tensor");
   m.def(
       "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
-      "str scope, Tensor? group_ids) -> Tensor");
+      "str scope, Tensor? group_ids, str algorithm=\"auto\") -> Tensor");
 
   // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and
   // the gradient in two factors, one a token and one a row.

@@ -68,8 +68,9 @@ __device__ __forceinline__ void accumulate_columns(VocabPart<Acc>* part, const A
   }
 }
 
+// One block an SM at least: held to the 64 registers of two, the statistics would spill.
 template <class Acc, bool kStatistics>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     linear_logprob_entropy_tile_kernel(LogitTile<Acc> tile, VocabState* state /*[rows]*/) {
   constexpr int kCount = Pack<Acc>::kCount;
   __shared__ VocabPart<Acc> shared[kMaxWarps];
