@@ -1,7 +1,7 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
 # make test        gtests and pytest on the CPU
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
-# make test-verl   policy losses against verl's own functions, in an environment of their own
+# make test-verl   the verl integration, in an environment of its own; make test-verl-full: every mode and recipe
 # make test-trl    the trainer for TRL against TRL's own, in an environment of their own
 # make test-gpu    on a GPU: the op tests, compute-sanitizer; fails where there is none
 # make gpu-bundle  the wheels that tests/gpu/run_all.sh needs on a GPU machine without a network
@@ -39,7 +39,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -77,7 +77,10 @@ test-report: .venv/libraries
 
 test-verl: .venv-verl/environment
 	$(VERL_BIN)/pip install -q --no-deps .
-	$(VERL_BIN)/pytest tests/integrations/verl -q
+	$(VERL_BIN)/pytest tests/integrations/verl -q -m 'not full'
+
+test-verl-full: test-verl
+	$(VERL_BIN)/pytest tests/integrations/verl -q -m full
 
 .venv-trl/environment: tests/integrations/trl/requirements.txt
 	$(PYTHON) -m venv .venv-trl
