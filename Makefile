@@ -1,9 +1,14 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
 # make test        gtests and pytest on the CPU
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
-# make test-verl   policy losses against verl's own functions, in an environment of their own
-# make test-gpu    the op tests on a GPU, with compute-sanitizer; fails where there is none
-# make cuda-build  the CUDA wheel, built and tested without a GPU
+# make test-verl   the verl integration, in an environment of its own; make test-verl-full: every mode and recipe
+# make test-trl    the trainer for TRL against TRL's own, in an environment of their own
+# make test-gpu    on a GPU: the op tests, compute-sanitizer; fails where there is none
+# make gpu-bundle  the wheels that tests/gpu/run_all.sh needs on a GPU machine without a network
+# make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
+# make performance docs/performance.md from benchmarks/results
+# make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
+# make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
 # make lint        formatting and types; make format mends the formatting
 #
 # Each target makes the virtual environment it needs. PYTHON chooses the interpreter.
@@ -17,9 +22,13 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
+TRL_BIN := .venv-trl/bin
+BENCH_BIN := .venv-bench/bin
 # What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
+# Pure Python, for a GPU machine that has torch: the tests' needs, and peers of the benchmarks.
+GPU_WHEELS := pytest iniconfig packaging pluggy pygments hypothesis sortedcontainers trl==1.16.0 liger-kernel==0.8.5
 
 # The tested versions, for what is installed and for what pip's isolated builds install.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -28,9 +37,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
-PYTHON_FILES := setup.py entropy_rl_ext python tests benchmarks
+PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-gpu cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -55,7 +64,7 @@ gtest: .venv/libraries
 	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
 
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser -q
+	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
 	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
@@ -68,28 +77,69 @@ test-report: .venv/libraries
 
 test-verl: .venv-verl/environment
 	$(VERL_BIN)/pip install -q --no-deps .
-	$(VERL_BIN)/pytest tests/integrations/verl -q
+	$(VERL_BIN)/pytest tests/integrations/verl -q -m 'not full'
+
+test-verl-full: test-verl
+	$(VERL_BIN)/pytest tests/integrations/verl -q -m full
+
+.venv-trl/environment: tests/integrations/trl/requirements.txt
+	$(PYTHON) -m venv .venv-trl
+	PIP_CONSTRAINT= $(TRL_BIN)/pip install -q -r tests/integrations/trl/requirements.txt
+	touch $@
+
+test-trl: .venv-trl/environment .venv/libraries
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(TRL_BIN)/pytest tests/integrations/trl -q
+
+# verl, TRL and Liger in one environment, so that each meets the same inputs in the same process.
+.venv-bench/environment: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	PIP_CONSTRAINT= $(BENCH_BIN)/pip install -q -r benchmarks/requirements.txt
+	touch $@
+
+DEVICE ?= cpu
+bench: .venv/libraries .venv-bench/environment
+	PYTHONPATH=.:python $(BENCH_BIN)/python -W ignore -m benchmarks --device $(DEVICE) $(ARGS)
+
+performance: .venv/libraries
+	$(BIN)/python -m benchmarks.report
 
 .venv-cuda/environment: Makefile
 	$(PYTHON) -m venv .venv-cuda
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
 
+wheel: .venv/libraries
+	rm -rf build/lib* build/temp* build/bdist* dist
+	ENTROPY_RL_ABI3=1 $(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+
+test-wheel: wheel .venv-cuda/environment
+	$(BIN)/pip install -q 'abi3audit>=0.0.26' 'twine>=6'
+	$(BIN)/twine check --strict dist/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/pytest tests/wheel -q
+	@echo "the wheel, built under $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
+	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
+	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
+	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
+
 cuda-build: .venv-cuda/environment .venv/libraries
 	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
+	$(CUDA_BIN)/python tests/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 	@echo "the same wheel under a CPU build of torch:"
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel $(BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
 
 test-gpu:
-	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a GPU, and torch sees none')"
-	cd tests && $(GPU_PYTHON) -m pytest ops gpu test_registration.py --device cuda -q
-	cd tests && for tool in memcheck racecheck synccheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) gpu/sanitize.py; done
+	GPU_PYTHON=$(GPU_PYTHON) tests/gpu/run_all.sh tests sanitizers
+
+gpu-bundle: cuda-build
+	rm -rf build/gpu/wheels
+	$(CUDA_BIN)/pip download -q -d build/gpu/wheels --no-deps --only-binary=:all: --implementation py --abi none --platform any $(GPU_WHEELS)
+	cp dist/*.whl build/gpu/wheels
 
 lint: .venv/libraries
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
@@ -103,4 +153,4 @@ format: .venv/libraries
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-cuda .venv-verl build dist entropy_rl_ext/*.so
+	rm -rf .venv .venv-bench .venv-cuda .venv-trl .venv-verl build dist entropy_rl_ext/*.so

@@ -117,11 +117,21 @@ if not ABI3:
     )
 
 setup(
-    packages=["entropy_rl_ext", "entropy_rl_ext.ops", "entropy_rl", "entropy_rl.config", "entropy_rl.report"],
-    package_dir={"entropy_rl": "python/entropy_rl"},
+    packages=[
+        "entropy_rl_ext",
+        "entropy_rl_ext.ops",
+        "entropy_rl",
+        "entropy_rl.config",
+        "entropy_rl.integrations",
+        "entropy_rl.integrations.verl",
+        "entropy_rl.report",
+        "hydra_plugins",
+    ],
+    package_dir={"entropy_rl": "python/entropy_rl", "hydra_plugins": "python/hydra_plugins"},
     package_data={
         "entropy_rl_ext": ["py.typed"],
         "entropy_rl.config": ["train.yaml"],
+        "entropy_rl.integrations.verl": ["conf/*/*.yaml"],
         "entropy_rl.report": ["page.html", "page.css", "page.js"],
     },
     ext_modules=extensions,

@@ -18,6 +18,11 @@
   "float? dro_beta=None" AGGREGATION_OPTIONS
 #define LOSS_OUTPUTS "(Tensor loss, Tensor metrics, Tensor gradient, Tensor row_scale)"
 #define LOSS_GRADIENT "Tensor grad_loss, Tensor gradient, Tensor row_scale"
+#define LINEAR_OPTIONS                                                                    \
+  ", SymInt? chunk_rows=None, SymInt? max_grad_rows=None, SymInt? max_mask_rows=None, "   \
+  "float logit_scale=1.0, float? softcap=None, int vocab_start=0, int? vocab_size=None, " \
+  "str? group=None, ScalarType? compute_dtype=None"
+#define LINEAR_OUTPUTS "(Tensor log_prob, Tensor entropy, Tensor is_top1, Tensor sum_squared_probs)"
 
 STABLE_TORCH_LIBRARY(entropy_rl, m) {
   // [..., vocab] -> [...]: entropy, and log-prob of the target, of softmax(logits / temperature).
@@ -43,13 +48,42 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "Tensor targets, Tensor? mask, Tensor temperature, Tensor entropy, Tensor statistics) "
       "-> Tensor");
 
+  // [..., hidden], [vocab, hidden] -> [...]: logprob_entropy of the LM head's logits, which are
+  // never held whole. The forward and backward are loops over tiles in Python; the tile ops are the
+  // kernels.
+  m.def(
+      "linear_logprob_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, "
+      "Tensor? mask=None, Scalar temperature=1.0, Tensor? row_temperature=None, "
+      "bool entropy_grad=False, *" LINEAR_OPTIONS
+      ", bool token_statistics=False) -> " LINEAR_OUTPUTS);
+  m.def(
+      "linear_logprob_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+      "Tensor? mask, Tensor temperature, *" LINEAR_OPTIONS
+      ", bool token_statistics=False) -> "
+      "(Tensor log_prob, Tensor entropy, Tensor is_top1, Tensor sum_squared_probs, Tensor "
+      "statistics)");
+  m.def(
+      "linear_logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, "
+      "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? mask, "
+      "Tensor temperature, Tensor entropy, Tensor statistics, bool[3] needs, *" LINEAR_OPTIONS
+      ") -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_logprob_entropy_tile_forward(Tensor tile, Tensor targets, Tensor temperature, "
+      "Tensor? bias, SymInt vocab_start, float logit_scale, float softcap, "
+      "bool statistics, Tensor(a!) state) -> ()");
+  m.def(
+      "linear_logprob_entropy_tile_backward(Tensor? grad_log_prob, Tensor? grad_entropy, "
+      "Tensor entropy, Tensor statistics, Tensor targets, Tensor temperature, Tensor? bias, "
+      "SymInt vocab_start, float logit_scale, float softcap, Tensor(a!) tile, Tensor(b!)? narrow) "
+      "-> ()");
+
   // [..., sequence] -> bool of that shape: the response tokens of highest entropy in each scope.
   m.def(
       "global_top_mask(Tensor entropy, Tensor response_mask, Scalar top_ratio=0.2, "
       "str rule=\"topk\", str scope=\"batch\", Tensor? group_ids=None) -> Tensor");
   m.def(
       "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
-      "str scope, Tensor? group_ids) -> Tensor");
+      "str scope, Tensor? group_ids, str algorithm=\"auto\") -> Tensor");
 
   // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and
   // the gradient in two factors, one a token and one a row.

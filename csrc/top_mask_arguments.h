@@ -7,6 +7,8 @@
 namespace entropy_rl {
 
 enum class TopScope { kBatch, kSequence, kGroup };
+// On CUDA; all give the same mask. The CPU has one.
+enum class TopAlgorithm { kAuto, kSort, kRadix };
 
 struct TopMaskArguments {
   Tensor entropy;  // contiguous, as many elements as rows * columns
@@ -14,13 +16,14 @@ struct TopMaskArguments {
   double ratio = 0;
   TopRule rule;
   TopScope scope;
+  TopAlgorithm algorithm;
   int64_t rows = 1;  // scope batch: one row that holds everything
   int64_t columns = 0;
   std::optional<Tensor> group_ids;  // [rows] int64, contiguous; scope group alone
 
   TopMaskArguments(const Tensor& entropy_in, const Tensor& response_mask, const Tensor& top_ratio,
                    const std::string& rule_name, const std::string& scope_name,
-                   const std::optional<Tensor>& group_ids_in)
+                   const std::optional<Tensor>& group_ids_in, const std::string& algorithm_name)
       : entropy(entropy_in),
         mask(response_mask),
         rule(parse_choice<TopRule>("rule", rule_name,
@@ -30,7 +33,11 @@ struct TopMaskArguments {
         scope(parse_choice<TopScope>("scope", scope_name,
                                      {{"batch", TopScope::kBatch},
                                       {"sequence", TopScope::kSequence},
-                                      {"group", TopScope::kGroup}})) {
+                                      {"group", TopScope::kGroup}})),
+        algorithm(parse_choice<TopAlgorithm>("algorithm", algorithm_name,
+                                             {{"auto", TopAlgorithm::kAuto},
+                                              {"sort", TopAlgorithm::kSort},
+                                              {"radix", TopAlgorithm::kRadix}})) {
     check_floating("entropy", entropy);
     check(entropy.dim() >= 1, "entropy has no dimension; it must be [..., sequence]");
     std::vector<int64_t> row_shape = shape_of(entropy);

@@ -12,6 +12,7 @@ from entropy_rl_ext import reference  # noqa: E402
 from entropy_rl_ext.ops.aggregate import aggregate  # noqa: E402
 from entropy_rl_ext.ops.global_top_mask import get_global_entropy_top_mask, global_top_mask  # noqa: E402
 from entropy_rl_ext.ops.kl_loss import kl_loss  # noqa: E402
+from entropy_rl_ext.ops.linear_logprob_entropy import linear_logprob_entropy  # noqa: E402
 from entropy_rl_ext.ops.logprob_entropy import logprob_entropy  # noqa: E402
 from entropy_rl_ext.ops.policy_loss import policy_loss  # noqa: E402
 from entropy_rl_ext.ops.token_entropy import token_entropy  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "get_global_entropy_top_mask",
     "global_top_mask",
     "kl_loss",
+    "linear_logprob_entropy",
     "logprob_entropy",
     "policy_loss",
     "reference",

@@ -31,11 +31,12 @@ def load_libraries() -> None:
 
 
 def build_info() -> dict[str, str]:
-    """What the libraries were built from.
+    """What the libraries were built from, and how the CPU kernels run here.
 
     Returns:
         `version` of this package, `torch` and `cuda` versions of the build ("" for a build without CUDA),
-        `cuda_archs`, and `compiler`.
+        `cuda_archs`, `compiler`, and `simd`: the instruction set of the CPU kernels, "avx512", "avx2" or
+        "portable"; the environment variable ENTROPY_RL_SIMD chooses a narrower one than the processor has.
     """
     try:
         from entropy_rl_ext import _bindings  # type: ignore[attr-defined]
@@ -46,4 +47,7 @@ def build_info() -> dict[str, str]:
         function.restype = ctypes.c_char_p
         text = function().decode()
     info: dict[str, str] = json.loads(text)
+    path = ctypes.CDLL(str(_cpu_library())).entropy_rl_simd
+    path.restype = ctypes.c_char_p
+    info["simd"] = path().decode()
     return info

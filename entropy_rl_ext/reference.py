@@ -52,6 +52,39 @@ def logprob_entropy(
     return _masked_rows(log_prob, mask, logits), entropy if entropy_grad else entropy.detach()
 
 
+def linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy_grad: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_statistics: bool = False,
+) -> tuple[Tensor, ...]:
+    """`logprob_entropy` of an LM head: [..., H], [V, H], [...] -> [...], [...]; for `token_statistics`, two more."""
+    wide = hidden.to(torch.float64)
+    if mask is not None:  # as above, and before 0 * NaN reaches the gradient of the weight
+        wide = torch.where((mask != 0).unsqueeze(-1), wide, 0.0)
+    logits = wide @ weight.to(torch.float64).t()
+    if bias is not None:
+        logits = logits + bias.to(torch.float64)
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    outputs = logprob_entropy(logits, targets, mask=mask, temperature=temperature, entropy_grad=entropy_grad)
+    outputs = (_as_result(outputs[0], hidden), _as_result(outputs[1], hidden))
+    if not token_statistics:
+        return outputs
+    inside = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
+    squared = _log_softmax(logits.detach(), None, temperature).exp().square().sum(-1)
+    squared = _as_result(torch.where(inside, squared, 0.0), hidden)
+    return *outputs, (logits.argmax(-1) == targets) & inside, squared
+
+
 # --- global_top_mask -------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ ROOMS = (
     "entropy_rl_ext/ops/{}.py",
     "tests/ops/test_{}.py",
     "tests/cpp/test_{}.cpp",
+    "benchmarks/bench_{}.py",
 )
 
 
@@ -37,9 +38,9 @@ def imported(source: Path) -> set[str]:
 
 
 def ops() -> list[str]:
-    """Ops of the schema block, `_forward` and `_backward` counted to the op they belong to."""
+    """Ops of the schema block, `_forward`, `_backward` and those of a tile counted to the op they belong to."""
     schemas = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/library.cpp").read_text())
-    return sorted({re.sub(r"_(forward|backward)$", "", name) for name in schemas})
+    return sorted({re.sub(r"(_tile)?_(forward|backward)$", "", name) for name in schemas})
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)

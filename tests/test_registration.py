@@ -39,6 +39,7 @@ PUBLIC = [
     "get_global_entropy_top_mask",
     "global_top_mask",
     "kl_loss",
+    "linear_logprob_entropy",
     "logprob_entropy",
     "policy_loss",
     "token_entropy",

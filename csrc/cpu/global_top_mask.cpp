@@ -10,30 +10,66 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;
 
 template <class Element>
-void write_keys(const Element* entropy /*[n]*/, const bool* mask /*[n]*/, int64_t n,
-                selection_key_t<accumulate_t<Element>>* keys /*[n]*/) {
+ENTROPY_RL_SIMD_CLONES void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/,
+                                       int64_t n,
+                                       selection_key_t<accumulate_t<Element>>* keys /*[n]*/) {
   using Key = selection_key_t<accumulate_t<Element>>;
-  static_assert(kIneligibleKey<Key> == 0);
-  // A product, so that the loop has no branch and vectorises.
-  for (int64_t i = 0; i < n; ++i) keys[i] = selection_key(load_value(entropy[i])) * mask[i];
+  // Made for every token and then selected, so that the loop has no branch; a mask read as bool
+  // would keep it from vectorising all the same.
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = selection_key(load_value(entropy[i]));
+    keys[i] = mask[i] != 0 ? key : kIneligibleKey<Key>;
+  }
 }
 
-template <class Key>
-void select_segment(const Key* keys /*[n]*/, int64_t n, double ratio, TopRule rule,
+// Keys made of entropies as they are read.
+template <class Element>
+struct EntropyKeys {
+  using Key = selection_key_t<accumulate_t<Element>>;
+  const Element* entropy;
+  const uint8_t* mask;
+
+  const Key* read(int64_t begin, int count, Key* buffer) const {
+    write_keys(entropy + begin, mask + begin, count, buffer);
+    return buffer;
+  }
+};
+
+ENTROPY_RL_SIMD_CLONES int count_nonzero(const uint8_t* mask, int n) {
+  int count = 0;
+  for (int i = 0; i < n; ++i) count += mask[i] != 0;
+  return count;
+}
+
+int64_t count_eligible(const uint8_t* mask /*[n]*/, int64_t n) {
+  constexpr int64_t kBlock = 1 << 12;
+  const Ranges ranges(n);
+  std::vector<int64_t> counts(ranges.count);
+  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (; begin < end; begin += kBlock) {
+      count += count_nonzero(mask + begin, static_cast<int>(std::min(end - begin, kBlock)));
+    }
+    counts[range] = count;
+  });
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
+
+template <class Source>
+void select_segment(const Source& source, int64_t n, int64_t eligible, double ratio, TopRule rule,
                     uint8_t* mask /*[n]*/) {
-  const int64_t eligible = count_eligible(keys, n);
   if (eligible == 0) {
     std::fill_n(mask, n, uint8_t{0});
   } else if (rule == TopRule::kTopK) {
-    top_k_mask(keys, n, top_count(eligible, ratio), mask);
+    top_k_mask(source, n, top_count(eligible, ratio), mask);
   } else if (rule == TopRule::kThreshold) {
-    threshold_mask(keys, n, kth_largest(keys, n, top_count(eligible, ratio)).key, mask);
+    threshold_mask(source, n, kth_largest(source, n, top_count(eligible, ratio)).key, mask);
   } else {
     const QuantilePosition position = quantile_position(eligible, ratio);
     const int64_t k = eligible - position.lower;
-    const Key lower = kth_largest(keys, n, k).key;
-    const Key upper = position.weight > 0 ? kth_largest(keys, n, k - 1).key : lower;
-    threshold_mask(keys, n, quantile_key(lower, upper, position.weight), mask);
+    const auto lower = kth_largest(source, n, k).key;
+    const auto upper = position.weight > 0 ? kth_largest(source, n, k - 1).key : lower;
+    threshold_mask(source, n, quantile_key(lower, upper, position.weight), mask);
   }
 }
 
@@ -74,23 +110,22 @@ template <class Element>
 void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
   using Key = selection_key_t<accumulate_t<Element>>;
   const Element* entropy = const_data<Element>(in.entropy);
-  const bool* mask = const_data<bool>(in.mask);
+  const uint8_t* mask = const_data<uint8_t>(in.mask);
   const int64_t columns = in.columns;
-  const int64_t n = in.rows * columns;
-  const std::unique_ptr<Key[]> keys(new Key[n]);
 
   if (in.scope != TopScope::kGroup) {
-    torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-      write_keys(entropy + begin, mask + begin, end - begin, keys.get() + begin);
-    });
     for_each_segment(in.rows, [&](int64_t row) {
-      select_segment(keys.get() + row * columns, columns, in.ratio, in.rule, out + row * columns);
+      const int64_t begin = row * columns;
+      select_segment(EntropyKeys<Element>{entropy + begin, mask + begin}, columns,
+                     count_eligible(mask + begin, columns), in.ratio, in.rule, out + begin);
     });
     return;
   }
 
   // A group's rows, which may lie anywhere, are brought together.
   const RowOrder order(in);
+  const int64_t n = in.rows * columns;
+  const std::unique_ptr<Key[]> keys(new Key[n]);
   const std::unique_ptr<uint8_t[]> ordered(new uint8_t[n]);
   const int64_t row_grain = std::max<int64_t>(1, kGrain / columns);
   torch::stable::parallel_for(0, in.rows, row_grain, [&](int64_t begin, int64_t end) {
@@ -102,7 +137,12 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
   for_each_segment(static_cast<int64_t>(order.begins.size()) - 1, [&](int64_t segment) {
     const int64_t begin = order.begins[segment] * columns;
     const int64_t end = order.begins[segment + 1] * columns;
-    select_segment(keys.get() + begin, end - begin, in.ratio, in.rule, ordered.get() + begin);
+    int64_t eligible = 0;
+    for (int64_t i = order.begins[segment]; i < order.begins[segment + 1]; ++i) {
+      eligible += count_eligible(mask + order.rows[i] * columns, columns);
+    }
+    select_segment(StoredKeys<Key>{keys.get() + begin}, end - begin, eligible, in.ratio, in.rule,
+                   ordered.get() + begin);
   });
   torch::stable::parallel_for(0, in.rows, row_grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -113,8 +153,8 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
 
 Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mask,
                                const Tensor& top_ratio, std::string rule, std::string scope,
-                               std::optional<Tensor> group_ids) {
-  const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids);
+                               std::optional<Tensor> group_ids, std::string algorithm) {
+  const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids, algorithm);
   Tensor result = in.new_mask();
   if (result.numel() == 0) return result;
   dispatch_floating(in.entropy.scalar_type(), [&](auto element) {

@@ -28,6 +28,7 @@ struct RowReader {
   // Calls fn(row) for every row, on all threads.
   template <class Fn>
   void for_each_row(Fn fn) const {
+    simd();  // a wrong ENTROPY_RL_SIMD is refused here: an error inside loses its message
     const int64_t rows_per_task = std::max<int64_t>(1, 32768 / in.vocab);
     torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) fn(row);

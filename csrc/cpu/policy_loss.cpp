@@ -29,13 +29,16 @@ ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t
 
 template <class T, class CovarianceKey>
 ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) void tile_keys(
-    const CovarianceKey& key, const TokenInputs<T>& in, const CovarianceMoments& moments,
-    uint64_t seed, int64_t row, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
+    CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments moments, uint64_t seed,
+    int64_t row, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
+  using Key = typename CovarianceKey::Key;
   for (; begin < end; begin += kChunkTokens) {
     const Chunk<T> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
-      keys[begin + i] = chunk.response[i] != 0 ? key(chunk.token(i), moments, seed, begin + i)
-                                               : kIneligibleKey<typename CovarianceKey::Key>;
+      // Made for every token and then selected: without a branch, kl_cov's loop vectorises.
+      // clip_cov's hash multiplies 64-bit words, and its loop stays scalar.
+      const Key made = key(chunk.token(i), moments, seed, begin + i);
+      keys[begin + i] = chunk.response[i] != 0 ? made : kIneligibleKey<Key>;
     }
   }
 }
@@ -68,12 +71,14 @@ struct PolicyLoss : TokenLosses {
     for (const Moments<T>& tile : tiles) batch += tile;
     const CovarianceMoments moments(batch, key.ratio, CovarianceKey::kEpsilon);
 
-    std::vector<typename CovarianceKey::Key> keys(in.rows * in.cols);
+    using Key = typename CovarianceKey::Key;
+    const std::unique_ptr<Key[]> keys(new Key[in.rows * in.cols]);
     const uint64_t seed_value = static_cast<uint64_t>(*const_data<int64_t>(seed));
     for_each_tile(in, [&](int64_t, int64_t row, int64_t begin, int64_t end) {
-      tile_keys(key, in, moments, seed_value, row, begin, end, keys.data());
+      tile_keys(key, in, moments, seed_value, row, begin, end, keys.get());
     });
-    top_k_mask(keys.data(), in.rows * in.cols, moments.count, mutable_data<uint8_t>(chosen));
+    top_k_mask(StoredKeys<Key>{keys.get()}, in.rows * in.cols, moments.count,
+               mutable_data<uint8_t>(chosen));
   }
 };
 

@@ -1,7 +1,8 @@
-// Exact selection of the k largest keys on the CPU: a histogram radix select, 11 bits a digit, each
-// pass over the keys that share the digits found before it, then one pass that writes the mask.
-// Bytes moved: all keys three times, few of them again for each further digit, and the mask once.
-// Counts are integers, so the result does not depend on how many threads share the work.
+// Exact selection of the k largest keys on the CPU: a histogram radix select, 11 bits a digit. A
+// source makes keys block by block in the first-level cache, so that none need be stored: one pass
+// over all counts the first digit, one copies the few keys that share it, over which the further
+// digits go, and one writes the mask. Counts are integers, so the result does not depend on how
+// many threads share the work.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,19 +13,26 @@
 #include <vector>
 
 #include "../kernels/selection.h"
+#include "simd.h"
 
 namespace entropy_rl::cpu {
 
-// 2048 counters of 8 bytes: a thread's histogram stays in its L1 cache.
+// 2048 counters of 4 bytes: a thread's histogram stays in its L1 cache.
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 // Below this many keys a range is not worth a thread of its own.
 constexpr int64_t kKeysPerRange = 1 << 14;
+// No counter of a range overflows.
+constexpr int64_t kMaxKeysPerRange = int64_t{1} << 31;
+// Keys that a source makes at a time.
+constexpr int kBlockKeys = 1024;
 
-// Contiguous ranges of nearly equal length, at most one for each thread.
+// Contiguous ranges of nearly equal length, one for each thread where n is neither small nor huge.
 struct Ranges {
   explicit Ranges(int64_t n)
-      : n(n), count(std::clamp<int64_t>(n / kKeysPerRange, 1, torch::stable::get_num_threads())) {}
+      : n(n),
+        count(std::max(std::clamp<int64_t>(n / kKeysPerRange, 1, torch::stable::get_num_threads()),
+                       n / kMaxKeysPerRange + 1)) {}
   int64_t begin(int64_t range) const { return range * (n / count) + std::min(range, n % count); }
   int64_t end(int64_t range) const { return begin(range + 1); }
 
@@ -49,10 +57,54 @@ struct KthLargest {
   int64_t equal;
 };
 
+// A source of keys that lie in memory. A source has
+//   const Key* read(int64_t begin, int count, Key* buffer) const;
+// which gives the keys [begin, begin + count), count <= kBlockKeys, in `buffer` or where they lie.
+template <class KeyType>
+struct StoredKeys {
+  using Key = KeyType;
+  const Key* keys;
+
+  const Key* read(int64_t begin, int, Key*) const { return keys + begin; }
+};
+
+// Calls f(first index, count, keys) for each block of [begin, end).
+template <class Source, class F>
+void for_each_block(const Source& source, int64_t begin, int64_t end, const F& f) {
+  alignas(64) typename Source::Key buffer[kBlockKeys];
+  for (; begin < end; begin += kBlockKeys) {
+    const int count = static_cast<int>(std::min<int64_t>(end - begin, kBlockKeys));
+    f(begin, count, source.read(begin, count, buffer));
+  }
+}
+
+// Counters of one digit. Neighbouring keys are often alike: counted in turn by several histograms,
+// an increment need not wait for the one before.
+struct DigitCounts {
+  static constexpr int kHistograms = 4;
+  uint32_t counts[kHistograms][kDigits] = {};
+
+  template <class Key>
+  void add(const Key* keys, int count, int shift) {
+    int i = 0;
+    for (; i + kHistograms <= count; i += kHistograms) {
+      for (int h = 0; h < kHistograms; ++h) ++counts[h][keys[i + h] >> shift];
+    }
+    for (; i < count; ++i) ++counts[0][keys[i] >> shift];
+  }
+  void write(uint32_t* histogram /*[kDigits]*/) const {
+    for (int digit = 0; digit < kDigits; ++digit) {
+      uint32_t sum = 0;
+      for (int h = 0; h < kHistograms; ++h) sum += counts[h][digit];
+      histogram[digit] = sum;
+    }
+  }
+};
+
 // Copies the keys whose bits from `shift` up are `prefix`, without a branch that would be
-// mispredicted; returns how many. `out` may be `in`.
+// mispredicted; returns how many. Writes one key more than that. `out` may be `in`.
 template <class Key>
-int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, Key* out /*[n]*/) {
+int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, Key* out) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Key key = in[i];
@@ -63,100 +115,121 @@ int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, K
 }
 
 // Requires 1 <= k <= n.
-template <class Key>
-KthLargest<Key> kth_largest(const Key* keys /*[n]*/, int64_t n, int64_t k) {
-  // The keys of a range that share the digits found so far: at first all, where they lie.
-  struct Candidates {
-    const Key* keys;
-    int64_t count;
-  };
-  const Ranges ranges(n);
-  std::vector<Candidates> candidates;
-  for (int64_t range = 0; range < ranges.count; ++range) {
-    candidates.push_back({keys + ranges.begin(range), ranges.end(range) - ranges.begin(range)});
-  }
-  const std::unique_ptr<Key[]> copies(new Key[n]);
-  std::vector<int64_t> histograms(ranges.count * kDigits);
-  KthLargest<Key> result{0, 0, n};
+template <class Source>
+KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, int64_t k) {
+  using Key = typename Source::Key;
   constexpr int kBits = 8 * sizeof(Key);
-  for (int unknown_bits = kBits; unknown_bits > 0;) {
-    const int digit_bits = std::min(kDigitBits, unknown_bits);
-    const int shift = unknown_bits - digit_bits;
-    const Key digit_mask = (Key{1} << digit_bits) - 1;
-    ranges.for_each([&](int64_t range, int64_t begin, int64_t) {
-      Candidates& own = candidates[range];
-      if (unknown_bits < kBits) {
-        Key* copy = copies.get() + begin;
-        own = {copy, copy_matching(own.keys, own.count, unknown_bits, result.key, copy)};
-      }
-      int64_t* histogram = histograms.data() + range * kDigits;
-      std::fill_n(histogram, kDigits, 0);
-      for (int64_t i = 0; i < own.count; ++i) ++histogram[own.keys[i] >> shift & digit_mask];
-    });
-    for (Key digit = digit_mask;; --digit) {
+  const Ranges ranges(n);
+  std::vector<uint32_t> histograms(ranges.count * kDigits);
+  KthLargest<Key> result{0, 0, n};
+  const auto descend = [&](int digit_bits) {
+    for (Key digit = (Key{1} << digit_bits) - 1;; --digit) {
       result.equal = 0;
       for (int64_t range = 0; range < ranges.count; ++range) {
         result.equal += histograms[range * kDigits + digit];
       }
       if (result.above + result.equal >= k) {
         result.key = result.key << digit_bits | digit;
-        break;
+        return;
       }
       result.above += result.equal;
     }
+  };
+
+  constexpr int kFirstShift = kBits - kDigitBits;
+  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    DigitCounts counts;
+    for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
+      counts.add(keys, count, kFirstShift);
+    });
+    counts.write(histograms.data() + range * kDigits);
+  });
+  descend(kDigitBits);
+
+  // The keys of a range that share the digits found so far, and room for one more.
+  struct Candidates {
+    Key* keys;
+    int64_t count;
+  };
+  const std::unique_ptr<Key[]> copies(new Key[result.equal + ranges.count]);
+  std::vector<Candidates> candidates;
+  for (int64_t range = 0, offset = 0; range < ranges.count; ++range) {
+    candidates.push_back({copies.get() + offset, 0});
+    offset += histograms[range * kDigits + result.key] + 1;
+  }
+  for (int unknown_bits = kFirstShift; unknown_bits > 0;) {
+    const int digit_bits = std::min(kDigitBits, unknown_bits);
+    const int shift = unknown_bits - digit_bits;
+    const Key digit_mask = (Key{1} << digit_bits) - 1;
+    ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+      Candidates& own = candidates[range];
+      if (unknown_bits == kFirstShift) {
+        for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
+          own.count += copy_matching(keys, count, unknown_bits, result.key, own.keys + own.count);
+        });
+      } else {
+        own.count = copy_matching(own.keys, own.count, unknown_bits, result.key, own.keys);
+      }
+      uint32_t* histogram = histograms.data() + range * kDigits;
+      std::fill_n(histogram, kDigits, 0);
+      for (int64_t i = 0; i < own.count; ++i) ++histogram[own.keys[i] >> shift & digit_mask];
+    });
+    descend(digit_bits);
     unknown_bits = shift;
   }
   return result;
 }
 
 template <class Key>
-int64_t count_eligible(const Key* keys /*[n]*/, int64_t n) {
-  const Ranges ranges(n);
-  std::vector<int64_t> counts(ranges.count);
-  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
-    counts[range] = (end - begin) - std::count(keys + begin, keys + end, kIneligibleKey<Key>);
-  });
-  int64_t total = 0;
-  for (const int64_t count : counts) total += count;
-  return total;
+ENTROPY_RL_SIMD_CLONES void write_at_least(const Key* keys, int count, Key key, uint8_t* mask) {
+  for (int i = 0; i < count; ++i) mask[i] = keys[i] >= key;
 }
 
 // mask[i] = keys[i] >= key
-template <class Key>
-void threshold_mask(const Key* keys /*[n]*/, int64_t n, Key key, uint8_t* mask /*[n]*/) {
+template <class Source, class Key>
+void threshold_mask(const Source& source, int64_t n, Key key, uint8_t* mask /*[n]*/) {
   Ranges(n).for_each([&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) mask[i] = keys[i] >= key;
+    for_each_block(source, begin, end, [&](int64_t first, int count, const Key* keys) {
+      write_at_least(keys, count, key, mask + first);
+    });
   });
 }
 
 // Sets mask to 1 for the k largest eligible keys, equal keys in order of their index, and to 0
 // elsewhere. Where fewer than k keys are eligible, all of these; none where k <= 0.
-template <class Key>
-void top_k_mask(const Key* keys /*[n]*/, int64_t n, int64_t k, uint8_t* mask /*[n]*/) {
+template <class Source>
+void top_k_mask(const Source& source, int64_t n, int64_t k, uint8_t* mask /*[n]*/) {
+  using Key = typename Source::Key;
   if (k <= 0 || n == 0) {
     std::fill_n(mask, n, uint8_t{0});
     return;
   }
-  const KthLargest<Key> cut = kth_largest(keys, n, std::min(k, n));
-  if (cut.key == kIneligibleKey<Key>) return threshold_mask(keys, n, Key{1}, mask);
+  const KthLargest<Key> cut = kth_largest(source, n, std::min(k, n));
+  if (cut.key == kIneligibleKey<Key>) return threshold_mask(source, n, Key{1}, mask);
   const int64_t ties = k - cut.above;
-  if (ties == cut.equal) return threshold_mask(keys, n, cut.key, mask);
+  if (ties == cut.equal) return threshold_mask(source, n, cut.key, mask);
 
   const Ranges ranges(n);
   std::vector<int64_t> ties_before(ranges.count + 1, 0);
   ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
-    ties_before[range + 1] = std::count(keys + begin, keys + end, cut.key);
+    int64_t equal = 0;
+    for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
+      equal += std::count(keys, keys + count, cut.key);
+    });
+    ties_before[range + 1] = equal;
   });
   for (int64_t range = 0; range < ranges.count; ++range) {
     ties_before[range + 1] += ties_before[range];
   }
   ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
     int64_t rank = ties_before[range];
-    for (int64_t i = begin; i < end; ++i) {
-      const bool tie = keys[i] == cut.key;
-      mask[i] = keys[i] > cut.key || (tie && rank < ties);
-      rank += tie;
-    }
+    for_each_block(source, begin, end, [&](int64_t first, int count, const Key* keys) {
+      for (int i = 0; i < count; ++i) {
+        const bool tie = keys[i] == cut.key;
+        mask[first + i] = (keys[i] > cut.key) | (tie & (rank < ties));
+        rank += tie;
+      }
+    });
   });
 }
 

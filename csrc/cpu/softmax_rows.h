@@ -1,8 +1,8 @@
 // One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and its
 // gradient. A row is taken in chunks that stay in the first-level cache: widen to float, maximum,
 // then sums. Chunk sums are float32 over 16 lanes, chunks combine in float64; float64 input is
-// float64 throughout. The chunk loops are compiled for AVX-512, AVX2 and the baseline and chosen
-// when the library loads.
+// float64 throughout. The chunk loops (softmax_loops.h) are compiled for AVX-512, AVX2 and the
+// baseline, and chosen at the first call (simd.h).
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,10 @@ void chunk_sums(const float* x, int count, float shift, float inverse_temperatur
                 float* dot);
 void chunk_sums(const double* x, int count, double shift, double inverse_temperature, double* sum,
                 double* dot);
-// Overwrites x by the gradient; the target's own term is the caller's.
-void chunk_gradient(float* x, int count, const SoftmaxGradient<float>& gradient);
-void chunk_gradient(double* x, int count, const SoftmaxGradient<double>& gradient);
+// `out`, which may be x, becomes the gradient but for the target's own term, which is the caller's.
+void chunk_gradient(const float* x, int count, const SoftmaxGradient<float>& gradient, float* out);
+void chunk_gradient(const double* x, int count, const SoftmaxGradient<double>& gradient,
+                    double* out);
 void widen(const BFloat16* x, int count, float* out);
 void widen(const Half* x, int count, float* out);
 void narrow(const float* x, int count, BFloat16* out);
@@ -77,21 +78,19 @@ void row_gradient(const T* logits /*[vocab]*/, int64_t vocab, int64_t target,
   alignas(64) Acc buffer[kChunk];
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);
+    Acc* out = buffer;
     if constexpr (std::is_same_v<T, Acc>) {
-      for (int i = 0; i < count; ++i) buffer[i] = logits[begin + i];
+      out = grad_logits + begin;
+      chunk_gradient(logits + begin, count, gradient, out);
     } else {
       widen(logits + begin, count, buffer);
+      chunk_gradient(buffer, count, gradient, buffer);
     }
-    chunk_gradient(buffer, count, gradient);
     // The target's term joins before rounding to T: added after, p - 1 would be rounded twice.
     if (target >= begin && target < begin + count) {
-      buffer[target - begin] += gradient.inverse_temperature * gradient.grad_log_prob;
+      out[target - begin] += gradient.inverse_temperature * gradient.grad_log_prob;
     }
-    if constexpr (std::is_same_v<T, Acc>) {
-      for (int i = 0; i < count; ++i) grad_logits[begin + i] = buffer[i];
-    } else {
-      narrow(buffer, count, grad_logits + begin);
-    }
+    if constexpr (!std::is_same_v<T, Acc>) narrow(buffer, count, grad_logits + begin);
   }
 }
 

@@ -1,4 +1,4 @@
-#include "../kernels/global_top_mask.cuh"
+#include "../kernels/radix_select.cuh"
 
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/iterator/transform_iterator.h>
@@ -21,6 +21,12 @@ struct TileOffset {
   __host__ __device__ int operator()(int i) const {
     return static_cast<int>(layout.begin(first + i) - layout.begin(first));
   }
+};
+
+// Segments of rows, and the order in which they take the rows. Both null: every row is a segment.
+struct Segments {
+  const int64_t* ids;        // [rows] ascending
+  const int64_t* row_order;  // [rows]
 };
 
 // Sorts every tile, as many at a time as CUB's 32-bit offsets hold.
@@ -79,39 +85,12 @@ class GroupOrder {
   DeviceArray<int64_t> rows_;
 };
 
-Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mask,
-                               const Tensor& top_ratio, std::string rule, std::string scope,
-                               std::optional<Tensor> group_ids) {
-  const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids);
-  const DeviceScope device(in.entropy);
-  Tensor result = in.new_mask();
-  if (result.numel() == 0) return result;
-  std::optional<GroupOrder> order;
-  if (in.group_ids) order.emplace(*in.group_ids, device.stream());
-  const Segments segments = order ? order->segments() : Segments{nullptr, nullptr};
-  const TileLayout layout(in.rows, in.columns);
-  dispatch_floating(in.entropy.scalar_type(), [&](auto element) {
-    using Element = decltype(element);
-    using Key = selection_key_t<accumulate_t<Element>>;
-    const DeviceArray<Key> keys(in.entropy, in.entropy.numel());
-    selection_keys_kernel<Element><<<grid_size(layout.tiles()), kTileThreads, 0, device.stream()>>>(
-        const_data<Element>(in.entropy), const_data<bool>(in.mask), segments.row_order, layout,
-        keys.data());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    selection_mask<Key>(keys.data(), layout, segments, {in.rule, in.ratio, nullptr},
-                        mutable_data<uint8_t>(result), in.entropy, device.stream());
-  });
-  return result;
-}
-
-}  // namespace
-
+// The mask by CUB's sort of all tiles and a rank selection over them.
 template <class Key>
-void selection_mask(const Key* keys /*[rows, columns]*/, const TileLayout& layout,
-                    const Segments& segments, const SelectionRule& rule,
-                    uint8_t* mask /*[rows, columns]*/, const Tensor& on_device_of,
-                    cudaStream_t stream) {
-  if (layout.tiles() == 0) return;
+void sort_select(const Key* keys /*[rows, columns]*/, const TileLayout& layout,
+                 const Segments& segments, const SelectionRule& rule,
+                 uint8_t* mask /*[rows, columns]*/, const Tensor& on_device_of,
+                 cudaStream_t stream) {
   const DeviceArray<Key> sorted(on_device_of, layout.rows * layout.columns);
   const DeviceArray<TileRange> ranges(on_device_of, layout.tiles());
   const DeviceArray<TileCut<Key>> cuts(on_device_of, layout.tiles());
@@ -124,10 +103,97 @@ void selection_mask(const Key* keys /*[rows, columns]*/, const TileLayout& layou
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template void selection_mask(const uint32_t*, const TileLayout&, const Segments&,
-                             const SelectionRule&, uint8_t*, const Tensor&, cudaStream_t);
-template void selection_mask(const uint64_t*, const TileLayout&, const Segments&,
-                             const SelectionRule&, uint8_t*, const Tensor&, cudaStream_t);
+// The mask by radix select (../kernels/radix_select.cuh).
+template <class Keys>
+void radix_select(const Keys& keys, int64_t rows, int64_t columns, const Segments& segments,
+                  const SelectionRule& rule, uint8_t* mask /*[rows, columns]*/,
+                  const Tensor& on_device_of, cudaStream_t stream) {
+  using Key = typename Keys::Key;
+  if (radix_block_a_segment(rows, columns)) {
+    const RadixInputs<Keys> in{keys, segments.ids, segments.row_order, TileLayout(rows, columns),
+                               rule};
+    radix_segment_kernel<Keys><<<grid_size(rows), kRadixThreads, 0, stream>>>(in, mask);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  const TileLayout layout(rows, columns, radix_tile_keys(rows, columns));
+  const RadixInputs<Keys> in{keys, segments.ids, segments.row_order, layout, rule};
+  constexpr int kPasses = Digit<Key>::kPasses;
+  const DeviceArray<uint32_t> histograms(on_device_of, kPasses * rows * kDigits);
+  const DeviceArray<RadixCut<Key>> cuts(on_device_of, kPasses * rows);
+  const DeviceArray<Key> tile_values(on_device_of, layout.tiles());
+  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), rows};
+  const unsigned blocks = grid_size(layout.tiles());
+  STD_CUDA_CHECK(
+      cudaMemsetAsync(histograms.data(), 0, kPasses * rows * kDigits * sizeof(uint32_t), stream));
+  for (int pass = 0; pass < kPasses; ++pass) {
+    radix_histogram_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, pass);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  radix_ties_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  radix_mask_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, mask);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+bool use_radix(TopAlgorithm algorithm, int64_t tokens) {
+  const bool fits = tokens <= kMaxRadixKeys;
+  check(fits || algorithm != TopAlgorithm::kRadix, "entropy has ", tokens,
+        " elements; algorithm 'radix' takes up to ", kMaxRadixKeys);
+  return algorithm == TopAlgorithm::kRadix || (algorithm == TopAlgorithm::kAuto && fits);
+}
+
+Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mask,
+                               const Tensor& top_ratio, std::string rule, std::string scope,
+                               std::optional<Tensor> group_ids, std::string algorithm) {
+  const TopMaskArguments in(entropy, response_mask, top_ratio, rule, scope, group_ids, algorithm);
+  const DeviceScope device(in.entropy);
+  Tensor result = in.new_mask();
+  if (result.numel() == 0) return result;
+  std::optional<GroupOrder> order;
+  if (in.group_ids) order.emplace(*in.group_ids, device.stream());
+  const Segments segments = order ? order->segments() : Segments{nullptr, nullptr};
+  const SelectionRule selection{in.rule, in.ratio, nullptr};
+  uint8_t* mask = mutable_data<uint8_t>(result);
+  dispatch_floating(in.entropy.scalar_type(), [&](auto element) {
+    using Element = decltype(element);
+    const EntropyKeys<Element> entropies{const_data<Element>(in.entropy),
+                                         const_data<bool>(in.mask)};
+    if (use_radix(in.algorithm, result.numel())) {
+      radix_select(entropies, in.rows, in.columns, segments, selection, mask, in.entropy,
+                   device.stream());
+      return;
+    }
+    using Key = typename EntropyKeys<Element>::Key;
+    const TileLayout layout(in.rows, in.columns);
+    const DeviceArray<Key> keys(in.entropy, result.numel());
+    selection_keys_kernel<Element><<<grid_size(layout.tiles()), kTileThreads, 0, device.stream()>>>(
+        entropies.entropy, entropies.mask, segments.row_order, layout, keys.data());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    sort_select<Key>(keys.data(), layout, segments, selection, mask, in.entropy, device.stream());
+  });
+  return result;
+}
+
+}  // namespace
+
+template <class Key>
+void top_k_mask(const Key* keys /*[n]*/, int64_t n, const int64_t* k /*[1]*/, uint8_t* mask /*[n]*/,
+                const Tensor& on_device_of, cudaStream_t stream) {
+  if (n == 0) return;
+  const Segments whole{nullptr, nullptr};
+  const SelectionRule rule{TopRule::kTopK, 0.0, k};
+  if (use_radix(TopAlgorithm::kAuto, n)) {
+    radix_select(GivenKeys<Key>{keys}, 1, n, whole, rule, mask, on_device_of, stream);
+  } else {
+    sort_select(keys, TileLayout(1, n), whole, rule, mask, on_device_of, stream);
+  }
+}
+
+template void top_k_mask(const uint32_t*, int64_t, const int64_t*, uint8_t*, const Tensor&,
+                         cudaStream_t);
+template void top_k_mask(const uint64_t*, int64_t, const int64_t*, uint8_t*, const Tensor&,
+                         cudaStream_t);
 
 }  // namespace entropy_rl::cuda
 

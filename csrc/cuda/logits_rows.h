@@ -4,13 +4,14 @@
 
 #include "../kernels/softmax_rows.cuh"
 #include "../logits_op.h"
+#include "device_array.h"
 #include "launch.h"
 #include "tuning.h"
 
 namespace entropy_rl::cuda {
 
-// Kernels names an op's kernels: forward(in, out) and backward(in, gradients, grad_logits) launch
-// them.
+// Kernels names an op's kernels: forward<T>() gives one, backward(launch, in, parts, gradients,
+// grad_logits) launches one.
 template <class Kernels>
 struct SoftmaxLaunch {
   // Looking at device values would wait for the device: the kernels answer with NaN instead.
@@ -20,7 +21,25 @@ struct SoftmaxLaunch {
     const DeviceScope device(in.logits);
     dispatch_floating(in.logits.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      Kernels::forward(Launch{in, device.stream()}, arguments<T>(in, out.targets), out);
+      using Acc = accumulate_t<T>;
+      const SoftmaxRows<T> rows = arguments<T>(in, out.targets);
+      const SoftmaxOutputs<Acc> outputs = {
+          out.log_prob ? mutable_data<Acc>(*out.log_prob) : nullptr, mutable_data<Acc>(out.entropy),
+          mutable_data<Acc>(out.statistics)};
+      const int threads = softmax_row_threads(in.vocab);
+      const int parts = row_parts<T>(rows.vocab, threads).count;
+      if (parts == 1 || in.rows >= kWholeRowsFrom) {
+        Kernels::template forward<T>()<<<grid_size(in.rows), threads, 0, device.stream()>>>(
+            rows, outputs);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        return;
+      }
+      const DeviceArray<OnlineSoftmax<Acc>> states(in.logits, in.rows * parts);
+      softmax_parts_kernel<T>
+          <<<grid_size(in.rows * parts), threads, 0, device.stream()>>>(rows, states.data());
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      softmax_merge_kernel<T><<<grid_size(in.rows), kWarpSize, 0, device.stream()>>>(
+          rows, states.data(), parts, outputs);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
@@ -30,22 +49,17 @@ struct SoftmaxLaunch {
     const DeviceScope device(in.logits);
     dispatch_floating(in.logits.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      Kernels::backward(Launch{in, device.stream()}, arguments<T>(in, gradients.targets), gradients,
-                        mutable_data<T>(grad_logits));
+      const int threads = softmax_row_threads(in.vocab);
+      const int parts =
+          backward_row_parts(in.rows, row_parts<T>(static_cast<int>(in.vocab), threads).count);
+      const auto launch = [&](auto kernel, auto... values) {
+        kernel<<<grid_size(in.rows * parts), threads, 0, device.stream()>>>(
+            arguments<T>(in, gradients.targets), parts, values..., mutable_data<T>(grad_logits));
+      };
+      Kernels::template backward<T>(launch, gradients);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
-
-  // Starts a kernel with one block a row.
-  struct Launch {
-    const LogitsRows& in;
-    cudaStream_t stream;
-
-    template <class... Parameters, class... Arguments>
-    void operator()(void (*kernel)(Parameters...), Arguments... arguments) const {
-      kernel<<<grid_size(in.rows), softmax_row_threads(in.vocab), 0, stream>>>(arguments...);
-    }
-  };
 
  private:
   template <class T>

@@ -6,20 +6,17 @@ namespace entropy_rl::cuda {
 namespace {
 
 struct LogprobEntropyKernels {
-  template <class Launch, class T>
-  static void forward(const Launch& launch, const SoftmaxRows<T>& in, const RowOutputs& out) {
-    using Acc = accumulate_t<T>;
-    launch(logprob_entropy_kernel<T>, in, mutable_data<Acc>(*out.log_prob),
-           mutable_data<Acc>(out.entropy), mutable_data<Acc>(out.statistics));
+  template <class T>
+  static auto forward() {
+    return logprob_entropy_kernel<T>;
   }
 
-  template <class Launch, class T>
-  static void backward(const Launch& launch, const SoftmaxRows<T>& in,
-                       const RowGradients& gradients, T* grad_logits) {
+  template <class T, class Launch>
+  static void backward(const Launch& launch, const RowGradients& gradients) {
     using Acc = accumulate_t<T>;
-    launch(logprob_entropy_backward_kernel<T>, in, const_data<Acc>(gradients.grad_log_prob),
+    launch(logprob_entropy_backward_kernel<T>, const_data<Acc>(gradients.grad_log_prob),
            const_data<Acc>(gradients.grad_entropy), const_data<Acc>(gradients.entropy),
-           const_data<Acc>(gradients.statistics), grad_logits);
+           const_data<Acc>(gradients.statistics));
   }
 };
 

@@ -6,19 +6,16 @@ namespace entropy_rl::cuda {
 namespace {
 
 struct TokenEntropyKernels {
-  template <class Launch, class T>
-  static void forward(const Launch& launch, const SoftmaxRows<T>& in, const RowOutputs& out) {
-    using Acc = accumulate_t<T>;
-    launch(token_entropy_kernel<T>, in, mutable_data<Acc>(out.entropy),
-           mutable_data<Acc>(out.statistics));
+  template <class T>
+  static auto forward() {
+    return token_entropy_kernel<T>;
   }
 
-  template <class Launch, class T>
-  static void backward(const Launch& launch, const SoftmaxRows<T>& in,
-                       const RowGradients& gradients, T* grad_logits) {
+  template <class T, class Launch>
+  static void backward(const Launch& launch, const RowGradients& gradients) {
     using Acc = accumulate_t<T>;
-    launch(token_entropy_backward_kernel<T>, in, const_data<Acc>(gradients.grad_entropy),
-           const_data<Acc>(gradients.entropy), const_data<Acc>(gradients.statistics), grad_logits);
+    launch(token_entropy_backward_kernel<T>, const_data<Acc>(gradients.grad_entropy),
+           const_data<Acc>(gradients.entropy), const_data<Acc>(gradients.statistics));
   }
 };
 

@@ -31,9 +31,10 @@ struct TokenLosses {
   template <class T>
   static void scale(const LossGradient& in, const Tensor& out) {
     using Acc = accumulate_t<T>;
-    if (in.rows == 0) return;
+    const int64_t tiles = in.rows * ((in.cols + kTileTokens - 1) / kTileTokens);
+    if (tiles == 0) return;
     const DeviceScope device(out);
-    scale_rows_kernel<T><<<grid_size(in.rows), kLossTileThreads, 0, device.stream()>>>(
+    scale_rows_kernel<T><<<grid_size(tiles), kLossTileThreads, 0, device.stream()>>>(
         const_data<Acc>(in.grad_loss), const_data<Acc>(in.gradient), const_data<Acc>(in.row_scale),
         in.rows, in.cols, mutable_data<T>(out));
     STD_CUDA_KERNEL_LAUNCH_CHECK();

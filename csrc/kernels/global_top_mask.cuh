@@ -22,18 +22,22 @@ constexpr int kTileKeys = 4096;
 struct TileLayout {
   int64_t rows;
   int64_t columns;
+  int tile_keys;
   int64_t tiles_per_row;
 
-  TileLayout(int64_t rows, int64_t columns)
-      : rows(rows), columns(columns), tiles_per_row((columns + kTileKeys - 1) / kTileKeys) {}
+  TileLayout(int64_t rows, int64_t columns, int tile_keys = kTileKeys)
+      : rows(rows),
+        columns(columns),
+        tile_keys(tile_keys),
+        tiles_per_row((columns + tile_keys - 1) / tile_keys) {}
 
   ENTROPY_RL_HD int64_t tiles() const { return rows * tiles_per_row; }
   ENTROPY_RL_HD int64_t row(int64_t tile) const { return tile / tiles_per_row; }
-  ENTROPY_RL_HD int64_t column(int64_t tile) const { return tile % tiles_per_row * kTileKeys; }
+  ENTROPY_RL_HD int64_t column(int64_t tile) const { return tile % tiles_per_row * tile_keys; }
   ENTROPY_RL_HD int64_t begin(int64_t tile) const { return row(tile) * columns + column(tile); }
   ENTROPY_RL_HD int size(int64_t tile) const {
     const int64_t left = columns - column(tile);
-    return static_cast<int>(left < kTileKeys ? left : kTileKeys);
+    return static_cast<int>(left < tile_keys ? left : tile_keys);
   }
 };
 

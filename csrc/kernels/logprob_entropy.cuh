@@ -1,7 +1,7 @@
 // logprob_entropy: log p_y = d_y - log sum and H = log sum - dot / sum of each row
-// (online_softmax.h), one block a row. Forward V * sizeof(T) bytes read a row; backward the same
-// read and written, rows whose gradients are both zero only written. Accumulation float (double for
-// double).
+// (online_softmax.h), one block a row, or a block a part of it (softmax_rows.cuh). Forward
+// V * sizeof(T) bytes read a row; backward the same read and written, rows whose gradients are both
+// zero only written. Accumulation float (double for double).
 #pragma once
 
 #include "softmax_rows.cuh"
@@ -9,22 +9,21 @@
 namespace entropy_rl {
 
 template <class T>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    logprob_entropy_kernel(SoftmaxRows<T> in, accumulate_t<T>* log_prob /*[rows]*/,
-                           accumulate_t<T>* entropy /*[rows]*/,
-                           accumulate_t<T>* statistics /*[rows, 2]*/) {
-  forward_softmax_rows<T>(in, log_prob, entropy, statistics);
+__global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<T>)
+    logprob_entropy_kernel(SoftmaxRows<T> in, SoftmaxOutputs<accumulate_t<T>> out) {
+  forward_softmax_rows<T>(in, out);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    logprob_entropy_backward_kernel(SoftmaxRows<T> in,
+__global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<T>)
+    logprob_entropy_backward_kernel(SoftmaxRows<T> in, int parts,
                                     const accumulate_t<T>* grad_log_prob /*[rows]*/,
                                     const accumulate_t<T>* grad_entropy /*[rows]*/,
                                     const accumulate_t<T>* entropy /*[rows]*/,
                                     const accumulate_t<T>* statistics /*[rows, 2]*/,
                                     T* grad_logits /*[rows, vocab]*/) {
-  backward_softmax_rows<T>(in, grad_log_prob, grad_entropy, entropy, statistics, grad_logits);
+  backward_softmax_rows<T>(in, parts, grad_log_prob, grad_entropy, entropy, statistics,
+                           grad_logits);
 }
 
 }  // namespace entropy_rl

@@ -70,20 +70,6 @@ ENTROPY_RL_HD inline OnlineSoftmax<Acc> rescaled(const OnlineSoftmax<Acc>& part,
   return out;
 }
 
-// Combines two partial rows; associative and commutative up to rounding, with neutral() as the
-// neutral element.
-template <class Acc>
-ENTROPY_RL_HD inline OnlineSoftmax<Acc> merge(const OnlineSoftmax<Acc>& a,
-                                              const OnlineSoftmax<Acc>& b,
-                                              Acc inverse_temperature) {
-  const Acc max = a.max > b.max ? a.max : b.max;
-  OnlineSoftmax<Acc> out = rescaled(a, max, inverse_temperature);
-  const OnlineSoftmax<Acc> other = rescaled(b, max, inverse_temperature);
-  out.sum += other.sum;
-  out.dot += other.dot;
-  return out;
-}
-
 // Adds kCount elements with at most one rescale.
 template <int kCount, class Acc>
 ENTROPY_RL_HD inline void accumulate(OnlineSoftmax<Acc>* state, const Acc (&x)[kCount],
@@ -99,6 +85,86 @@ ENTROPY_RL_HD inline void accumulate(OnlineSoftmax<Acc>* state, const Acc (&x)[k
     state->dot += e * clamp_exponent(d);
   }
 }
+
+// ---- Sums over logits as they are: what token_entropy and logprob_entropy keep on the device ----
+
+// e^(d / T) as exp_scaled(d * exponent_scale(1 / T)): in base 2 for float, as the hardware has it.
+ENTROPY_RL_HD inline float exponent_scale(float inverse_temperature) {
+  return inverse_temperature * 1.44269504088896341f;
+}
+ENTROPY_RL_HD inline double exponent_scale(double inverse_temperature) {
+  return inverse_temperature;
+}
+ENTROPY_RL_HD inline float exp_scaled(float x) {
+#if defined(__CUDA_ARCH__)
+  // exp2f takes two more instructions to keep subnormal results, which are nothing beside the 1 of
+  // the largest term.
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
+#endif
+}
+ENTROPY_RL_HD inline double exp_scaled(double x) { return exp(x); }
+
+// The maximum; a NaN gives way to a number.
+ENTROPY_RL_HD inline float larger(float a, float b) { return fmaxf(a, b); }
+ENTROPY_RL_HD inline double larger(double a, double b) { return fmax(a, b); }
+
+// What it takes to turn a difference of logits into an exponent. `floor` is a difference whose
+// exponential is 0: where a difference multiplies that 0 it is held there, since -inf would give
+// NaN. A NaN difference is lost there, and kept by its exponential.
+template <class Acc>
+struct RowScale {
+  Acc inverse_temperature;
+  Acc exponent;
+  Acc floor;
+
+  ENTROPY_RL_HD explicit RowScale(Acc temperature)
+      : inverse_temperature(Acc(1) / temperature),
+        exponent(exponent_scale(inverse_temperature)),
+        floor(ExpFloor<Acc>::value * temperature) {}
+};
+
+// OnlineSoftmax but for dot = sum_j e^d_j (x_j - max), which saves a product an element.
+template <class Acc>
+struct LogitSums {
+  Acc max = -static_cast<Acc>(INFINITY);
+  Acc sum = 0;
+  Acc dot = 0;
+
+  // Adds kCount elements with one rescale: unconditional, since among the 32 lanes of a warp one
+  // nearly always has a new maximum.
+  template <int kCount>
+  ENTROPY_RL_HD void add(const Acc (&x)[kCount], const RowScale<Acc>& scale) {
+    Acc new_max = max;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int j = 0; j < kCount; ++j) new_max = larger(new_max, x[j]);
+    const Acc shift = shift_of(new_max);
+    const Acc step = max - shift;
+    const Acc factor = exp_scaled(step * scale.exponent);
+    dot = factor * (dot + sum * larger(step, scale.floor));
+    sum *= factor;
+    max = new_max;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int j = 0; j < kCount; ++j) {
+      const Acc d = x[j] - shift;
+      const Acc e = exp_scaled(d * scale.exponent);
+      sum += e;
+      dot += e * larger(d, scale.floor);
+    }
+  }
+  ENTROPY_RL_HD OnlineSoftmax<Acc> state(const RowScale<Acc>& scale) const {
+    return {max, sum, dot * scale.inverse_temperature};
+  }
+};
+
+// ---- Results ----
 
 template <class Acc>
 ENTROPY_RL_HD inline Acc log_sum(const OnlineSoftmax<Acc>& row) {
@@ -129,6 +195,32 @@ struct SoftmaxGradient {
     const Acc pull = is_target ? grad_log_prob : Acc(0);
     const Acc push = grad_log_prob + grad_entropy * (clamp_exponent(log_p) + entropy);
     return inverse_temperature * (pull - p * push);
+  }
+};
+
+// The same with all that a row's elements share multiplied out: an element other than the target is
+// p (slope log p + offset), the target `pull` more.
+template <class Acc>
+struct RowGradient {
+  Acc shift;
+  Acc exponent;
+  Acc log_sum;  // as exp_scaled takes it
+  Acc slope;
+  Acc offset;
+  Acc pull;
+
+  ENTROPY_RL_HD explicit RowGradient(const SoftmaxGradient<Acc>& row)
+      : shift(row.shift),
+        exponent(exponent_scale(row.inverse_temperature)),
+        log_sum(exponent_scale(row.log_sum)),
+        slope(-row.grad_entropy * row.inverse_temperature / exponent_scale(Acc(1))),
+        offset(-(row.grad_log_prob + row.grad_entropy * row.entropy) * row.inverse_temperature),
+        pull(row.grad_log_prob * row.inverse_temperature) {}
+
+  ENTROPY_RL_HD Acc operator()(Acc x) const {
+    const Acc log_p = (x - shift) * exponent - log_sum;
+    return exp_scaled(log_p) *
+           (slope * larger(log_p, exponent_scale(ExpFloor<Acc>::value)) + offset);
   }
 };
 

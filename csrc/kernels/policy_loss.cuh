@@ -1,9 +1,10 @@
 // What policy_loss does before its pass (aggregate.cuh), where the loss needs it.
 //   moments_kernel             a block a tile: Moments
-//   sequence_log_ratio_kernel  a thread a row: gspo's sequence ratio
+//   sequence_log_ratio_kernel  a few lanes a row: gspo's sequence ratio
 //   covariance_moments_kernel  one block: the Moments of the batch
 //   covariance_keys_kernel     a block a tile: the keys by which clip_cov and kl_cov choose tokens
-// Sums are T within a tile and double over tiles, always in the same order; nothing is atomic.
+// Sums are T within a tile and double over tiles, in an order that shapes alone decide; nothing is
+// atomic.
 // For float32 a token moves 13 bytes in for the moments, and 13 in and 4 out for the keys.
 #pragma once
 
@@ -23,10 +24,16 @@ __global__ void moments_kernel(TokenInputs<T> in, Moments<T>* moments /*[tiles]*
   __shared__ Moments<T> shared[kMaxWarps];
   for (int64_t tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
     Moments<T> sum{};
-    for_each_token(in, tile, [&](int64_t row, int64_t i) {
-      if (in.response_mask[i] == 0) return;
-      const Token<T> token = load_token(in, row, i);
-      sum += Moments<T>{T(1), token.log_prob - token.old_log_prob, token.log_prob, token.advantage};
+    const bool together = tile_has_quads(in, tile);
+    for_each_quad(in.cols, tile, [&](int64_t row, int64_t index, int count) {
+      const TokenQuad<T> quad(in, row, index, count, together);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        if (!quad.is_response(j)) continue;
+        const Token<T> token = quad.token(j);
+        sum +=
+            Moments<T>{T(1), token.log_prob - token.old_log_prob, token.log_prob, token.advantage};
+      }
     });
     sum = block_reduce(sum, Moments<T>{}, AddSums{}, shared);
     if (threadIdx.x == 0) moments[tile] = sum;
@@ -36,10 +43,13 @@ __global__ void moments_kernel(TokenInputs<T> in, Moments<T>* moments /*[tiles]*
 template <class T>
 __global__ void sequence_log_ratio_kernel(const Moments<T>* moments /*[rows, tiles_per_row]*/,
                                           int64_t rows, int64_t tiles_per_row, T* out /*[rows]*/) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows;
-       row += stride) {
-    out[row] = static_cast<T>(sequence_log_ratio(row_sum(moments, row, tiles_per_row)));
+  const int lanes = lanes_per_row(tiles_per_row);
+  const int64_t rows_at_once = blockDim.x / lanes;
+  // All threads of a block go around together, for the shuffles.
+  for (int64_t first = blockIdx.x * rows_at_once; first < rows; first += gridDim.x * rows_at_once) {
+    const int64_t row = first + threadIdx.x / lanes;
+    const Moments<double> sums = shared_row_sum(moments, row, rows, tiles_per_row, lanes);
+    if (threadIdx.x % lanes == 0 && row < rows) out[row] = static_cast<T>(sequence_log_ratio(sums));
   }
 }
 
@@ -62,9 +72,17 @@ __global__ void covariance_keys_kernel(CovarianceKey key, TokenInputs<T> in,
   const CovarianceMoments batch = *moments;
   const uint64_t seed_value = static_cast<uint64_t>(*seed);
   for (int64_t tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
-    for_each_token(in, tile, [&](int64_t row, int64_t i) {
-      keys[i] = in.response_mask[i] != 0 ? key(load_token(in, row, i), batch, seed_value, i)
-                                         : kIneligibleKey<typename CovarianceKey::Key>;
+    const bool together = tile_has_quads(in, tile);
+    for_each_quad(in.cols, tile, [&](int64_t row, int64_t index, int count) {
+      using Key = typename CovarianceKey::Key;
+      const TokenQuad<T> quad(in, row, index, count, together);
+      Key four[kQuad];
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        four[j] = quad.is_response(j) ? key(quad.token(j), batch, seed_value, index + j)
+                                      : kIneligibleKey<Key>;
+      }
+      store_tokens(four, count, keys + index);
     });
   }
 }

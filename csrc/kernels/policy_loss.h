@@ -323,9 +323,9 @@ struct ClipCovKey {
     const bool clipped =
         clipped_surrogate(token.advantage, ratio, ratio, loss.low, loss.high).clipped != T(0);
     const T covariance = moments.covariance(token.log_prob, token.advantage);
-    if (clipped || !(covariance > lower && covariance < upper)) return kIneligibleKey<Key>;
+    const bool eligible = !clipped & (covariance > lower) & (covariance < upper);
     const Key key = static_cast<Key>(mixed(mixed(seed) + static_cast<uint64_t>(index)) >> 32);
-    return key == kIneligibleKey<Key> ? Key{1} : key;
+    return eligible ? (key == kIneligibleKey<Key> ? Key{1} : key) : kIneligibleKey<Key>;
   }
 };
 

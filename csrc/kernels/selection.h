@@ -71,8 +71,13 @@ ENTROPY_RL_HD inline typename KeyTraits<Key>::Value selection_value(Key key) {
 // `value` as it is after rounding: the compiler cannot fuse the operation that made it with the
 // next.
 ENTROPY_RL_HD inline double rounded(double value) {
+#if defined(__CUDA_ARCH__)
+  // A volatile would lie in local memory; this addition changes nothing and is never fused.
+  return __dadd_rn(value, -0.0);
+#else
   volatile double result = value;
   return result;
+#endif
 }
 
 // How many of n > 0 eligible elements `ratio` in (0, 1] keeps: max(1, int(n * ratio + 0.9999)), the

@@ -42,10 +42,35 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
+struct Larger {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return larger(a, b);
+  }
+};
+
+struct Plus {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+// The partial rows of a warp's lanes as one, with one exponential a lane; all return it.
+template <class Acc>
+__device__ __forceinline__ OnlineSoftmax<Acc> warp_merge(const OnlineSoftmax<Acc>& state,
+                                                         Acc inverse_temperature) {
+  const Acc max = warp_reduce(state.max, Larger{});
+  OnlineSoftmax<Acc> merged = rescaled(state, max, inverse_temperature);
+  merged.sum = warp_reduce(merged.sum, Plus{});
+  merged.dot = warp_reduce(merged.dot, Plus{});
+  return merged;
+}
+
 // All threads of the block call it, blockDim.x a multiple of 32; all return the combination.
 // `shared` holds kMaxWarps values; `neutral` stands in for warps that the block does not have.
 template <class T, class Combine>
-__device__ __forceinline__ T block_reduce(T value, const T& neutral, Combine combine, T* shared) {
+__device__ __forceinline__ T block_reduce(T value, T neutral, Combine combine, T* shared) {
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int warps = blockDim.x / kWarpSize;

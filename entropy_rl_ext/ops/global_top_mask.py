@@ -97,6 +97,7 @@ def _(
     rule: str,
     scope: str,
     group_ids: Tensor | None,
+    algorithm: str = "auto",
 ) -> Tensor:
     check_same_device(entropy=entropy, response_mask=response_mask, group_ids=group_ids)
     return entropy.new_empty(entropy.shape, dtype=torch.bool)

@@ -26,8 +26,14 @@ The input has a row for each completion, with `prompt` and `completion`, each a 
 text is taken as it is; a list goes through the tokenizer's chat template.
 """
 
+DOCTOR = """\
+Tells what is installed and what is active: torch, CUDA, the kernels and their SIMD path, verl and TRL.
+Tests each op against its plain-torch reference. Names the mend for each thing found wrong, and then
+ends with status 1.
+"""
+
 # One module a command, imported when it runs: `doctor` must work where what the others need is missing.
-COMMANDS = {"inspect": "entropy_rl.report.inspect"}
+COMMANDS = {"inspect": "entropy_rl.report.inspect", "doctor": "entropy_rl.doctor"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-k", type=_natural, default=0, help="0: all tokens (0)")
     sampling.add_argument("--seed", type=_natural, default=0, help="(0)")
     sampling.add_argument("--batch-size", type=_count, default=32, metavar="N", help="completions at a time (32)")
+
+    add("doctor", "what is installed, what is active, and the mend for what is wrong", DOCTOR)
     return parser
 
 

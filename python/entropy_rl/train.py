@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import entropy_rl.config
-from entropy_rl import advantages, checkpoint, distributed, pretrained
+from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained
 from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
@@ -132,6 +132,8 @@ def run(config: DictConfig, device: torch.device) -> None:
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
     if distributed.rank() > 0:
         torch.manual_seed(distributed.seed_of_rank(rollout.seed))
+    if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
+        print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
     if first_rank:
         checkpoint.remove_partial(directory)
     if resumed:
@@ -475,7 +477,12 @@ def log_prob_and_entropy(
     Both are of softmax(logits / temperature), the distribution that sampling drew from (before top_p and top_k).
     """
     length = batch.response_mask.shape[1]
-    with autocast(model.device, config):
+    temperature = config.actor_rollout_ref.rollout.temperature
+    fused = config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+    scoring = contextlib.nullcontext()
+    if fused:
+        scoring = lm_head.scoring(model, batch.responses, batch.response_mask, temperature, entropy_grad=entropy_grad)
+    with autocast(model.device, config), scoring:
         logits = model(
             input_ids=batch.tokens,
             attention_mask=batch.attention_mask,
@@ -483,13 +490,11 @@ def log_prob_and_entropy(
             use_cache=False,
             # The logits at a position are those of the next token.
             logits_to_keep=length + 1,
-        ).logits[:, :-1]
+        ).logits
+    if fused:
+        return logits[..., 0], logits[..., 1] if entropy_grad else logits[..., 1].detach()
     return logprob_entropy(
-        logits,
-        batch.responses,
-        mask=batch.response_mask,
-        temperature=config.actor_rollout_ref.rollout.temperature,
-        entropy_grad=entropy_grad,
+        logits[:, :-1], batch.responses, mask=batch.response_mask, temperature=temperature, entropy_grad=entropy_grad
     )
 
 

@@ -657,6 +657,10 @@ template <class T>
 void __stcs(T* pointer, T value) {
   *pointer = value;
 }
+template <class T>
+void __stwb(T* pointer, T value) {
+  *pointer = value;
+}
 
 template <class To, class From>
 To simt_bits(From from) {

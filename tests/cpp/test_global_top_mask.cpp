@@ -1,7 +1,7 @@
 // Keys, counts and thresholds of csrc/kernels/selection.h, and the kernels of global_top_mask.cuh
 // under the SIMT shim, against rules written on sorted values. std::sort stands in for CUB's sort
 // of the tiles, std::stable_sort for its sort of the rows.
-#include "kernels/global_top_mask.cuh"
+#include "kernels/radix_select.cuh"
 
 #include <gtest/gtest.h>
 
@@ -173,8 +173,37 @@ std::vector<uint8_t> expected_mask(const Problem& problem, const SelectionRule& 
   return mask;
 }
 
+// How a mask comes about: CUB's sort, one block a segment, or blocks that share segments.
+enum class Algorithm { kSort, kRadixSegments, kRadixTiles };
+constexpr Algorithm kAlgorithms[] = {Algorithm::kSort, Algorithm::kRadixSegments,
+                                     Algorithm::kRadixTiles};
+
+template <class Keys>
+void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, int64_t rows,
+               int64_t columns, const SelectionRule& rule, bool block_a_segment, uint8_t* mask) {
+  using Key = typename Keys::Key;
+  const int blocks = 2, threads = 64;
+  if (block_a_segment) {
+    const RadixInputs<Keys> in{keys, ids, row_order, TileLayout(rows, columns), rule};
+    simt::launch(blocks, threads, radix_segment_kernel<Keys>, in, mask);
+    return;
+  }
+  const RadixInputs<Keys> in{keys, ids, row_order, TileLayout(rows, columns, 1024), rule};
+  constexpr int kPasses = Digit<Key>::kPasses;
+  simt::Buffer<uint32_t> histograms(std::vector<uint32_t>(kPasses * rows * kDigits, 0));
+  simt::Buffer<RadixCut<Key>> cuts(kPasses * rows);
+  simt::Buffer<Key> tile_values(in.layout.tiles());
+  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), rows};
+  for (int pass = 0; pass < kPasses; ++pass) {
+    simt::launch(blocks, threads, radix_histogram_kernel<Keys>, in, state, pass);
+  }
+  simt::launch(blocks, threads, radix_ties_kernel<Keys>, in, state);
+  simt::launch(blocks, threads, radix_mask_kernel<Keys>, in, state, mask);
+}
+
 template <class Element>
-std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& rule) {
+std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& rule,
+                                 Algorithm algorithm) {
   using Key = selection_key_t<accumulate_t<Element>>;
   // Fewer blocks than tiles or rows, so that every kernel goes around its grid-stride loop.
   const int blocks = 2, threads = 64;
@@ -195,6 +224,13 @@ std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& ru
   int64_t* ids_or_null = problem.ids.empty() ? nullptr : ids.data();
   int64_t* order_or_null = problem.ids.empty() ? nullptr : row_order.data();
 
+  simt::Buffer<uint8_t> result(n);
+  if (algorithm != Algorithm::kSort) {
+    run_radix(EntropyKeys<Element>{entropy.data(), mask.data()}, ids_or_null, order_or_null,
+              problem.rows, problem.columns, rule, algorithm == Algorithm::kRadixSegments,
+              result.data());
+    return {result.begin(), result.end()};
+  }
   simt::Buffer<Key> keys(n);
   simt::launch(blocks, threads, selection_keys_kernel<Element>, entropy.data(), mask.data(),
                order_or_null, layout, keys.data());
@@ -208,7 +244,6 @@ std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& ru
   simt::Buffer<TileCut<Key>> cuts(layout.tiles());
   simt::launch(blocks, threads, selection_cut_kernel<Key>, sorted.data(), ids_or_null, layout, rule,
                ranges.data(), cuts.data());
-  simt::Buffer<uint8_t> result(n);
   simt::launch(blocks, threads, selection_mask_kernel<Key>, keys.data(), cuts.data(), order_or_null,
                layout, result.data());
   return {result.begin(), result.end()};
@@ -219,8 +254,12 @@ void expect_equal(const Problem& problem, const SelectionRule& rule) {
   Problem rounded = problem;
   for (double& value : rounded.entropy) value = load_value(element<Element>(value));
   const bool single = !std::is_same_v<Element, double>;
-  EXPECT_EQ(run_kernels<Element>(problem, rule), expected_mask(rounded, rule, single))
-      << "rule " << static_cast<int>(rule.rule) << ", ratio " << rule.ratio;
+  const std::vector<uint8_t> expected = expected_mask(rounded, rule, single);
+  for (const Algorithm algorithm : kAlgorithms) {
+    EXPECT_EQ(run_kernels<Element>(problem, rule, algorithm), expected)
+        << "rule " << static_cast<int>(rule.rule) << ", ratio " << rule.ratio << ", algorithm "
+        << static_cast<int>(algorithm);
+  }
 }
 
 constexpr TopRule kRules[] = {TopRule::kTopK, TopRule::kThreshold, TopRule::kQuantile};
@@ -288,9 +327,11 @@ TEST(GlobalTopMask, EqualEntropiesGoToTheLowestIndex) {
   // The last tie kept lies before, at and beyond the end of the first tile, and within the second.
   for (const int64_t k : {kTileKeys - 1, kTileKeys, kTileKeys + 1, kTileKeys + 100}) {
     simt::Buffer<int64_t> count(std::vector<int64_t>{k});
-    const std::vector<uint8_t> mask =
-        run_kernels<float>(problem, {TopRule::kTopK, 0.0, count.data()});
-    for (int64_t i = 0; i < problem.columns; ++i) EXPECT_EQ(mask[i], i < k) << i;
+    for (const Algorithm algorithm : kAlgorithms) {
+      const std::vector<uint8_t> mask =
+          run_kernels<float>(problem, {TopRule::kTopK, 0.0, count.data()}, algorithm);
+      for (int64_t i = 0; i < problem.columns; ++i) EXPECT_EQ(mask[i], i < k) << i;
+    }
   }
 }
 
@@ -300,6 +341,35 @@ TEST(GlobalTopMask, CountsGivenOnTheDevice) {
   for (const int64_t k : {-1, 0, 1, 100, 1000}) {
     simt::Buffer<int64_t> count(std::vector<int64_t>{k});
     expect_equal<float>(problem, {TopRule::kTopK, 0.0, count.data()});
+  }
+}
+
+TEST(GlobalTopMask, KeysThatAreThere) {
+  // Among them 1, whose high digits are those of the key that is not eligible.
+  std::mt19937 random(13);
+  std::vector<uint32_t> values(2500);
+  for (uint32_t& value : values) value = random() % 3 == 0 ? random() % 3 : uint32_t(random());
+  simt::Buffer<uint32_t> keys(values);
+  std::vector<uint32_t> descending = values;
+  std::sort(descending.rbegin(), descending.rend());
+  const int64_t eligible = values.size() - std::count(values.begin(), values.end(), 0u);
+  for (const int64_t k : {int64_t{0}, int64_t{1}, int64_t{700}, eligible - 1, int64_t{5000}}) {
+    simt::Buffer<int64_t> count(std::vector<int64_t>{k});
+    const int64_t kept = std::min(k, eligible);
+    const uint32_t cut = kept > 0 ? descending[kept - 1] : ~0u;
+    int64_t ties =
+        kept - std::count_if(values.begin(), values.end(), [&](uint32_t v) { return v > cut; });
+    for (const bool block_a_segment : {false, true}) {
+      simt::Buffer<uint8_t> mask(values.size());
+      run_radix(GivenKeys<uint32_t>{keys.data()}, nullptr, nullptr, 1, values.size(),
+                {TopRule::kTopK, 0.0, count.data()}, block_a_segment, mask.data());
+      int64_t ties_left = ties;
+      for (size_t i = 0; i < values.size(); ++i) {
+        const bool expected =
+            kept > 0 && (values[i] > cut || (values[i] == cut && ties_left-- > 0));
+        EXPECT_EQ(mask[i], expected) << i << ", k " << k;
+      }
+    }
   }
 }
 

@@ -25,7 +25,7 @@ class LogprobEntropyKernel : public ::testing::Test {
     Forward(RowsCase<T>& rows, int threads = 32)
         : log_prob(rows.rows), entropy(rows.rows), statistics(2 * rows.rows) {
       simt::launch(kBlocks, threads, logprob_entropy_kernel<T>, rows.arguments(true),
-                   log_prob.data(), entropy.data(), statistics.data());
+                   SoftmaxOutputs<Acc>{log_prob.data(), entropy.data(), statistics.data()});
     }
   };
 
@@ -38,7 +38,7 @@ class LogprobEntropyKernel : public ::testing::Test {
              const std::vector<Acc>& for_entropy, int threads = 32)
         : grad_logits(rows.rows * rows.vocab), vocab(rows.vocab) {
       simt::Buffer<Acc> grad_log_prob(for_log_prob), grad_entropy(for_entropy);
-      simt::launch(kBlocks, threads, logprob_entropy_backward_kernel<T>, rows.arguments(true),
+      simt::launch(kBlocks, threads, logprob_entropy_backward_kernel<T>, rows.arguments(true), 1,
                    for_log_prob.empty() ? nullptr : grad_log_prob.data(),
                    for_entropy.empty() ? nullptr : grad_entropy.data(), forward.entropy.data(),
                    forward.statistics.data(), grad_logits.data());

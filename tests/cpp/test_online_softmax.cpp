@@ -20,12 +20,28 @@ class OnlineSoftmaxTest : public ::testing::Test {
   static constexpr Acc kNan = std::numeric_limits<Acc>::quiet_NaN();
 
   static OnlineSoftmax<Acc> state_of(const std::vector<Acc>& x, Acc inverse_temperature = 1) {
-    auto state = OnlineSoftmax<Acc>::neutral();
-    for (Acc value : x) {
-      const Acc one[1] = {value};
-      accumulate(&state, one, inverse_temperature);
+    return state_of_chunks<1>(x, inverse_temperature);
+  }
+  template <int kCount>
+  static OnlineSoftmax<Acc> state_of_chunks(const std::vector<Acc>& x, Acc inverse_temperature) {
+    const RowScale<Acc> scale(1 / inverse_temperature);
+    LogitSums<Acc> sums;
+    for (size_t begin = 0; begin < x.size(); begin += kCount) {
+      Acc chunk[kCount];
+      std::copy_n(x.begin() + begin, kCount, chunk);
+      sums.add(chunk, scale);
     }
-    return state;
+    return sums.state(scale);
+  }
+  // Two partial rows as one.
+  static OnlineSoftmax<Acc> merge(const OnlineSoftmax<Acc>& a, const OnlineSoftmax<Acc>& b,
+                                  Acc inverse_temperature) {
+    const Acc max = larger(a.max, b.max);
+    OnlineSoftmax<Acc> merged = rescaled(a, max, inverse_temperature);
+    const OnlineSoftmax<Acc> other = rescaled(b, max, inverse_temperature);
+    merged.sum += other.sum;
+    merged.dot += other.dot;
+    return merged;
   }
 
   static void expect_matches_definition(const OnlineSoftmax<Acc>& state, const std::vector<Acc>& x,
@@ -104,13 +120,7 @@ TYPED_TEST(OnlineSoftmaxTest, EntropyIsNeverNegative) {
 TYPED_TEST(OnlineSoftmaxTest, ChunksAgreeWithSingleElements) {
   using Acc = TypeParam;
   const auto x = testing::normal_values<Acc>(64, 10.0, 2);
-  auto state = OnlineSoftmax<Acc>::neutral();
-  for (size_t begin = 0; begin < x.size(); begin += 8) {
-    Acc chunk[8];
-    std::copy_n(x.begin() + begin, 8, chunk);
-    accumulate(&state, chunk, Acc(1));
-  }
-  this->expect_matches_definition(state, x);
+  this->expect_matches_definition(this->template state_of_chunks<8>(x, Acc(1)), x);
 }
 
 TYPED_TEST(OnlineSoftmaxTest, MergeIsAssociativeAndCommutativeUpToRounding) {
@@ -126,7 +136,7 @@ TYPED_TEST(OnlineSoftmaxTest, MergeIsAssociativeAndCommutativeUpToRounding) {
           this->state_of({x.begin() + cuts[i], x.begin() + cuts[i + 1]}, inverse_temperature));
     }
     const auto join = [&](const OnlineSoftmax<Acc>& a, const OnlineSoftmax<Acc>& b) {
-      return merge(a, b, inverse_temperature);
+      return this->merge(a, b, inverse_temperature);
     };
     const auto left = join(join(join(join(parts[0], parts[1]), parts[2]), parts[3]), parts[4]);
     const auto right = join(parts[0], join(parts[1], join(parts[2], join(parts[3], parts[4]))));
@@ -142,8 +152,8 @@ TYPED_TEST(OnlineSoftmaxTest, NeutralChangesNothing) {
   using Acc = TypeParam;
   const auto neutral = OnlineSoftmax<Acc>::neutral();
   for (const auto& state : {this->state_of({Acc(-2), Acc(3), Acc(3)}), neutral}) {
-    this->expect_same_bits(merge(neutral, state, Acc(1)), state);
-    this->expect_same_bits(merge(state, neutral, Acc(1)), state);
+    this->expect_same_bits(this->merge(neutral, state, Acc(1)), state);
+    this->expect_same_bits(this->merge(state, neutral, Acc(1)), state);
   }
 }
 
@@ -153,11 +163,9 @@ TYPED_TEST(OnlineSoftmaxTest, MinusInfinityAddsNothing) {
   const auto state = this->state_of({Acc(-2), Acc(3), Acc(1)});
   this->expect_same_bits(this->state_of({-inf, Acc(-2), Acc(3), Acc(1)}), state);
   this->expect_same_bits(this->state_of({Acc(-2), -inf, Acc(3), -inf, Acc(1), -inf}), state);
-  this->expect_same_bits(merge(this->state_of({-inf, -inf}), state, Acc(1)), state);
-  const Acc chunk[4] = {-inf, Acc(2), -inf, -inf};
-  auto chunked = OnlineSoftmax<Acc>::neutral();
-  accumulate(&chunked, chunk, Acc(1));
-  this->expect_same_bits(chunked, this->state_of({Acc(2)}));
+  this->expect_same_bits(this->merge(this->state_of({-inf, -inf}), state, Acc(1)), state);
+  this->expect_same_bits(this->template state_of_chunks<4>({-inf, Acc(2), -inf, -inf}, Acc(1)),
+                         this->state_of({Acc(2)}));
 }
 
 TYPED_TEST(OnlineSoftmaxTest, RowOfOnlyMinusInfinityIsNan) {
@@ -179,9 +187,9 @@ TYPED_TEST(OnlineSoftmaxTest, PlusInfinityAndNanGiveNanWhereverTheyStand) {
       EXPECT_TRUE(std::isnan(entropy(state)));
       EXPECT_TRUE(std::isnan(Acc(1) - state.shift() - log_sum(state)));
       const auto good = this->state_of({Acc(100)});
-      EXPECT_TRUE(std::isnan(entropy(merge(state, good, Acc(1)))));
-      EXPECT_TRUE(std::isnan(entropy(merge(good, state, Acc(1)))));
-      EXPECT_TRUE(std::isnan(entropy(merge(state, OnlineSoftmax<Acc>::neutral(), Acc(1)))));
+      EXPECT_TRUE(std::isnan(entropy(this->merge(state, good, Acc(1)))));
+      EXPECT_TRUE(std::isnan(entropy(this->merge(good, state, Acc(1)))));
+      EXPECT_TRUE(std::isnan(entropy(this->merge(state, OnlineSoftmax<Acc>::neutral(), Acc(1)))));
     }
   }
 }
@@ -203,14 +211,15 @@ TYPED_TEST(OnlineSoftmaxTest, GradientMatchesDefinition) {
     const auto log_p = testing::log_softmax({x.begin(), x.end()}, temperature);
     for (Acc grad_log_prob : {Acc(0), Acc(1), Acc(-2)}) {
       for (Acc grad_entropy : {Acc(0), Acc(0.5)}) {
-        const SoftmaxGradient<Acc> gradient = {state.shift(),   log_sum(state), entropy(state),
-                                               1 / temperature, grad_log_prob,  grad_entropy};
+        const RowGradient<Acc> gradient(SoftmaxGradient<Acc>{state.shift(), log_sum(state),
+                                                             entropy(state), 1 / temperature,
+                                                             grad_log_prob, grad_entropy});
         const auto expected =
             testing::softmax_gradient(log_p, target, grad_log_prob, grad_entropy, temperature);
         const double tolerance =
             testing::kGradientTolerance<Acc> * (std::abs(grad_log_prob) + std::abs(grad_entropy));
         for (int j = 0; j < 100; ++j)
-          EXPECT_NEAR(gradient(x[j], j == target), expected[j], tolerance);
+          EXPECT_NEAR(gradient(x[j]) + (j == target ? gradient.pull : 0), expected[j], tolerance);
       }
     }
   }
@@ -220,8 +229,9 @@ TYPED_TEST(OnlineSoftmaxTest, GradientOfMinusInfinityIsZero) {
   using Acc = TypeParam;
   const std::vector<Acc> x = {Acc(1), -this->kInf, Acc(2)};
   const auto state = this->state_of(x);
-  const SoftmaxGradient<Acc> gradient = {state.shift(), log_sum(state), entropy(state), 1, 1, 1};
-  EXPECT_EQ(gradient(x[1], false), 0);
+  const RowGradient<Acc> gradient(
+      SoftmaxGradient<Acc>{state.shift(), log_sum(state), entropy(state), 1, 1, 1});
+  EXPECT_EQ(gradient(x[1]), 0);
 }
 
 }  // namespace

@@ -24,8 +24,8 @@ class TokenEntropyKernel : public ::testing::Test {
     simt::Buffer<Acc> statistics;  // [rows, 2]
 
     Forward(RowsCase<T>& rows, int threads = 32) : entropy(rows.rows), statistics(2 * rows.rows) {
-      simt::launch(kBlocks, threads, token_entropy_kernel<T>, rows.arguments(false), entropy.data(),
-                   statistics.data());
+      simt::launch(kBlocks, threads, token_entropy_kernel<T>, rows.arguments(false),
+                   SoftmaxOutputs<Acc>{nullptr, entropy.data(), statistics.data()});
     }
   };
 
@@ -35,9 +35,9 @@ class TokenEntropyKernel : public ::testing::Test {
     int vocab;
 
     Backward(RowsCase<T>& rows, Forward& forward, const std::vector<Acc>& gradient,
-             int threads = 32)
+             int threads = 32, int parts = 1)
         : grad_entropy(gradient), grad_logits(rows.rows * rows.vocab), vocab(rows.vocab) {
-      simt::launch(kBlocks, threads, token_entropy_backward_kernel<T>, rows.arguments(false),
+      simt::launch(kBlocks, threads, token_entropy_backward_kernel<T>, rows.arguments(false), parts,
                    grad_entropy.data(), forward.entropy.data(), forward.statistics.data(),
                    grad_logits.data());
     }
@@ -86,15 +86,18 @@ TYPED_TEST(TokenEntropyKernel, RowsStartAnywhereInMemory) {
   // Every offset from a 16-byte boundary that the type allows, and rows a gap apart: the gradient,
   // which has no gap, is then aligned otherwise than the logits.
   for (int64_t first = 0; first < int64_t(16 / sizeof(TypeParam)); ++first) {
-    const int64_t stride = 70;
-    RowsCase<TypeParam> rows(
-        3, 67, stride, testing::normal_values<TypeParam>(first + 2 * stride + 67, 3.0, first));
-    rows.first = first;
-    typename TestFixture::Forward forward(rows);
-    typename TestFixture::Backward backward(rows, forward, {1, 1, 1});
-    for (int64_t row = 0; row < 3; ++row) {
-      rows.expect_entropy(row, forward.entropy[row]);
-      rows.expect_gradient(row, backward.row(row), 0, 1);
+    for (const int vocab : {67, 1100}) {
+      const int64_t stride = vocab + 3;
+      RowsCase<TypeParam> rows(
+          3, vocab, stride,
+          testing::normal_values<TypeParam>(first + 2 * stride + vocab, 3.0, first));
+      rows.first = first;
+      typename TestFixture::Forward forward(rows);
+      typename TestFixture::Backward backward(rows, forward, {1, 1, 1});
+      for (int64_t row = 0; row < 3; ++row) {
+        rows.expect_entropy(row, forward.entropy[row]);
+        rows.expect_gradient(row, backward.row(row), 0, 1);
+      }
     }
   }
 }
@@ -140,6 +143,48 @@ TYPED_TEST(TokenEntropyKernel, RowsWithoutGradientAreNotReadAgain) {
     rows.expect_gradient(0, backward.row(0), 0, 1);
     rows.expect_zero(1, backward.row(1));
     rows.expect_zero(2, backward.row(2));
+  }
+}
+
+TYPED_TEST(TokenEntropyKernel, PartsOfARowInBlocksOfTheirOwnGiveTheSameBits) {
+  using Acc = typename TestFixture::Acc;
+  // 17000: more rounds of the block than a row has parts, for 4-byte and 8-byte types.
+  for (const int vocab : {33, 2101, 17000}) {
+    RowsCase<TypeParam> rows(3, vocab);
+    rows.with_mask = true;
+    rows.mask[1] = false;
+    typename TestFixture::Forward whole(rows);
+    const RowParts parts = row_parts<TypeParam>(vocab, 32);
+    ASSERT_LE(parts.count, kMaxRowParts);
+    simt::Buffer<OnlineSoftmax<Acc>> states(3 * parts.count);
+    simt::Buffer<Acc> entropy(3), statistics(6);
+    simt::launch(kBlocks, 32, softmax_parts_kernel<TypeParam>, rows.arguments(false),
+                 states.data());
+    simt::launch(1, 64, softmax_merge_kernel<TypeParam>, rows.arguments(false), states.data(),
+                 parts.count, SoftmaxOutputs<Acc>{nullptr, entropy.data(), statistics.data()});
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(entropy[i], whole.entropy[i]);
+    for (int i = 0; i < 6; ++i) EXPECT_EQ(statistics[i], whole.statistics[i]);
+    for (const int backward_parts : {1, 2, 5}) {
+      typename TestFixture::Backward backward(rows, whole, {1, 1, 0}, 32, backward_parts);
+      rows.expect_gradient(0, backward.row(0), 0, 1);
+      rows.expect_zero(1, backward.row(1));
+      rows.expect_zero(2, backward.row(2));
+    }
+  }
+}
+
+TYPED_TEST(TokenEntropyKernel, ARowGivesTheSameBitsAtEveryAlignment) {
+  const auto values = testing::normal_values<TypeParam>(2101, 3.0, 1);
+  RowsCase<TypeParam> alone(1, 2101, 2101, values);
+  typename TestFixture::Forward expected(alone);
+  for (int64_t first = 1; first < int64_t(16 / sizeof(TypeParam)); ++first) {
+    std::vector<TypeParam> shifted(first, testing::element<TypeParam>(100));
+    shifted.insert(shifted.end(), values.begin(), values.end());
+    RowsCase<TypeParam> rows(1, 2101, 2101, shifted);
+    rows.first = first;
+    typename TestFixture::Forward forward(rows);
+    EXPECT_EQ(forward.entropy[0], expected.entropy[0]);
+    EXPECT_EQ(forward.statistics[1], expected.statistics[1]);
   }
 }
 

@@ -10,13 +10,6 @@
 namespace entropy_rl {
 namespace {
 
-struct Sum {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-
 struct Max {
   template <class T>
   T operator()(T a, T b) const {
@@ -38,7 +31,7 @@ TEST(Warp, EveryThreadReceivesTheBlocksSum) {
   for (int threads : kBlockSizes) {
     simt::Buffer<int> in(2 * threads), out(2 * threads);
     std::iota(in.begin(), in.end(), -100);
-    simt::launch(2, threads, block_reduce_kernel<int, Sum>, in.data(), out.data(), 0);
+    simt::launch(2, threads, block_reduce_kernel<int, Plus>, in.data(), out.data(), 0);
     for (int block = 0; block < 2; ++block) {
       const int sum =
           std::accumulate(in.begin() + block * threads, in.begin() + (block + 1) * threads, 0);
@@ -62,7 +55,7 @@ TEST(Warp, NeutralStandsInForMissingWarps) {
 TEST(Warp, FloatSumIsTheSameInEveryThread) {
   const int threads = 1024;
   simt::Buffer<float> in(testing::normal_values<float>(threads, 1e3, 1)), out(threads);
-  simt::launch(1, threads, block_reduce_kernel<float, Sum>, in.data(), out.data(), 0.0f);
+  simt::launch(1, threads, block_reduce_kernel<float, Plus>, in.data(), out.data(), 0.0f);
   const double sum = std::accumulate(in.begin(), in.end(), 0.0);
   for (float value : out) EXPECT_EQ(value, out[0]);
   // Ten additions a value (5 in its warp, 5 across warps), each within half a unit in the last
@@ -73,8 +66,8 @@ TEST(Warp, FloatSumIsTheSameInEveryThread) {
 __global__ void two_reductions_kernel(int* out) {  // [2 * threads]
   __shared__ int shared[kMaxWarps];
   const int thread = threadIdx.x;
-  out[thread] = block_reduce(thread, 0, Sum{}, shared);
-  out[blockDim.x + thread] = block_reduce(1, 0, Sum{}, shared);
+  out[thread] = block_reduce(thread, 0, Plus{}, shared);
+  out[blockDim.x + thread] = block_reduce(1, 0, Plus{}, shared);
 }
 
 TEST(Warp, SharedMemoryCanBeUsedAgainAtOnce) {
@@ -88,27 +81,24 @@ TEST(Warp, SharedMemoryCanBeUsedAgainAtOnce) {
   }
 }
 
-__global__ void softmax_reduce_kernel(const float* x, OnlineSoftmax<float>* out) {  // [threads]
-  __shared__ OnlineSoftmax<float> shared[kMaxWarps];
-  auto state = OnlineSoftmax<float>::neutral();
+__global__ void warp_merge_kernel(const float* x, OnlineSoftmax<float>* out) {  // [threads]
+  const RowScale<float> scale(0.5f);
+  LogitSums<float> sums;
   const float one[1] = {x[threadIdx.x]};
-  accumulate(&state, one, 1.0f);
-  out[threadIdx.x] = block_reduce(
-      state, OnlineSoftmax<float>::neutral(),
-      [](const auto& a, const auto& b) { return merge(a, b, 1.0f); }, shared);
+  sums.add(one, scale);
+  out[threadIdx.x] = warp_merge(sums.state(scale), scale.inverse_temperature);
 }
 
-TEST(Warp, ReducesOnlineSoftmaxStates) {
-  for (int threads : kBlockSizes) {
-    const auto x = testing::normal_values<float>(threads, 5.0, threads);
-    simt::Buffer<float> in(x);
-    simt::Buffer<OnlineSoftmax<float>> out(threads);
-    simt::launch(1, threads, softmax_reduce_kernel, in.data(), out.data());
-    const auto log_p = testing::log_softmax({x.begin(), x.end()});
-    for (const auto& state : out) {
-      EXPECT_NEAR(entropy(state), testing::entropy_of(log_p), testing::kValueTolerance<float>);
-      EXPECT_EQ(state.sum, out[0].sum);
-    }
+TEST(Warp, MergesPartialRowsOfItsLanes) {
+  auto x = testing::normal_values<float>(kWarpSize, 5.0, 3);
+  x[5] = -std::numeric_limits<float>::infinity();
+  simt::Buffer<float> in(x);
+  simt::Buffer<OnlineSoftmax<float>> out(kWarpSize);
+  simt::launch(1, kWarpSize, warp_merge_kernel, in.data(), out.data());
+  const auto log_p = testing::log_softmax({x.begin(), x.end()}, 0.5);
+  for (const auto& state : out) {
+    EXPECT_NEAR(entropy(state), testing::entropy_of(log_p), testing::kValueTolerance<float>);
+    EXPECT_EQ(state.sum, out[0].sum);
   }
 }
 

@@ -1,5 +1,7 @@
 """One small pass over every CUDA kernel, forward and backward, to run under compute-sanitizer."""
 
+import itertools
+
 import torch
 
 import entropy_rl_ext as ext
@@ -12,17 +14,29 @@ def main() -> None:
     torch.manual_seed(0)
     mask = torch.rand(3, 70, device="cuda") < 0.8
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for vocab in (1, 33, 4099):
-            logits = torch.randn(3, 70, vocab, device="cuda").to(dtype)[..., : max(1, vocab - 1)].requires_grad_()
-            targets = torch.randint(0, logits.shape[-1], (3, 70), device="cuda")
-            log_prob, entropy = ext.logprob_entropy(logits, targets, mask=mask, entropy_grad=True)
+        # The last: rows of several parts, few enough for a block each.
+        for rows, vocab in ((70, 1), (70, 33), (300, 4099), (2, 20_001)):
+            logits = torch.randn(3, rows, vocab, device="cuda").to(dtype)[..., : max(1, vocab - 1)].requires_grad_()
+            targets = torch.randint(0, logits.shape[-1], (3, rows), device="cuda")
+            keep = torch.rand(3, rows, device="cuda") < 0.8
+            log_prob, entropy = ext.logprob_entropy(logits, targets, mask=keep, entropy_grad=True)
             (log_prob.sum() + entropy.sum() + ext.token_entropy(logits).sum()).backward()
-        for rule in ("topk", "threshold", "quantile"):
-            for scope in ("batch", "sequence", "group"):
-                group_ids = torch.tensor([7, 1, 7], device="cuda") if scope == "group" else None
-                ext.global_top_mask(entropy.to(dtype), mask, rule=rule, scope=scope, group_ids=group_ids)
-        entropy = torch.rand(2, 9001, device="cuda").to(dtype)  # several tiles a row
-        ext.global_top_mask(entropy, torch.ones_like(entropy))
+            hidden = torch.randn(3, rows, 24, device="cuda").to(dtype).requires_grad_()
+            weight, bias = (torch.randn(logits.shape[-1], *n, device="cuda").to(dtype) for n in ((24,), ()))
+            outputs = ext.linear_logprob_entropy(
+                hidden, weight.requires_grad_(), targets, bias=bias, mask=keep, softcap=3.0, chunk_rows=64,
+                entropy_grad=True, max_grad_rows=3 * rows, token_statistics=vocab == 33,
+            )  # fmt: skip
+            (outputs[0].sum() + outputs[1].sum()).backward()
+        ratio = torch.tensor(0.2, dtype=torch.float64)
+        group_ids = torch.tensor([7, 1, 7], device="cuda")
+        for rule, scope, algorithm, columns in itertools.product(
+            ("topk", "threshold", "quantile"), ("batch", "sequence", "group"), ("sort", "radix"), (70, 9001)
+        ):
+            entropy = (torch.rand(3, columns, device="cuda") * 20).round().to(dtype)
+            torch.ops.entropy_rl.global_top_mask_forward(
+                entropy, entropy > 1, ratio, rule, scope, group_ids if scope == "group" else None, algorithm
+            )
         chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
         old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
         for mode in LOSS_MODES:

@@ -1,11 +1,16 @@
 """On a GPU alone: no op waits for the device, and each can be captured in a CUDA graph and replayed."""
 
+import itertools
+
 import pytest
 import torch
 
 import entropy_rl_ext as ext
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean", "cispo"]
+SELECTIONS = list(
+    itertools.product(["topk", "threshold", "quantile"], ["batch", "sequence", "group"], ["auto", "sort", "radix"])
+)
 
 
 def make_step(name):
@@ -33,29 +38,54 @@ def make_step(name):
         log_prob, entropy = ext.logprob_entropy(leaf, targets, mask=mask, entropy_grad=True)
         return [log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaf)]
 
+    def entropy_backward(logits):
+        leaf = logits.detach().requires_grad_()
+        entropy = ext.token_entropy(leaf)
+        return [entropy, *torch.autograd.grad(entropy.sum(), leaf)]
+
+    hidden, weight = random(8, 64, 32), random(1000, 32)
+
+    def linear_step(hidden, weight):
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        log_prob, entropy = ext.linear_logprob_entropy(
+            *leaves, targets, mask=mask, max_mask_rows=512, max_grad_rows=200, entropy_grad=True, chunk_rows=128
+        )
+        chosen = ext.global_top_mask(entropy.detach(), mask)
+        loss = ((log_prob + entropy) * chosen).sum()
+        return [log_prob, entropy, *torch.autograd.grad(loss, leaves)]
+
     def kl_step(log_prob, old):
         leaf = log_prob.detach().requires_grad_()
         loss = ext.kl_loss(leaf, old, mask)
         return [loss, *torch.autograd.grad(loss, leaf)]
 
-    group_ids = torch.arange(8, device="cuda") // 2
+    # Rows of several parts, one block each, and rows that a block takes whole; a selection by blocks of tiles.
+    few_rows, many_rows, tokens = random(4, 40_000), random(1000, 40_000), random(3, 20_011).abs()
+
+    def select(x, mask, rule, scope, algorithm):
+        ids = torch.arange(len(x), device="cuda") // 2 if scope == "group" else None
+        ratio = torch.tensor(0.2, dtype=torch.float64)
+        return [torch.ops.entropy_rl.global_top_mask_forward(x, mask, ratio, rule, scope, ids, algorithm)]
+
     steps = {
         "token_entropy": ((logits,), lambda x: [ext.token_entropy(x)]),
         "logprob_entropy": ((logits, targets), entropy_step),
+        "linear_logprob_entropy": ((hidden, weight), linear_step),
         "kl_loss": ((log_prob, old), kl_step),
         "aggregate": ((entropy,), lambda x: [ext.aggregate(x, mask)]),
+        "token_entropy few rows": ((few_rows,), entropy_backward),
+        "token_entropy many rows": ((many_rows,), entropy_backward),
         **{
-            f"global_top_mask {rule} {scope}": (
-                (entropy,),
-                lambda x, rule=rule, scope=scope: [
-                    ext.global_top_mask(
-                        x, mask, rule=rule, scope=scope, group_ids=group_ids if scope == "group" else None
-                    )
-                ],
+            f"global_top_mask {rule} {scope} {algorithm}": (
+                (tokens,),
+                lambda x, case=(rule, scope, algorithm): select(x, x > 0.1, *case),
             )
-            for rule in ("topk", "threshold", "quantile")
-            for scope in ("batch", "sequence", "group")
+            for rule, scope, algorithm in SELECTIONS
         },
+        "global_top_mask segments": (
+            (many_rows[:, :3000],),
+            lambda x: select(x.contiguous(), x > -1, "topk", "sequence", "radix"),
+        ),
         **{f"policy_loss {mode}": loss_step(mode) for mode in LOSS_MODES},
     }
     return steps[name]
@@ -64,13 +94,13 @@ def make_step(name):
 STEPS = [
     "token_entropy",
     "logprob_entropy",
+    "linear_logprob_entropy",
     "kl_loss",
     "aggregate",
-    *(
-        f"global_top_mask {rule} {scope}"
-        for rule in ("topk", "threshold", "quantile")
-        for scope in ("batch", "sequence", "group")
-    ),
+    "token_entropy few rows",
+    "token_entropy many rows",
+    *(f"global_top_mask {rule} {scope} {algorithm}" for rule, scope, algorithm in SELECTIONS),
+    "global_top_mask segments",
     *(f"policy_loss {mode}" for mode in LOSS_MODES),
 ]
 
@@ -113,3 +143,32 @@ def test_same_bits_in_every_run(name):
     for _ in range(100):
         for actual, wanted in zip(step(*inputs), first, strict=True):
             assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("rule", ["topk", "threshold", "quantile"])
+@pytest.mark.parametrize("scope", ["batch", "sequence", "group"])
+@pytest.mark.parametrize("shape", [(3, 70), (2, 100_003), (1024, 4096)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_both_selections_give_the_same_bits(rule, scope, shape, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    entropy = torch.randn(shape, device="cuda", generator=generator).abs().to(dtype)
+    entropy[torch.rand(shape, device="cuda", generator=generator) < 0.01] = float("nan")
+    if dtype == torch.float32:
+        entropy = (entropy * 16).round() / 16  # ties on both sides of every tile's edge
+    mask = torch.rand(shape, device="cuda", generator=generator) < 0.7
+    ids = torch.arange(shape[0], device="cuda") % 3 if scope == "group" else None
+    ratio = torch.tensor(0.2, dtype=torch.float64)
+    select = torch.ops.entropy_rl.global_top_mask_forward
+    radix, sort = (select(entropy, mask, ratio, rule, scope, ids, algorithm) for algorithm in ("radix", "sort"))
+    assert torch.equal(radix, sort)
+    on_cpu = select(entropy.cpu(), mask.cpu(), ratio, rule, scope, None if ids is None else ids.cpu())
+    assert torch.equal(radix.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_gives_the_same_bits_in_every_batch(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(900, 50_257, device="cuda", generator=generator).to(dtype)
+    entropy = ext.token_entropy(logits)
+    assert torch.equal(ext.token_entropy(logits[:7]), entropy[:7])  # a block a part, at other alignments
+    assert torch.equal(ext.token_entropy(logits[501:503].contiguous()), entropy[501:503])

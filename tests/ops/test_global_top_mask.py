@@ -431,6 +431,26 @@ def test_bad_input(arguments, message, device):
         global_top_mask(**arguments)
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "sort", "radix"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_algorithm_gives_the_same_mask(algorithm, rule, scope, device):
+    # On CUDA; the CPU has one and takes the names. 200_000: more than one block takes a segment.
+    for shape in [(9, 60), (2, 100_000)]:
+        entropy, mask, groups = make_inputs(shape, torch.float32, "tied", 12, device)
+        ratio = torch.tensor(0.2, dtype=torch.float64)
+        ids = groups if scope == "group" else None
+        actual = torch.ops.entropy_rl.global_top_mask_forward(entropy, mask, ratio, rule, scope, ids, algorithm)
+        assert torch.equal(actual, select(entropy, mask, 0.2, rule, scope, groups))
+
+
+def test_unknown_algorithm(device):
+    entropy = torch.zeros(2, 3, device=device)
+    ratio = torch.tensor(0.2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="algorithm is 'best'; it must be one of 'auto', 'sort', 'radix'"):
+        torch.ops.entropy_rl.global_top_mask_forward(entropy, entropy, ratio, "topk", "batch", None, "best")
+
+
 def test_bad_ratio_under_the_papers_name(device):
     with pytest.raises(ValueError, match="top_ratio is 20"):
         get_global_entropy_top_mask(torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device), 20)

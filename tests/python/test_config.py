@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from entropy_rl import config as configuration
 from entropy_rl import train
+from entropy_rl.config import reference
 from training import ACTOR, as_arguments, broken_copy
 
 YAML = Path(configuration.__file__).parent / "train.yaml"
@@ -153,3 +154,10 @@ def test_a_chat_template_that_refuses(
     message = capsys.readouterr().err
     assert "the tokenizer's chat template refuses a conversation: roles must alternate" in message
     assert message.count("\n") == 1
+
+
+def test_the_reference_is_current() -> None:
+    """It has every key; `python -m entropy_rl.config.reference > docs/configuration.md` mends it."""
+    page = (Path(__file__).parents[2] / "docs/configuration.md").read_text()
+    assert page == reference.reference()
+    assert {key for key, _, _ in reference.entries(YAML.read_text())} == configuration.RULES.keys()

@@ -148,6 +148,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.path": TEXT,
     "actor_rollout_ref.model.enable_gradient_checkpointing": FLAG,
     "actor_rollout_ref.model.trust_remote_code": FLAG,
+    "actor_rollout_ref.model.use_fused_kernels": FLAG,
     "actor_rollout_ref.actor.entropy_top_ratio": optional(RATIO),
     "actor_rollout_ref.actor.entropy_top_rule": one_of("topk", "threshold", "quantile"),
     "actor_rollout_ref.actor.entropy_top_scope": one_of("micro_batch", "mini_batch"),

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = load_model(f"--{option} {path}", path, dtype=dtype).to(device).eval()
         if completions is None:
             completions = _sampled(model, tokenizer, arguments)
-        name = Path(path).name
+        name = _name(path)
         models.append(MeasuredModel(name, measure(model, completions, temperature=arguments.temperature, name=name)))
         del model  # before the next one is loaded
     assert completions is not None
@@ -60,6 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(_summary(models, completions, arguments.ratio))
     print(f"report: {output.resolve()}")
     return 0
+
+
+def _name(path: str) -> str:
+    """Of a checkpoint of the trainer the step, global_step_N/actor/huggingface; else the last part of the path."""
+    parts = Path(path).resolve().parts if Path(path).exists() else Path(path).parts
+    return parts[-3] if parts[-2:] == ("actor", "huggingface") else parts[-1]
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,1 @@
+"""Every op against its peers: `python -m benchmarks --help`."""

@@ -1,0 +1,193 @@
+"""Times ours and its peers side by side: the same fresh inputs, one process, alternating.
+
+A `bench_<op>.py` yields cases; `run_case` times one of them. On CUDA the clock is events on the stream; on the CPU
+it is the wall. Before every timed call the caches are swept, so that inputs come from memory as they do in training.
+"""
+
+import ctypes
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_rl_ext
+
+Inputs = dict[str, Tensor]
+ROOT = Path(__file__).parent.parent
+PEER_PACKAGES = ("verl", "trl", "liger-kernel", "quack-kernels", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table: ours and its peers on one kind of input.
+
+    A contender is a function of the inputs that returns what must be kept alive until the clock stops. Peers import
+    what they need inside: one that cannot be imported or fails is listed with its error.
+    """
+
+    name: str
+    inputs: Callable[[], Inputs]
+    ours: Callable[..., Any]
+    peers: dict[str, Callable[..., Any]]
+    bytes: int  # the least that must be read from and written to memory
+    # Least ratio of a peer's time to ours; "copy": least share of a copy's bandwidth; "seconds": most time of ours.
+    goals: dict[str, float] = field(default_factory=dict)
+    graph: bool = False  # on CUDA: captured once, and timed in replay
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile, compiled afresh for each case."""
+
+    @cache
+    def compile_once() -> Callable[..., Any]:
+        torch.compiler.reset()
+        return torch.compile(function, dynamic=False)
+
+    return lambda *args, **kwargs: compile_once()(*args, **kwargs)
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+@cache
+def _sweep_buffer(device: str) -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.uint8, device=device)  # more than any cache holds
+
+
+def _timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds that one call takes with cold caches."""
+    _sweep_buffer(device).zero_()
+    if device == "cpu":
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+    else:
+        # The sweep still runs while the host queues the call: launch overhead is hidden, as in training.
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        seconds = start.elapsed_time(end) / 1e3
+    del result
+    return seconds
+
+
+def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """Most memory that one call holds beside its inputs; on the CPU resident memory, None where /proc has none."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would not count again
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) << 10
+
+
+def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., Any]:
+    """The contender in a CUDA graph: a call copies the inputs in; what it returns replays."""
+    static = {name: tensor.clone() for name, tensor in inputs.items()}
+    graph = torch.cuda.CUDAGraph()
+    contender(**static)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        result = contender(**static)
+
+    def replay(**fresh: Tensor) -> Callable[[], Any]:
+        for name, tensor in fresh.items():
+            static[name].copy_(tensor)
+        return lambda: (graph.replay(), result)
+
+    return replay
+
+
+def measure_copy(device: str) -> float:
+    """Bytes a second, read and written, of a copy of 512 MiB: the best of ten."""
+    source = torch.empty(128 << 20, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], None]) -> dict[str, Any]:
+    """The case's record for JSON; `tick` is told what runs."""
+    contenders = {"ours": case.ours, **case.peers}
+    calls: dict[str, Callable[..., Callable[[], Any]]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    inputs = case.inputs()
+    for name, contender in contenders.items():
+        tick(f"{case.name}: {name} warms up")
+        try:
+            contender(**inputs)
+            if case.graph and device == "cuda":
+                calls[name] = _captured(contender, inputs)
+            else:
+                calls[name] = lambda contender=contender, **inputs: lambda: contender(**inputs)
+            records[name] = {"peak_bytes": _peak_bytes(calls[name](**inputs), device), "seconds": []}
+        except Exception as error:
+            if name == "ours":
+                raise
+            calls.pop(name, None)
+            records[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    order = list(calls)
+    for repetition in range(repetitions):
+        tick(f"{case.name}: {repetition + 1} of {repetitions}")
+        inputs = case.inputs()
+        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+        for name in order:
+            records[name]["seconds"].append(_timed(calls[name](**inputs), device))
+    return {"case": case.name, "bytes": case.bytes, "goals": case.goals, "contenders": records}
+
+
+# --- where it ran ---------------------------------------------------------------------------------
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions and commit, for the head of a result file."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "ours": entropy_rl_ext.__version__}
+    for package in PEER_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--", "csrc", "entropy_rl_ext", "setup.py", "benchmarks/*.py")),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,0 +1,189 @@
+"""Tables of results, and docs/performance.md with its charts, from the JSON under benchmarks/results.
+
+`python -m benchmarks.report` writes the page; `python -m benchmarks.report --check` fails where it is not what
+the committed results give.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+DEVICES = ("cpu", "cuda")
+
+HEAD = """# Performance
+
+Made from the files under [benchmarks/results](../benchmarks/results) by `make performance`; a figure without such a
+file is not quoted anywhere. `make bench` measures: ours and each installed peer on the same fresh random inputs, in one
+process, in turns, with caches swept before every call. Times are medians with their quartiles. "GB/s" counts the
+least bytes that the work must read and write, and is set against a copy on the same device, reads and writes counted;
+what only reads can pass 100 %. Memory is the most that a call holds beside its inputs.
+"""
+RUN_HEAD = """
+## Which kernels have run where
+
+| op | CPU | CUDA |
+|---|---|---|
+"""
+RUN_FOOT = """
+"Compiled" means that `make cuda-build` builds, installs and imports the kernels, and that their unmodified source
+passes its tests under the host's SIMT shim (`tests/cpp/simt.h`), which is not a GPU. `make test-gpu` runs everything on
+a GPU: the op tests, the host-sync, CUDA-graph and determinism tests, and compute-sanitizer.
+"""
+
+
+def load(device: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / device).glob("*.json"))]
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError
+
+
+def _median(record: dict[str, Any]) -> float:
+    return statistics.median(record["seconds"])
+
+
+def _spread(record: dict[str, Any]) -> str:
+    if len(record["seconds"]) < 2:
+        return ""
+    low, _, high = statistics.quantiles(record["seconds"], n=4, method="inclusive")
+    return f"{_time(low)} – {_time(high)}"
+
+
+def _memory(record: dict[str, Any]) -> str:
+    peak = record.get("peak_bytes")
+    return "" if peak is None else f"{peak / 2**20:.1f} MiB"
+
+
+def _goal(name: str, least: float, run: dict[str, Any], copy: float) -> tuple[str, str]:
+    """(goal, what was measured, with whether it is met)"""
+    seconds = _median(run["contenders"]["ours"])
+    if name == "seconds":
+        return f"at most {_time(least)}", f"{_time(seconds)}, {'met' if seconds <= least else '**missed**'}"
+    if name == "copy":
+        share = run["bytes"] / seconds / copy
+        return f"at least {least:.0%} of a copy", f"{share:.0%}, {'met' if share >= least else '**missed**'}"
+    peer = run["contenders"].get(name, {})
+    text = f"at least {least:g}× {name}" if least >= 1 else f"at most {1 / least:g}× the time of {name}"
+    if not peer.get("seconds"):
+        return text, "the peer did not run"
+    ratio = _median(peer) / seconds
+    measured = f"{ratio:.3g}×" if least >= 1 else f"{1 / ratio:.3g}×"
+    return text, f"{measured}, {'met' if ratio >= least else '**missed**'}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result file as Markdown."""
+    copy = result["copy_bytes_per_second"]
+    threads = f", {result['threads']} thread{'s' if result['threads'] > 1 else ''}" if result["threads"] else ""
+    simd = f", {result['simd']}" if result.get("simd") else ""
+    lines = [
+        f"### {result['op']}{threads}{simd}",
+        "",
+        f"{result['device_name']}, commit {(result['commit'] or 'unknown')[:10]}"
+        f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {result['versions']['torch']}; "
+        f"a copy moves {copy / 1e9:.1f} GB/s.",
+        "",
+        "| work | who | time | quartiles | against ours | GB/s | of a copy | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    goals = []
+    for run in result["runs"]:
+        ours = _median(run["contenders"]["ours"])
+        for name, record in run["contenders"].items():
+            who = f"**{name}**" if name == "ours" else name
+            if "error" in record:
+                lines.append(f"| {run['case']} | {who} | failed: {record['error'].replace('|', '/')} | | | | | |")
+                continue
+            seconds = _median(record)
+            rate = run["bytes"] / seconds
+            lines.append(
+                f"| {run['case']} | {who} | {_time(seconds)} | {_spread(record)} | {seconds / ours:.2f} "
+                f"| {rate / 1e9:.1f} | {rate / copy:.0%} | {_memory(record)} |"
+            )
+        goals += [(run["case"], *_goal(name, least, run, copy)) for name, least in run["goals"].items()]
+    if goals:
+        lines += ["", "| work | goal | measured |", "|---|---|---|"]
+        lines += [f"| {case} | {goal} | {measured} |" for case, goal, measured in goals]
+    return "\n".join(lines) + "\n"
+
+
+def _executed(op: str, results: list[dict[str, Any]]) -> str:
+    """Where an op has run on a GPU: what its result files say, and nothing else."""
+    runs = sorted({(r["device_name"], (r["commit"] or "unknown")[:10]) for r in results if r["op"] == op})
+    if not runs:
+        return "compiled for sm_80 and sm_90; **never executed on a GPU**"
+    return "; ".join(f"executed on {name} at commit {commit}" for name, commit in runs)
+
+
+def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
+    """Bars: how many times ours each peer takes, the widest run (most threads) of each op."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "entropy_rl_ext"  # the same file from the same results
+    from matplotlib import pyplot
+
+    widest: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["op"] not in widest or (result["threads"] or 0) > (widest[result["op"]]["threads"] or 0):
+            widest[result["op"]] = result
+    bars = [
+        (f"{op}: {run['case']}\n{name}", _median(record) / _median(run["contenders"]["ours"]))
+        for op, result in sorted(widest.items())
+        for run in result["runs"]
+        for name, record in run["contenders"].items()
+        if name != "ours" and record.get("seconds")
+    ]
+    if not bars:
+        return
+    labels, ratios = zip(*reversed(bars), strict=True)
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.32 * len(bars)), layout="constrained")
+    axes.barh(range(len(bars)), ratios, color=["#3b6ea5" if ratio >= 1 else "#b5533c" for ratio in ratios])
+    axes.set_yticks(range(len(bars)), labels, fontsize=6)
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("time of the peer / time of ours")
+    for y, ratio in enumerate(ratios):
+        axes.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=6)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def page() -> str:
+    results = {device: load(device) for device in DEVICES}
+    ops = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    parts = [HEAD, RUN_HEAD]
+    parts += [f"| `{op}`, forward and backward | tested | {_executed(op, results['cuda'])} |\n" for op in ops]
+    parts += [RUN_FOOT]
+    for device, files in results.items():
+        if not files:
+            parts.append(f"\n## {device.upper()}\n\nNothing has been measured.\n")
+            continue
+        parts.append(f"\n## {device.upper()}\n\n![Each peer's time against ours](performance-{device}.svg)\n")
+        parts += ["\n" + table(result) for result in files]
+    return "".join(parts).replace("`global_top_mask`, forward and backward", "`global_top_mask`")
+
+
+def main() -> None:
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text() != page():
+            sys.exit("docs/performance.md is not what benchmarks/results gives: run make performance")
+        return
+    PAGE.write_text(page())
+    for device in DEVICES:
+        if results := load(device):
+            chart(device, results, PAGE.parent / f"performance-{device}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+// linear_logprob_entropy on the CPU: the rows of a tile in parallel, in chunks that stay in the
+// first-level cache, as softmax_rows.h has them.
+#include "../linear_logprob_entropy_op.h"
+
+#include <algorithm>
+
+#include "simd.h"
+#include "softmax_rows.h"
+
+namespace entropy_rl::cpu {
+
+template <class Acc>
+__attribute__((always_inline)) inline void transform_of(const Acc* x, int count,
+                                                        const LogitTransform<Acc>& transform,
+                                                        int64_t column, Acc* z) {
+  const Acc scale = transform.scale;
+  if (transform.bias) {
+    for (int i = 0; i < count; ++i) z[i] = scale * (x[i] + transform.bias[column + i]);
+  } else {
+    for (int i = 0; i < count; ++i) z[i] = scale * x[i];
+  }
+  if (!(transform.softcap > 0)) return;
+  const Acc softcap = transform.softcap;
+  for (int i = 0; i < count; ++i) z[i] = softcap * tanh_vectorizable(z[i] / softcap);
+}
+
+template <class Acc>
+__attribute__((always_inline)) inline void slope_of(const Acc* z, int count,
+                                                    const LogitTransform<Acc>& transform,
+                                                    Acc* gradient) {
+  for (int i = 0; i < count; ++i) gradient[i] *= transform.slope(z[i]);
+}
+
+template <class Acc>
+__attribute__((always_inline)) inline Acc squares_of(const Acc* z, int count, Acc shift,
+                                                     Acc inverse_temperature) {
+  Acc lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const Acc e = exp_vectorizable(clamp_exponent((z[i + j] - shift) * inverse_temperature));
+      lanes[j] += e * e;
+    }
+  }
+  for (int j = 0; i < count; ++i, ++j) {
+    const Acc e = exp_vectorizable(clamp_exponent((z[i] - shift) * inverse_temperature));
+    lanes[j] += e * e;
+  }
+  for (int j = 1; j < kLanes; ++j) lanes[0] += lanes[j];
+  return lanes[0];
+}
+
+ENTROPY_RL_SIMD_CLONES void chunk_transform(const float* x, int count,
+                                            const LogitTransform<float>& transform, int64_t column,
+                                            float* z) {
+  transform_of(x, count, transform, column, z);
+}
+ENTROPY_RL_SIMD_CLONES void chunk_transform(const double* x, int count,
+                                            const LogitTransform<double>& transform, int64_t column,
+                                            double* z) {
+  transform_of(x, count, transform, column, z);
+}
+ENTROPY_RL_SIMD_CLONES void chunk_slope(const float* z, int count,
+                                        const LogitTransform<float>& transform, float* gradient) {
+  slope_of(z, count, transform, gradient);
+}
+ENTROPY_RL_SIMD_CLONES void chunk_slope(const double* z, int count,
+                                        const LogitTransform<double>& transform, double* gradient) {
+  slope_of(z, count, transform, gradient);
+}
+ENTROPY_RL_SIMD_CLONES float chunk_squares(const float* z, int count, float shift,
+                                           float inverse_temperature) {
+  return squares_of(z, count, shift, inverse_temperature);
+}
+ENTROPY_RL_SIMD_CLONES double chunk_squares(const double* z, int count, double shift,
+                                            double inverse_temperature) {
+  return squares_of(z, count, shift, inverse_temperature);
+}
+
+namespace {
+
+struct Tiles {
+  template <class Fn>
+  static void for_each_row(const TileArguments& in, Fn fn) {
+    simd();  // a wrong ENTROPY_RL_SIMD is refused here: an error inside loses its message
+    const int64_t rows_per_task = std::max<int64_t>(1, 32768 / in.width);
+    torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) fn(row);
+    });
+  }
+
+  template <class Acc>
+  static double temperature_of(const TileArguments& in, int64_t row) {
+    return in.row_temperature ? const_data<Acc>(in.row_temperature)[row] : in.temperature;
+  }
+
+  static void forward(const TileArguments& in, bool statistics, const Tensor& state) {
+    dispatch_floating(in.dtype, [&](auto element) {
+      using Acc = accumulate_t<decltype(element)>;
+      const LogitTransform<Acc> transform = in.transform<Acc>();
+      const int64_t* targets = const_data<int64_t>(in.targets);
+      const Acc* tile = const_data<Acc>(in.tile);
+      const int64_t stride = in.tile.stride(0);
+      VocabState* states = mutable_data<VocabState>(state);
+      for_each_row(in, [&](int64_t row) {
+        fold_row(tile + row * stride, in.width, targets[row] - in.vocab_start,
+                 1.0 / temperature_of<Acc>(in, row), transform, statistics, &states[row]);
+      });
+    });
+  }
+
+  template <class Acc>
+  static void fold_row(const Acc* products /*[width]*/, int64_t width, int64_t target,
+                       double inverse_temperature, const LogitTransform<Acc>& transform,
+                       bool statistics, VocabState* state) {
+    alignas(64) Acc buffer[kChunk];
+    VocabPart<double> part = state->part;
+    for (int64_t begin = 0; begin < width; begin += kChunk) {
+      const int count = static_cast<int>(std::min<int64_t>(width - begin, kChunk));
+      const Acc* z = products + begin;
+      if (!transform.is_identity()) {
+        chunk_transform(z, count, transform, begin, buffer);
+        z = buffer;
+      }
+      const double max = chunk_max(z, count);
+      part = rescaled(part, max, inverse_temperature);
+      const Acc shift = static_cast<Acc>(part.softmax.shift());
+      Acc sum, dot;
+      chunk_sums(z, count, shift, static_cast<Acc>(inverse_temperature), &sum, &dot);
+      part.softmax.sum += sum;
+      part.softmax.dot += dot;
+      if (target >= begin && target < begin + count) state->target = z[target - begin];
+      if (!statistics) continue;
+      part.squares += chunk_squares(z, count, shift, static_cast<Acc>(inverse_temperature));
+      const int64_t before = std::clamp<int64_t>(target - begin, 0, count);
+      part.before_target =
+          std::max<double>(part.before_target, chunk_max(z, static_cast<int>(before)));
+    }
+    state->part = part;
+  }
+
+  static void backward(const TileArguments& in, const TileGradients& gradients,
+                       const Tensor& gradient) {
+    dispatch_tile_gradient(in.dtype, gradient.scalar_type(), [&](auto element, auto out_element) {
+      using Acc = decltype(element);
+      using Out = decltype(out_element);
+      const LogitTransform<Acc> transform = in.transform<Acc>();
+      const int64_t* targets = const_data<int64_t>(in.targets);
+      const Acc* tile = const_data<Acc>(in.tile);
+      const int64_t stride = in.tile.stride(0);
+      const Acc* grad_log_prob = const_data<Acc>(gradients.grad_log_prob);
+      const Acc* grad_entropy = const_data<Acc>(gradients.grad_entropy);
+      const Acc* entropy = const_data<Acc>(gradients.entropy);
+      const Acc* statistics = const_data<Acc>(gradients.statistics);
+      Out* out = mutable_data<Out>(gradient);
+      const int64_t out_stride = gradient.stride(0);
+      for_each_row(in, [&](int64_t row) {
+        const SoftmaxGradient<Acc> at{shift_of(statistics[2 * row]),
+                                      statistics[2 * row + 1],
+                                      entropy[row],
+                                      static_cast<Acc>(1.0 / temperature_of<Acc>(in, row)),
+                                      grad_log_prob ? grad_log_prob[row] : Acc(0),
+                                      grad_entropy ? grad_entropy[row] : Acc(0)};
+        gradient_row(tile + row * stride, in.width, targets[row] - in.vocab_start, at, transform,
+                     out + row * out_stride);
+      });
+    });
+  }
+
+  // `out` may be `products`.
+  template <class Acc, class Out>
+  static void gradient_row(const Acc* products /*[width]*/, int64_t width, int64_t target,
+                           const SoftmaxGradient<Acc>& at, const LogitTransform<Acc>& transform,
+                           Out* out /*[width]*/) {
+    if (at.grad_log_prob == 0 && at.grad_entropy == 0) {
+      for (int64_t i = 0; i < width; ++i) out[i] = Out{};
+      return;
+    }
+    alignas(64) Acc z[kChunk];
+    alignas(64) Acc buffer[kChunk];
+    for (int64_t begin = 0; begin < width; begin += kChunk) {
+      const int count = static_cast<int>(std::min<int64_t>(width - begin, kChunk));
+      Acc* gradient = buffer;
+      if constexpr (std::is_same_v<Acc, Out>) gradient = out + begin;
+      if (!transform.is_identity()) {
+        chunk_transform(products + begin, count, transform, begin, z);
+        std::copy(z, z + count, gradient);
+      } else if (gradient != products + begin) {
+        std::copy(products + begin, products + begin + count, gradient);
+      }
+      chunk_gradient(gradient, count, at, gradient);
+      // The target's term joins before rounding to Out: added after, p - 1 would be rounded twice.
+      if (target >= begin && target < begin + count) {
+        gradient[target - begin] += at.inverse_temperature * at.grad_log_prob;
+      }
+      if (!transform.is_identity()) chunk_slope(z, count, transform, gradient);
+      if constexpr (!std::is_same_v<Acc, Out>) narrow(gradient, count, out + begin);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace entropy_rl::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
+  using entropy_rl::cpu::Tiles;
+  m.impl("linear_logprob_entropy_tile_forward",
+         TORCH_BOX(&entropy_rl::linear_logprob_entropy_tile_forward<Tiles>));
+  m.impl("linear_logprob_entropy_tile_backward",
+         TORCH_BOX(&entropy_rl::linear_logprob_entropy_tile_backward<Tiles>));
+}

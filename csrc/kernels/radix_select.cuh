@@ -1,0 +1,483 @@
+// The same choice as global_top_mask.cuh makes over sorted tiles, by radix select: the k-th largest
+// key is found 11 bits at a time from the highest, each by a histogram of the keys that share the
+// bits found so far. Keys are computed where they are read, so nothing but the mask is written.
+//   radix_segment_kernel    a block a segment does all of it, histograms in shared memory
+//   radix_histogram_kernel  a block a tile: one pass, its counts added to the segment's; each block
+//                           reads the previous pass's histogram and finds the digit for itself
+//   radix_ties_kernel       a block a tile: what the mask must know of the tiles beside it
+//   radix_mask_kernel       a block a tile
+// Counts are integers, so that neither the order of blocks nor that of atomics changes a bit. For a
+// float32 token 5 bytes a pass (3; 6 for double), 5 to find ties where only some are kept, 6 for
+// the mask; of 2^20 tokens all passes but the first read the L2.
+#pragma once
+
+#include "global_top_mask.cuh"
+#include "quad.cuh"
+
+namespace entropy_rl {
+
+// ---- Keys ----
+
+// Keys of entropies; the mask leaves elements out.
+template <class Element>
+struct EntropyKeys {
+  using Key = selection_key_t<accumulate_t<Element>>;
+  const Element* entropy;  // [rows, columns]
+  const bool* mask;        // [rows, columns]
+
+  __device__ __forceinline__ bool aligned(int64_t index) const {
+    return is_quad(entropy + index) && is_quad(mask + index);
+  }
+  __device__ __forceinline__ void load(int64_t index, Key (&keys)[kQuad]) const {
+    Element values[kQuad];
+    bool eligible[kQuad];
+    load_quad(entropy + index, values);
+    load_quad(mask + index, eligible);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      keys[j] = eligible[j] ? selection_key(load_value(values[j])) : kIneligibleKey<Key>;
+    }
+  }
+  __device__ __forceinline__ Key operator[](int64_t index) const {
+    return mask[index] ? selection_key(load_value(entropy[index])) : kIneligibleKey<Key>;
+  }
+};
+
+// Keys that are there.
+template <class K>
+struct GivenKeys {
+  using Key = K;
+  const Key* keys;  // [rows, columns]
+
+  __device__ __forceinline__ bool aligned(int64_t index) const { return is_quad(keys + index); }
+  __device__ __forceinline__ void load(int64_t index, Key (&to)[kQuad]) const {
+    load_quad(keys + index, to);
+  }
+  __device__ __forceinline__ Key operator[](int64_t index) const { return keys[index]; }
+};
+
+// Calls f(i, keys of begin + i and the next three) for this thread's share of [begin, begin +
+// size); keys beyond the end are kIneligibleKey. All threads of the block go around together.
+template <class Keys, class F>
+__device__ __forceinline__ void for_each_four(const Keys& keys, int64_t begin, int64_t size, F f) {
+  using Key = typename Keys::Key;
+  const bool aligned = keys.aligned(begin);
+  for (int64_t round = 0; round < size; round += kQuad * blockDim.x) {
+    const int64_t i = round + kQuad * threadIdx.x;
+    Key four[kQuad];
+    if (aligned && i + kQuad <= size) {
+      keys.load(begin + i, four);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        four[j] = i + j < size ? keys[begin + i + j] : kIneligibleKey<Key>;
+      }
+    }
+    f(i, four);
+  }
+}
+
+// ---- Digits ----
+
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+
+// The digit that a pass finds: the bits [shift, shift + bits) of a key.
+template <class Key>
+struct Digit {
+  static constexpr int kKeyBits = 8 * static_cast<int>(sizeof(Key));
+  static constexpr int kPasses = (kKeyBits + kDigitBits - 1) / kDigitBits;
+  int bits;
+  int shift;
+
+  __device__ __forceinline__ explicit Digit(int pass) {
+    const int unknown = kKeyBits - kDigitBits * pass;
+    bits = unknown < kDigitBits ? unknown : kDigitBits;
+    shift = unknown - bits;
+  }
+  __device__ __forceinline__ int of(Key key) const {
+    return static_cast<int>(key >> shift & ((Key{1} << bits) - 1));
+  }
+  // Whether a key has the digits that earlier passes found.
+  __device__ __forceinline__ bool is_candidate(Key key, Key prefix) const {
+    return shift + bits == kKeyBits || (key ^ prefix) >> (shift + bits) == 0;
+  }
+};
+
+// Of a segment, as far as its digits are found.
+template <class Key>
+struct RadixCut {
+  Key prefix;    // the digits found; after the last pass the k-th largest key
+  Key eligible;  // keys in the segment; a Key, so that the struct has no padding
+  uint32_t
+      rank;  // which of the keys that share the prefix, from the largest, 1 up; 0: none is kept
+  uint32_t equal;  // how many share it
+
+  __device__ __forceinline__ bool keeps_all_ties() const { return rank == equal; }
+};
+
+// Which key of n, counted from the largest, decides; 0: none.
+__device__ __forceinline__ uint32_t deciding_rank(uint32_t n, const SelectionRule& rule) {
+  if (n == 0) return 0;
+  if (rule.rule == TopRule::kQuantile) {
+    return n - static_cast<uint32_t>(quantile_position(n, rule.ratio).lower);
+  }
+  if (!rule.count) return static_cast<uint32_t>(top_count(n, rule.ratio));
+  const int64_t count = *rule.count;
+  return count < 0 ? 0 : count < n ? static_cast<uint32_t>(count) : n;
+}
+
+template <class Key>
+struct RadixShared {
+  uint32_t counts[kMaxWarps];
+  Key keys[kMaxWarps];
+  RadixCut<Key> cut;
+};
+
+// `cut` with the digit of `pass` found in the histogram of the keys that share its prefix. All
+// threads of the block call it; all return it.
+template <class Key>
+__device__ __forceinline__ RadixCut<Key> with_digit(const uint32_t* histogram /*[kDigits]*/,
+                                                    const RadixCut<Key>& cut, int pass,
+                                                    const SelectionRule& rule,
+                                                    RadixShared<Key>* shared) {
+  // Thread t looks after the t-th run of digits from the highest down.
+  const int run = (kDigits + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+  const int highest = kDigits - 1 - static_cast<int>(threadIdx.x) * run;
+  uint32_t own = 0;
+  for (int i = 0; i < run && i <= highest; ++i) own += histogram[highest - i];
+  uint32_t total;
+  uint32_t above = block_exclusive_scan(own, &total, shared->counts);
+  const Key eligible = pass == 0 ? total : cut.eligible;
+  const uint32_t rank = pass == 0 ? deciding_rank(total, rule) : cut.rank;
+  if (rank == 0) {
+    if (threadIdx.x == 0) shared->cut = {kNaNKey<Key>, eligible, 0, 0};
+  } else if (above < rank && rank <= above + own) {
+    int digit = highest;
+    while (above + histogram[digit] < rank) above += histogram[digit--];
+    const Key found = static_cast<Key>(digit) << Digit<Key>(pass).shift;
+    shared->cut = {pass == 0 ? found : cut.prefix | found, eligible, rank - above,
+                   histogram[digit]};
+  }
+  __syncthreads();
+  return shared->cut;
+}
+
+// Adds the keys of one tile that share the prefix; ineligible ones do not count.
+template <class Keys>
+__device__ __forceinline__ void count_digits(const Keys& keys, int64_t begin, int64_t size,
+                                             int pass, typename Keys::Key prefix,
+                                             uint32_t* histogram /*[kDigits], shared*/) {
+  using Key = typename Keys::Key;
+  const Digit<Key> digit(pass);
+  for_each_four(keys, begin, size, [&](int64_t, const Key(&four)[kQuad]) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (four[j] != kIneligibleKey<Key> && digit.is_candidate(four[j], prefix)) {
+        atomicAdd(&histogram[digit.of(four[j])], 1u);
+      }
+    }
+  });
+}
+
+__device__ __forceinline__ void clear_digits(uint32_t* histogram /*[kDigits]*/) {
+  for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
+}
+
+// ---- From the last cut to the mask ----
+
+// Keys that exceed `key` least: the smallest of those, in one tile.
+template <class Keys>
+__device__ __forceinline__ typename Keys::Key smallest_above(const Keys& keys, int64_t begin,
+                                                             int64_t size, typename Keys::Key key) {
+  using Key = typename Keys::Key;
+  Key smallest = kNaNKey<Key>;
+  for_each_four(keys, begin, size, [&](int64_t, const Key(&four)[kQuad]) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (four[j] > key && four[j] < smallest) smallest = four[j];
+    }
+  });
+  return smallest;
+}
+
+// Whether the quantile lies between the deciding key and the next larger one.
+template <class Key>
+__device__ __forceinline__ bool needs_next_key(const RadixCut<Key>& cut,
+                                               const SelectionRule& rule) {
+  return rule.rule == TopRule::kQuantile && cut.rank == 1 &&
+         quantile_position(static_cast<int64_t>(cut.eligible), rule.ratio).weight > 0.0;
+}
+// Whether some keys equal to the deciding one are kept and others are not.
+template <class Key>
+__device__ __forceinline__ bool splits_ties(const RadixCut<Key>& cut, const SelectionRule& rule) {
+  return rule.rule == TopRule::kTopK && !cut.keeps_all_ties();
+}
+
+// The smallest key that is kept where no ties are split; `next` as needs_next_key asks.
+template <class Key>
+__device__ __forceinline__ Key smallest_kept(const RadixCut<Key>& cut, Key next,
+                                             const SelectionRule& rule) {
+  if (!needs_next_key(cut, rule)) return cut.prefix;
+  return quantile_key(cut.prefix, next,
+                      quantile_position(static_cast<int64_t>(cut.eligible), rule.ratio).weight);
+}
+
+__device__ __forceinline__ void store_four(const bool (&kept)[kQuad], int64_t i, int64_t size,
+                                           uint8_t* out /*[size]*/) {
+  const uint8_t bytes[kQuad] = {kept[0], kept[1], kept[2], kept[3]};
+  if (i + kQuad <= size && is_quad(out + i)) return store_quad(bytes, out + i);
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    if (i + j < size) out[i + j] = bytes[j];
+  }
+}
+
+__device__ __forceinline__ void fill_zero_bytes(uint8_t* out /*[size]*/, int64_t size) {
+  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) out[i] = 0;
+}
+
+// Keeps a tile's keys from `key` up.
+template <class Keys>
+__device__ __forceinline__ void mask_from(const Keys& keys, int64_t begin, int64_t size,
+                                          typename Keys::Key key, uint8_t* out /*[size]*/) {
+  using Key = typename Keys::Key;
+  for_each_four(keys, begin, size, [&](int64_t i, const Key(&four)[kQuad]) {
+    const bool kept[kQuad] = {four[0] >= key, four[1] >= key, four[2] >= key, four[3] >= key};
+    store_four(kept, i, size, out);
+  });
+}
+
+// Keeps a tile's keys above `key` and the first `ties` that equal it; returns how many equal it.
+template <class Keys>
+__device__ __forceinline__ uint32_t mask_first_ties(const Keys& keys, int64_t begin, int64_t size,
+                                                    typename Keys::Key key, uint32_t ties,
+                                                    uint32_t* shared_counts /*[kMaxWarps]*/,
+                                                    uint8_t* out /*[size]*/) {
+  using Key = typename Keys::Key;
+  uint32_t before_round = 0;
+  for_each_four(keys, begin, size, [&](int64_t i, const Key(&four)[kQuad]) {
+    uint32_t own = 0;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) own += four[j] == key;
+    uint32_t total;
+    uint32_t rank = before_round + block_exclusive_scan(own, &total, shared_counts);
+    bool kept[kQuad];
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      const bool tie = four[j] == key;
+      kept[j] = four[j] > key || (tie && rank < ties);
+      rank += tie;
+    }
+    store_four(kept, i, size, out);
+    before_round += total;
+  });
+  return before_round;
+}
+
+// What every kernel here reads. Rows are taken in `row_order`; segments are runs of rows with one
+// id, or each row by itself where `ids` is null.
+template <class Keys>
+struct RadixInputs {
+  Keys keys;                 // [rows, columns]
+  const int64_t* ids;        // [rows] ascending, or null
+  const int64_t* row_order;  // [rows], or null: as they lie
+  TileLayout layout;
+  SelectionRule rule;
+
+  // Where a tile begins among the keys and in the mask.
+  __device__ __forceinline__ int64_t begin(int64_t tile) const {
+    const int64_t row = layout.row(tile);
+    return (row_order ? row_order[row] : row) * layout.columns + layout.column(tile);
+  }
+  // First row of a row's segment, by which the segment is known.
+  __device__ __forceinline__ int64_t segment_begin(int64_t row) const {
+    if (!ids) return row;
+    int64_t begin = 0;
+    int64_t end = row;
+    while (begin < end) {
+      const int64_t middle = begin + (end - begin) / 2;
+      if (ids[middle] < ids[row]) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
+  __device__ __forceinline__ int64_t segment_end(int64_t row) const {
+    return ids ? entropy_rl::segment_end(ids, row, layout.rows) : row + 1;
+  }
+};
+
+// ---- A block a segment ----
+
+template <class Keys>
+__global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows, columns]*/) {
+  using Key = typename Keys::Key;
+  __shared__ uint32_t histogram[kDigits];
+  __shared__ RadixShared<Key> shared;
+  const TileLayout& layout = in.layout;
+  for (int64_t row = blockIdx.x; row < layout.rows; row += gridDim.x) {
+    if (in.ids && row > 0 && in.ids[row] == in.ids[row - 1]) continue;  // another block's segment
+    const int64_t first = row * layout.tiles_per_row;
+    const int64_t last = in.segment_end(row) * layout.tiles_per_row;
+    RadixCut<Key> cut{};
+    for (int pass = 0; pass < Digit<Key>::kPasses; ++pass) {
+      clear_digits(histogram);
+      __syncthreads();
+      for (int64_t tile = first; tile < last; ++tile) {
+        count_digits(in.keys, in.begin(tile), layout.size(tile), pass, cut.prefix, histogram);
+      }
+      __syncthreads();
+      cut = with_digit(histogram, cut, pass, in.rule, &shared);
+    }
+    if (splits_ties(cut, in.rule)) {
+      uint32_t ties = cut.rank;
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t begin = in.begin(tile);
+        const uint32_t found = mask_first_ties(in.keys, begin, layout.size(tile), cut.prefix, ties,
+                                               shared.counts, mask + begin);
+        ties = ties > found ? ties - found : 0;
+      }
+      continue;
+    }
+    Key next = kNaNKey<Key>;
+    if (needs_next_key(cut, in.rule)) {
+      for (int64_t tile = first; tile < last; ++tile) {
+        next = SmallerKey{}(next,
+                            smallest_above(in.keys, in.begin(tile), layout.size(tile), cut.prefix));
+      }
+      next = block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared.keys);
+    }
+    const Key smallest = smallest_kept(cut, next, in.rule);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = in.begin(tile);
+      if (cut.rank == 0) {
+        fill_zero_bytes(mask + begin, layout.size(tile));
+      } else {
+        mask_from(in.keys, begin, layout.size(tile), smallest, mask + begin);
+      }
+    }
+  }
+}
+
+// ---- A block a tile ----
+
+// What the passes hand on, for every segment at the index of its first row.
+template <class Key>
+struct RadixState {
+  uint32_t* histograms;  // [passes, rows, kDigits], zero at the start
+  RadixCut<Key>* cuts;   // [passes, rows]
+  Key* tile_values;      // [tiles]: ties in the tile, or the smallest key above the deciding one
+  int64_t rows;
+
+  __device__ __forceinline__ uint32_t* histogram(int pass, int64_t segment) const {
+    return histograms + (pass * rows + segment) * kDigits;
+  }
+  __device__ __forceinline__ RadixCut<Key>* cut(int pass, int64_t segment) const {
+    return cuts + pass * rows + segment;
+  }
+};
+
+// A segment's cut after `pass`, whose histogram is complete; kept for the next kernel.
+template <class Keys>
+__device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
+    const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state, int pass,
+    int64_t segment, int64_t tile, RadixShared<typename Keys::Key>* shared) {
+  using Key = typename Keys::Key;
+  const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, segment) : RadixCut<Key>{};
+  const RadixCut<Key> cut =
+      with_digit(state.histogram(pass, segment), before, pass, in.rule, shared);
+  if (tile == segment * in.layout.tiles_per_row && threadIdx.x == 0) {
+    *state.cut(pass, segment) = cut;
+  }
+  return cut;
+}
+
+template <class Keys>
+__global__ void radix_histogram_kernel(RadixInputs<Keys> in, RadixState<typename Keys::Key> state,
+                                       int pass) {
+  using Key = typename Keys::Key;
+  __shared__ uint32_t histogram[kDigits];
+  __shared__ RadixShared<Key> shared;
+  for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
+    const int64_t segment = in.segment_begin(in.layout.row(tile));
+    RadixCut<Key> cut{};
+    if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
+    clear_digits(histogram);
+    __syncthreads();
+    count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
+    __syncthreads();
+    uint32_t* sums = state.histogram(pass, segment);
+    for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) {
+      if (histogram[digit] != 0) atomicAdd(&sums[digit], histogram[digit]);
+    }
+    // The next tile's histogram may not be cleared before this one is added.
+    __syncthreads();
+  }
+}
+
+template <class Keys>
+__global__ void radix_ties_kernel(RadixInputs<Keys> in, RadixState<typename Keys::Key> state) {
+  using Key = typename Keys::Key;
+  __shared__ RadixShared<Key> shared;
+  for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
+    const int64_t segment = in.segment_begin(in.layout.row(tile));
+    const RadixCut<Key> cut = cut_after(in, state, Digit<Key>::kPasses - 1, segment, tile, &shared);
+    const int64_t begin = in.begin(tile);
+    const int64_t size = in.layout.size(tile);
+    Key value = 0;
+    if (splits_ties(cut, in.rule)) {
+      for_each_four(in.keys, begin, size, [&](int64_t, const Key(&four)[kQuad]) {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) value += four[j] == cut.prefix;
+      });
+      value = block_reduce(value, Key{0}, Plus{}, shared.keys);
+    } else if (needs_next_key(cut, in.rule)) {
+      value = block_reduce(smallest_above(in.keys, begin, size, cut.prefix), kNaNKey<Key>,
+                           SmallerKey{}, shared.keys);
+    } else {
+      continue;
+    }
+    if (threadIdx.x == 0) state.tile_values[tile] = value;
+  }
+}
+
+template <class Keys>
+__global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys::Key> state,
+                                  uint8_t* mask /*[rows, columns]*/) {
+  using Key = typename Keys::Key;
+  __shared__ RadixShared<Key> shared;
+  for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
+    const int64_t segment = in.segment_begin(in.layout.row(tile));
+    const RadixCut<Key> cut = *state.cut(Digit<Key>::kPasses - 1, segment);
+    const int64_t begin = in.begin(tile);
+    const int64_t size = in.layout.size(tile);
+    const int64_t first = segment * in.layout.tiles_per_row;
+    if (splits_ties(cut, in.rule)) {
+      Key before = 0;
+      for (int64_t i = first + threadIdx.x; i < tile; i += blockDim.x)
+        before += state.tile_values[i];
+      before = block_reduce(before, Key{0}, Plus{}, shared.keys);
+      const uint32_t ties = before < cut.rank ? cut.rank - static_cast<uint32_t>(before) : 0;
+      mask_first_ties(in.keys, begin, size, cut.prefix, ties, shared.counts, mask + begin);
+      continue;
+    }
+    if (cut.rank == 0) {
+      fill_zero_bytes(mask + begin, size);
+      continue;
+    }
+    Key next = kNaNKey<Key>;
+    if (needs_next_key(cut, in.rule)) {
+      const int64_t last = in.segment_end(segment) * in.layout.tiles_per_row;
+      for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
+        next = SmallerKey{}(next, state.tile_values[i]);
+      }
+      next = block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared.keys);
+    }
+    mask_from(in.keys, begin, size, smallest_kept(cut, next, in.rule), mask + begin);
+  }
+}
+
+}  // namespace entropy_rl

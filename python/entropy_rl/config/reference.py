@@ -1,0 +1,47 @@
+"""docs/configuration.md, from train.yaml and the rules that check it.
+
+python -m entropy_rl.config.reference > docs/configuration.md
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from entropy_rl.config import RULES
+
+HEAD = """\
+# Configuration
+
+Every key of `python -m entropy_rl.train`, made by `python -m entropy_rl.config.reference` from
+[`train.yaml`](../python/entropy_rl/config/train.yaml) and the rules that check it. [training.md](training.md) explains
+what they do together.
+"""
+
+
+def entries(text: str) -> Iterator[tuple[str, str, str]]:
+    """(key, default, explanation) of each key of a YAML text in which a comment stands above every key."""
+    path: list[str] = []
+    comment: list[str] = []
+    for line in text.splitlines():
+        found = re.fullmatch(r"( *)(\w+):(?: (.*))?", line)
+        if found:
+            indent, name, value = found.groups()
+            path = [*path[: len(indent) // 2], name]
+            if value is not None:
+                yield ".".join(path), value, " ".join(comment)
+        comment = [*comment, line.strip().removeprefix("# ")] if line.strip().startswith("#") else []
+
+
+def reference() -> str:
+    sections: dict[str, list[str]] = {}
+    for key, default, explanation in entries((Path(__file__).parent / "train.yaml").read_text()):
+        section, name = key.rsplit(".", 1)
+        cells = (f"`{name}`", f"`{default}`", RULES[key].allowed, explanation)
+        row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+        sections.setdefault(section, []).append(row)
+    title = "\n## {}\n\n| key | default | allowed | |\n|---|---|---|---|\n"
+    return HEAD + "".join(title.format(section) + "".join(rows) for section, rows in sections.items())
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

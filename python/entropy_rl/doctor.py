@@ -1,0 +1,332 @@
+"""The command `entropy-rl doctor`: what is installed, what is active, and the mend for each thing found wrong."""
+
+import argparse
+import glob
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+DISTRIBUTION = "entropy-rl-ext"
+REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}, or in a checkout: pip install -e ."
+
+
+class Finding(NamedTuple):
+    """`state`: "ok"; "off", which is no fault (an option that is not there); or "wrong", which `mend` tells to mend."""
+
+    state: Literal["ok", "off", "wrong"]
+    name: str
+    text: str
+    mend: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what it finds. Returns 1 where anything is wrong, else 0."""
+    wrong = 0
+    for title, check in CHECKS.items():
+        print(title)
+        for finding in _guarded(check):
+            print(f"  {MARKS[finding.state]} {finding.name:22} {finding.text}")
+            if finding.mend:
+                print(f"      mend: {finding.mend}")
+            wrong += finding.state == "wrong"
+    print(f"{wrong} thing{'' if wrong == 1 else 's'} wrong" if wrong else "all is well")
+    return 1 if wrong else 0
+
+
+MARKS = {"ok": "✓", "off": "·", "wrong": "✗"}
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that breaks is a finding, too: the checks after it still run."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding("wrong", "this check", f"broke off: {type(error).__name__}: {error}", REINSTALL)
+
+
+# ---- PyTorch
+
+
+def check_torch() -> Iterator[Finding]:
+    yield Finding("ok", "Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises what its loader raises
+        yield Finding("wrong", "torch", f"cannot be imported: {error}", "pip install 'torch>=2.11'")
+        return
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if release < (2, 11):
+        yield Finding("wrong", "torch", f"{torch.__version__}; 2.11 is the oldest", "pip install -U torch")
+    else:
+        yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+    if torch.version.cuda is None:
+        if glob.glob("/dev/nvidia[0-9]*"):
+            yield Finding(
+                "wrong",
+                "CUDA",
+                "this machine has an NVIDIA GPU, and this torch is a build without CUDA",
+                "install torch's CUDA build (https://pytorch.org/get-started), then this package again",
+            )
+        else:
+            yield Finding("off", "CUDA", "torch is a build without CUDA; everything runs on the CPU")
+    elif not torch.cuda.is_available():
+        yield Finding("off", "CUDA", f"torch is built for CUDA {torch.version.cuda}, and sees no GPU (try nvidia-smi)")
+    else:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            yield Finding("ok", f"GPU {index}", f"{name}, sm_{major}{minor}, CUDA {torch.version.cuda}")
+
+
+# ---- The op library
+
+
+def check_library() -> Iterator[Finding]:
+    try:
+        import torch
+
+        import entropy_rl_ext
+    except Exception as error:
+        yield Finding("wrong", "entropy_rl_ext", f"cannot be imported: {error}", REINSTALL)
+        return
+    info = entropy_rl_ext.build_info()
+    yield Finding("ok", "entropy_rl_ext", f"{info['version']}, in {Path(entropy_rl_ext.__file__).parent}")
+    yield Finding("ok", "built with", f"torch {info['torch']}, {info['compiler']}")
+    if installed_version(DISTRIBUTION) not in (None, info["version"]):
+        yield Finding(
+            "wrong",
+            "installed as",
+            f"{DISTRIBUTION} {installed_version(DISTRIBUTION)}; the libraries are of {info['version']}",
+            REINSTALL,
+        )
+    if info["simd"]:
+        yield Finding("ok", "CPU kernels", f"SIMD: {info['simd']}")
+    else:
+        yield Finding(
+            "wrong",
+            "CPU kernels",
+            f"ENTROPY_RL_SIMD={os.environ.get('ENTROPY_RL_SIMD')} names no instruction set that this processor has",
+            "unset ENTROPY_RL_SIMD, or set it to portable, avx2 or avx512",
+        )
+    yield from _cuda_kernels(torch, info)
+
+
+def _cuda_kernels(torch: Any, info: dict[str, str]) -> Iterator[Finding]:
+    available = torch.version.cuda is not None and torch.cuda.is_available()
+    rebuild = "in a checkout, with a CUDA toolkit (CUDA_HOME): pip install --no-build-isolation -e ."
+    if not info["cuda"]:
+        text = "not built"
+        yield Finding("wrong", "CUDA kernels", text, rebuild) if available else Finding("off", "CUDA kernels", text)
+        return
+    built = f"built with CUDA {info['cuda']} for {info['cuda_archs']}"
+    if torch.version.cuda is None:
+        yield Finding("off", "CUDA kernels", f"{built}; not loaded, because torch is a build without CUDA")
+        return
+    missing = [name for name in _ops() if not _has_kernel(torch, name, "CUDA")]
+    if missing:
+        yield Finding("wrong", "CUDA kernels", f"{built}; none registered for {', '.join(missing)}", REINSTALL)
+        return
+    oldest = min(float(arch.split("+")[0]) for arch in info["cuda_archs"].split(";"))
+    for index in range(torch.cuda.device_count() if available else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major + minor / 10 < oldest:
+            mend = f"TORCH_CUDA_ARCH_LIST='{major}.{minor}' {rebuild.removeprefix('in a checkout, ')}"
+            yield Finding("wrong", "CUDA kernels", f"{built}; GPU {index} is sm_{major}{minor}", mend)
+    yield Finding(
+        "ok" if available else "off", "CUDA kernels", built + ("" if available else "; no GPU to run them on")
+    )
+
+
+def _ops() -> list[str]:
+    """Every op that is registered, by its public name."""
+    import torch
+
+    schemas = torch._C._jit_get_all_schemas()
+    return sorted({schema.name.split("::")[1] for schema in schemas if schema.name.startswith("entropy_rl::")})
+
+
+def _has_kernel(torch: Any, op: str, key: str) -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(f"entropy_rl::{op}", key) or has(f"entropy_rl::{op}", "CompositeImplicitAutograd")
+
+
+# ---- Self-test
+
+
+def check_ops() -> Iterator[Finding]:
+    """Each op's values and gradients against `reference`, on each device that is there."""
+    import torch
+
+    import entropy_rl_ext
+
+    devices = ["cpu"]
+    if torch.version.cuda is not None and torch.cuda.is_available() and entropy_rl_ext.build_info()["cuda"]:
+        devices.append("cuda")
+    for device in devices:
+        arguments = self_test_arguments(torch, device)
+        for name in tested_ops(entropy_rl_ext):
+            error = self_test(torch, entropy_rl_ext, name, arguments[name])
+            label = f"{name} ({device})"
+            if error is None:
+                yield Finding("ok", label, "agrees with reference")
+            else:
+                yield Finding("wrong", label, f"differs from reference: {error}", REINSTALL)
+
+
+def tested_ops(library: Any) -> list[str]:
+    return [name for name in library.__all__ if hasattr(library.reference, name)]
+
+
+def self_test_arguments(torch: Any, device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments for each public op; what requires a gradient is what the gradient is compared of."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, grad: bool = False) -> Any:
+        return torch.randn(shape, generator=generator).to(device).requires_grad_(grad)
+
+    mask = (torch.rand(4, 33, generator=generator) < 0.8).to(device)
+    targets = torch.randint(1003, (4, 33), generator=generator).to(device)
+    logits = normal(4, 33, 1003, grad=True)
+    log_prob, old, advantages = normal(4, 33, grad=True), normal(4, 33), normal(4, 33)
+    entropy = normal(4, 33).abs()
+    return {
+        "aggregate": ((log_prob, mask), {}),
+        "get_global_entropy_top_mask": ((entropy, mask, 0.2), {}),
+        "global_top_mask": ((entropy, mask, 0.2), {}),
+        "kl_loss": ((log_prob, old, mask), {}),
+        "linear_logprob_entropy": (
+            (normal(4, 33, 16, grad=True), normal(1003, 16, grad=True), targets),
+            {"mask": mask},
+        ),
+        "logprob_entropy": ((logits, targets), {"mask": mask, "temperature": 0.7}),
+        "policy_loss": ((log_prob, old, advantages, mask), {}),
+        "token_entropy": ((logits,), {"mask": mask, "temperature": 0.7}),
+    }
+
+
+def self_test(torch: Any, library: Any, name: str, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:
+    """None where the op agrees with its reference, else how it does not."""
+    positional, options = arguments
+    leaves = [value for value in positional if isinstance(value, torch.Tensor) and value.requires_grad]
+    results = []
+    for module in (library, library.reference):
+        first, *others = _tensors(torch, getattr(module, name)(*positional, **options))
+        weight = torch.linspace(0.5, 1.5, first.numel(), device=first.device).reshape(first.shape)
+        gradients = torch.autograd.grad((first * weight).sum(), leaves) if first.requires_grad else ()
+        results.append([first, *others, *gradients])
+    if len(results[0]) != len(results[1]):
+        return f"{len(results[0])} results for {len(results[1])}"
+    for actual, expected in zip(*results, strict=True):
+        try:
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
+        except AssertionError as error:
+            return " ".join(str(error).split())
+    return None
+
+
+def _tensors(torch: Any, result: Any) -> list[Any]:
+    """The tensors of a result: a tensor, a tuple, or one with a dictionary of metrics."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    values = result.values() if isinstance(result, dict) else result
+    return [tensor for value in values for tensor in _tensors(torch, value)]
+
+
+# ---- What is around it
+
+
+def check_training() -> Iterator[Finding]:
+    """The trainer and `inspect` need the packages of the extra `train`."""
+    wanted = [
+        name.split(";")[0].strip()
+        for name in requires(DISTRIBUTION) or ()
+        if "extra == 'train'" in name.replace('"', "'")
+    ]
+    names = {requirement: requirement.split(">")[0].split("=")[0].split("<")[0] for requirement in wanted}
+    missing = [requirement for requirement, name in names.items() if installed_version(name) is None]
+    if len(missing) == len(wanted):
+        yield Finding("off", "entropy_rl.train", f"not installed: pip install '{DISTRIBUTION}[train]'")
+    elif missing:
+        mend = f"pip install '{DISTRIBUTION}[train]', or train with verl or TRL, which do not need it"
+        yield Finding("off", "entropy_rl.train", f"lacks {', '.join(missing)}: {mend}")
+    else:
+        yield Finding("ok", "entropy_rl.train", f"transformers {version('transformers')}")
+
+
+# Run in processes of their own: these imports are slow, change global state, and may fail in any way.
+VERL = """
+import verl
+from entropy_rl.integrations.verl import plugin
+plugin.require()
+from hydra import compose, initialize_config_module
+with initialize_config_module("verl.trainer.config", version_base=None):
+    config = compose("ppo_trainer", overrides=["actor_rollout_ref.actor.entropy_top_ratio=0.2"])
+assert config.actor_rollout_ref.actor.entropy_top_ratio == 0.2
+from verl.workers.utils import losses
+assert losses.ppo_loss.__module__.startswith("entropy_rl."), "verl still has its own ppo_loss"
+"""
+TRL = """
+from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
+from trl import GRPOTrainer
+assert issubclass(EntropyGRPOTrainer, GRPOTrainer)
+"""
+
+
+def check_integrations() -> Iterator[Finding]:
+    for name, package, program, active in (
+        ("verl", "verl", VERL, "actor_rollout_ref.actor.entropy_top_ratio composes, and its loss is installed"),
+        ("TRL", "trl", TRL, "EntropyGRPOTrainer is there"),
+    ):
+        installed = installed_version(package)
+        if installed is None:
+            yield Finding("off", name, "not installed")
+        elif _module_is_missing(f"entropy_rl.integrations.{package}"):
+            yield Finding("wrong", name, f"{installed}; this installation lacks its integration", REINSTALL)
+        else:
+            failure = _run(program)
+            mend = f"{REINSTALL}; entropy_rl.integrations.{package} names the versions that it supports"
+            if failure is None:
+                yield Finding("ok", name, f"{installed}; {active}")
+            else:
+                yield Finding("wrong", name, f"{installed}; {failure}", mend)
+
+
+def _module_is_missing(name: str) -> bool:
+    try:
+        return find_spec(name) is None
+    except ModuleNotFoundError:
+        return True
+
+
+def _run(program: str) -> str | None:
+    """None where a Python program ends well, else the last line of what it said."""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return "the check took over five minutes"
+    lines = result.stderr.strip().splitlines()
+    return None if result.returncode == 0 else lines[-1] if lines else f"exit status {result.returncode}"
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "PyTorch": check_torch,
+    "Op library": check_library,
+    "Ops against entropy_rl_ext.reference": check_ops,
+    "Around it": lambda: (finding for check in (check_training, check_integrations) for finding in check()),
+}

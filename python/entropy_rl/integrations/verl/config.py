@@ -1,0 +1,67 @@
+"""The actor configurations of verl with the entropy_top_* keys. A mistake stops the driver before anything starts."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import verl.workers.config as verl
+
+from entropy_rl.config import LOSS_MODES, RATIO, ConfigError, one_of, optional
+from entropy_rl.integrations.verl import loss, plugin
+
+_PREFIX = "actor_rollout_ref.actor."
+_RULES = {
+    "entropy_top_ratio": optional(RATIO),
+    "entropy_top_rule": one_of("topk", "threshold", "quantile"),
+    "entropy_top_scope": one_of("micro_batch"),
+    "entropy_top_ranks": one_of("local"),
+    "entropy_top_normalize": one_of("selected", "response"),
+    "entropy_top_kernel": one_of("entropy_rl", "verl"),
+}
+
+
+@dataclass
+class _EntropyTop:
+    """conf/actor/entropy_top.yaml says what each key means."""
+
+    entropy_top_ratio: float | None = None
+    entropy_top_rule: str = "topk"
+    entropy_top_scope: str = "micro_batch"
+    entropy_top_ranks: str = "local"
+    entropy_top_normalize: str = "selected"
+    entropy_top_kernel: str = "entropy_rl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        for name, rule in _RULES.items():
+            _check(name, getattr(self, name), rule)
+        if self.entropy_top_ratio is None:
+            return
+        _check("policy_loss.loss_mode", self.policy_loss.loss_mode, one_of(*LOSS_MODES))  # type: ignore[attr-defined]
+        if not loss.applies(self):
+            warnings.warn(
+                f"{_PREFIX}entropy_top_ratio={self.entropy_top_ratio} is not applied: loss_mode "
+                f"{self.policy_loss.loss_mode} weighs each sequence as a whole",  # type: ignore[attr-defined]
+                stacklevel=2,
+            )
+            return
+        plugin.require()
+        from entropy_rl.integrations.verl import engine
+
+        engine.install(self.entropy_top_kernel)
+
+
+@dataclass
+class FSDPActorConfig(_EntropyTop, verl.FSDPActorConfig):
+    """For actor_rollout_ref.actor.strategy fsdp and fsdp2."""
+
+
+@dataclass
+class McoreActorConfig(_EntropyTop, verl.McoreActorConfig):
+    """For actor_rollout_ref.actor.strategy megatron."""
+
+
+def _check(name: str, value: Any, rule: Any) -> None:
+    if not rule.holds(value):
+        text = "null" if value is None else value
+        raise ConfigError(f"{_PREFIX}{name}={text}: it must be {rule.allowed}")

@@ -1,0 +1,298 @@
+"""verl on a machine without a GPU: for tests, and for trying a recipe on a laptop with a tiny model.
+
+    VERL_USE_EXTERNAL_MODULES=entropy_rl.integrations.verl.cpu python -m verl.trainer.main_ppo +entropy_rl=cpu ...
+
+A platform (device cpu, collectives by gloo) and the rollout backend `hf_cpu` (Hugging Face `generate` in an actor of
+its own, which gets the trainer's weights after every step), both registered with verl. Ray, TransferQueue, the agent
+loop, FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml sets what a CPU needs otherwise.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import types
+import zlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
+from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
+
+NAME = "hf_cpu"
+
+logger = logging.getLogger(__name__)
+
+
+class _CPUDevice(types.ModuleType):
+    """torch.cpu, with what verl asks of torch.cuda beside: there is no cache, and no memory of the device's own."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("empty_cache", "ipc_collect", "manual_seed_all"):
+            return lambda *_: None
+        if name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+            return lambda *_: 0
+        if name in ("get_rng_state", "set_rng_state", "manual_seed"):
+            return getattr(torch, name)
+        return getattr(torch.cpu, name)
+
+    def mem_get_info(self, *_: Any) -> tuple[int, int]:
+        pages = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * pages, os.sysconf("SC_PHYS_PAGES") * pages
+
+    def get_device_name(self, *_: Any) -> str:
+        return "cpu"
+
+
+@PlatformRegistry.register(platform="cpu")
+class CPUPlatform(PlatformBase):
+    device_name = "cpu"
+    vendor_name = "cpu"
+    device_module = _CPUDevice("cpu")
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
+        return False  # never picked by itself
+
+    def current_device(self) -> Any:
+        return "cpu"  # verl passes it to Tensor.to
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None: ...
+
+    def synchronize(self, device_index: int | None = None) -> None: ...
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextlib.contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None: ...
+
+    def profiler_stop(self) -> None: ...
+
+    def ray_resource_name(self) -> str:
+        return "GPU"  # verl counts nothing else; conf/entropy_rl/cpu.yaml gives Ray as many as there are workers
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def cudart(self) -> None: ...
+
+
+set_platform(CPUPlatform())
+# verl registers its engines for cuda and npu; FSDP2 itself asks the platform.
+os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+
+from verl.utils import distributed, fsdp_utils  # noqa: E402
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout  # noqa: E402
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput  # noqa: E402
+
+# verl would ask for "cpu:gloo,cpu:gloo", which torch refuses.
+distributed.initialize_global_process_group_ray = functools.partial(
+    distributed.initialize_global_process_group_ray, backend="gloo"
+)
+# verl pins a reference policy's memory, for which torch wants an accelerator.
+fsdp_utils.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
+
+
+class Server:
+    """An actor that answers the agent loop. Requests that wait together are generated together."""
+
+    def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
+        from transformers import AutoModelForCausalLM
+        from verl.utils.config import omega_conf_to_dataclass
+
+        print(
+            f"entropy_rl.integrations.verl.cpu: rollout {replica_rank} generates on the CPU. This backend is for tests "
+            "and for trying a recipe with a tiny model; it is not meant to be fast.",
+            flush=True,
+        )
+        self.config = config
+        model_config = omega_conf_to_dataclass(model_config)
+        self.model = AutoModelForCausalLM.from_config(
+            model_config.hf_config, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+        tokenizer = model_config.tokenizer
+        ends = model_config.generation_config.eos_token_id if model_config.generation_config is not None else None
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.ends[0]
+        self.seed = config.seed + replica_rank
+        self.requests = 0
+        self.global_steps: int | None = None
+        self.waiting: list[tuple[list[int], dict[str, Any], int, asyncio.Future[TokenOutput]]] = []
+        self.running = asyncio.Lock()
+
+    async def load_weights(self, weights: dict[str, Tensor], global_steps: int | None) -> None:
+        async with self.running:
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+            missing = set(missing) - set(self.model.all_tied_weights_keys)
+            if missing or unexpected:
+                raise ValueError(f"the trainer's weights lack {sorted(missing)} and add {sorted(unexpected)}")
+            self.global_steps = global_steps
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **multimodal: Any
+    ) -> TokenOutput:
+        if any(value is not None for value in multimodal.values()):
+            raise ValueError(f"rollout {NAME} takes text alone; {sorted(multimodal)} were given")
+        self.requests += 1
+        # Under full_determinism the id tells which sample of the run it is, in whatever order requests come.
+        which = request_id if self.config.full_determinism else self.requests
+        seed = zlib.crc32(f"{self.seed}/{self.global_steps}/{which}".encode())
+        future: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
+        self.waiting.append((list(prompt_ids), dict(sampling_params), seed, future))
+        async with self.running:
+            if not future.done():
+                await asyncio.sleep(0.01)  # let those that are on their way join
+                await self._run()
+        return await future
+
+    async def _run(self) -> None:
+        """Answers the first request that waits and all others with the same sampling parameters."""
+        params = self.waiting[0][1]
+        batch = [request for request in self.waiting if request[1] == params][: self.config.max_num_seqs]
+        self.waiting = [request for request in self.waiting if request not in batch]
+        futures = [request[3] for request in batch]
+        try:
+            outputs = await asyncio.to_thread(self._generate, [request[0] for request in batch], params, batch[0][2])
+        except Exception as error:
+            for future in futures:
+                future.set_exception(error)
+            return
+        for future, output in zip(futures, outputs, strict=True):
+            future.set_result(output)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], params: dict[str, Any], seed: int) -> list[TokenOutput]:
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[self.pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        room = self.config.prompt_length + self.config.response_length - longest
+        limit = params.get("max_tokens", min(self.config.response_length, room))
+        temperature = params.get("temperature", 1.0)
+        torch.manual_seed(seed)
+        output = self.model.generate(
+            padded,
+            attention_mask=mask,
+            max_new_tokens=max(1, limit),
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_p=params.get("top_p", 1.0),
+            top_k=max(0, params.get("top_k", -1)),
+            repetition_penalty=params.get("repetition_penalty", 1.0),
+            eos_token_id=self.ends,
+            pad_token_id=self.pad,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        log_probs = self.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+        answers = []
+        for tokens, scores in zip(output.sequences[:, longest:].tolist(), log_probs.tolist(), strict=True):
+            length = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+            answers.append(
+                TokenOutput(
+                    token_ids=tokens[:length],
+                    log_probs=scores[:length] if params.get("logprobs") else None,
+                    stop_reason="completed",
+                    extra_fields={"global_steps": self.global_steps},
+                )
+            )
+        return answers
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """As sleep and the others: the weights stay where they are, and nothing outlives a request."""
+
+    async def sleep(self) -> None: ...
+
+    async def clear_kv_cache(self) -> None: ...
+
+    async def release_kv_cache(self) -> None: ...
+
+    async def resume_kv_cache(self) -> None: ...
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None: ...
+
+    async def resume_generation(self) -> None: ...
+
+    async def start_profile(self, **_: Any) -> None: ...
+
+    async def stop_profile(self) -> None: ...
+
+
+def _server_name(replica_rank: int) -> str:
+    return f"{NAME}_server_{replica_rank}"
+
+
+class Replica(RolloutReplica):
+    async def launch_servers(self) -> None:
+        name = _server_name(self.replica_rank)
+        server = (
+            ray.remote(Server)
+            .options(name=name, num_cpus=0, max_concurrency=self.max_concurrency)
+            .remote(self.config, self.model_config, self.replica_rank)
+        )
+        await server.wake_up.remote()  # until the model is there
+        self.servers = [server]
+        self._server_handle, self._server_address = server, name
+
+
+class Rollout(BaseRollout):
+    """The trainer's side: sends the weights. Every rank runs through them, since gathering one is a collective."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any) -> None:
+        super().__init__(config, model_config, device_mesh)
+        self.size = self.config.tensor_model_parallel_size * self.config.data_parallel_size
+        self.rank = int(os.environ["RANK"])
+
+    async def update_weights(
+        self,
+        weights: Generator[tuple[str, Tensor], None, None],
+        wire_format: str = "named_tensors",
+        global_steps: int | None = None,
+        **_: Any,
+    ) -> None:
+        if wire_format != "named_tensors":
+            raise ValueError(f"wire_format={wire_format}: rollout {NAME} takes named_tensors")
+        tensors = {name: weight.detach().float() for name, weight in weights}
+        if self.rank % self.size == 0:
+            server = ray.get_actor(_server_name(self.rank // self.size))
+            await server.load_weights.remote(tensors, global_steps)
+
+    async def resume(self, tags: list[str]) -> None: ...
+
+    async def release(self) -> None: ...
+
+
+RolloutReplicaRegistry.register(NAME, lambda: Replica)
+_ROLLOUT_REGISTRY[(NAME, "async")] = f"{__name__}.Rollout"

@@ -1,0 +1,123 @@
+"""What the tests of the TRL integration share: trainers on a tiny model, batches, and one optimizer step on them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
+
+PROMPTS = [f"{a} + {a * a} =" for a in range(16)]
+SETTINGS = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 12,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def share_of_digits(completions: list[str], **_: Any) -> list[float]:
+    """A reward that a random model meets now and then, so that there is a gradient."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+def make_trainer(model: Path, output: Path, trainer_class: type = EntropyGRPOTrainer, **settings: Any) -> GRPOTrainer:
+    config_class = EntropyGRPOConfig if issubclass(trainer_class, EntropyGRPOTrainer) else GRPOConfig
+    return trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        reward_funcs=share_of_digits,
+        args=config_class(output_dir=str(output), **SETTINGS | settings),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
+    )
+
+
+def make_batch(rows: int = 8, *, seed: int = 0, prompt: int = 5, completion: int = 12) -> dict[str, Tensor]:
+    """A scored generation batch as TRL holds it: prompts padded on the left, completions on the right."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    completion_mask = (torch.arange(completion) < integers(1, completion + 1, rows, 1)).int()
+    return {
+        "prompt_ids": integers(2, 97, rows, prompt),
+        "prompt_mask": (torch.arange(prompt) >= integers(0, prompt, rows, 1)).int(),
+        "completion_ids": integers(2, 97, rows, completion),
+        "completion_mask": completion_mask,
+        "advantages": normal(rows),
+        "num_items_in_batch": completion_mask.sum(),
+        # Far enough from the policy of the tiny model for ratios on both sides of the clipping range.
+        "old_per_token_logps": -5 + 2 * normal(rows, completion),
+        "ref_per_token_logps": -5 + 2 * normal(rows, completion),
+    }
+
+
+def without(batch: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def optimizer_step(
+    trainer: GRPOTrainer, batch: dict[str, Tensor], micro_batches: int = 1
+) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
+    """Loss, gradients and metrics of `batch` as one optimizer step of so many micro-batches; nothing is updated."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    trainer._step = 0
+    trainer._buffered_inputs = split_tensor_dict(batch, micro_batches)
+    trainer.current_gradient_accumulation_steps = micro_batches
+    loss = torch.zeros(())
+    for number, inputs in enumerate(trainer._buffered_inputs):
+        trainer.accelerator.gradient_state._set_sync_gradients(number == micro_batches - 1)
+        with trainer.compute_loss_context_manager():
+            micro_loss = trainer.compute_loss(trainer.model, inputs)
+        micro_loss.backward()
+        loss += micro_loss.detach()
+        trainer._step += 1
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+    return loss, gradients, dict(trainer._metrics["train"])
+
+
+def launch(script: Path, *arguments: str | Path, processes: int) -> None:
+    """Runs a script, in so many processes of `accelerate launch` where they are more than one.
+
+    Fails with what it printed; a hang is a failure.
+    """
+    folder = Path(__file__).parent
+    search_path = [str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search_path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable]
+    if processes > 1:
+        # With --cpu it starts one process. --multi_gpu starts as many as asked for, and the variable keeps them on CPU.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    run = subprocess.run(
+        [*command, *map(str, (script, *arguments))],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]

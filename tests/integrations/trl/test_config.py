@@ -1,0 +1,85 @@
+"""What the configuration allows, and what it says about the rest."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from trl import GRPOConfig, GRPOTrainer, TrlParser
+
+import entropy_rl.integrations.trl as integration
+from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
+from grpo import SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"entropy_top_ratio": 0.0}, "entropy_top_ratio is 0.0; it must be above 0 and at most 1, or None"),
+        ({"entropy_top_ratio": 1.5}, "entropy_top_ratio is 1.5"),
+        ({"entropy_top_ratio": float("nan")}, "entropy_top_ratio is nan"),
+        ({"entropy_top_rule": "best"}, "entropy_top_rule is 'best'; it must be one of topk, threshold, quantile"),
+        ({"entropy_top_scope": "batch"}, "entropy_top_scope is 'batch'; it must be one of micro_batch, mini_batch"),
+        ({"entropy_top_ranks": "all"}, "entropy_top_ranks is 'all'; it must be one of local, global"),
+        ({"entropy_top_normalize": "all"}, "entropy_top_normalize is 'all'; it must be one of selected, response"),
+        ({"entropy_lm_head": "liger"}, "entropy_lm_head is 'liger'; it must be one of "),
+        (
+            {"entropy_top_ratio": 0.2, "top_entropy_quantile": 0.3},
+            "entropy_top_ratio is 0.2 and top_entropy_quantile is 0.3; set one of them",
+        ),
+        (
+            {
+                "entropy_top_ratio": 0.2,
+                "entropy_top_scope": "mini_batch",
+                "gradient_accumulation_steps": 4,
+                "steps_per_generation": 2,
+            },
+            "steps_per_generation is 2; it must be a multiple of gradient_accumulation_steps, 4",
+        ),
+        (
+            {"entropy_top_ratio": 0.2, "loss_type": "grpo", "entropy_coef": 0.1},
+            "with an entropy bonus and loss_type 'grpo'; it must be 'response' there",
+        ),
+    ],
+)
+def test_errors_name_the_value_and_what_is_allowed(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        EntropyGRPOConfig(output_dir=str(tmp_path), **SETTINGS | settings)
+    assert message in str(error.value)
+
+
+def test_the_trainer_needs_its_configuration(model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="args is GRPOConfig; an EntropyGRPOConfig was expected"):
+        EntropyGRPOTrainer(str(model_path), args=GRPOConfig(output_dir=str(tmp_path), **SETTINGS))
+
+
+@pytest.mark.parametrize("version", ["1.15.2", "1.17.0.dev0", "2.0.0"])
+def test_other_versions_of_trl_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl, "__version__", version)
+    spec = importlib.util.spec_from_file_location("another", integration.__file__)
+    with pytest.raises(ImportError, match=rf"trl {version} is installed; .* supports TRL 1.16: pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_command_line_has_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = TrlParser(EntropyGRPOConfig)
+    arguments = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
+    (config,) = parser.parse_args_and_config(
+        [*arguments, "--entropy_top_ratio", "0.2", "--entropy_top_rule", "quantile", "--entropy_top_ranks", "global"]
+    )
+    assert (config.entropy_top_ratio, config.entropy_top_rule, config.entropy_top_ranks) == (0.2, "quantile", "global")
+    with pytest.raises(SystemExit):
+        parser.parse_args_and_config([*arguments, "--entropy_top_rule", "best"])
+    assert "invalid choice: 'best'" in capsys.readouterr().err
+
+
+def test_sequence_level_ratios_are_warned_of(
+    trainer: Callable[..., GRPOTrainer], recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer(entropy_top_ratio=0.2, importance_sampling_level="sequence", loss_type="grpo")
+    assert any("importance_sampling_level is 'sequence'" in str(warning.message) for warning in recwarn)
+    recwarn.clear()
+    trainer(importance_sampling_level="sequence", loss_type="grpo")
+    assert not any("importance_sampling_level is 'sequence'" in str(warning.message) for warning in recwarn)

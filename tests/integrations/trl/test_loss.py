@@ -1,0 +1,287 @@
+"""The loss of an optimizer step: TRL's where it must be, and the mean over the selected tokens where it says so."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from entropy_rl_ext import global_top_mask, logprob_entropy, policy_loss
+from grpo import make_batch, optimizer_step, without
+
+LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
+WHOLE_STEP = {"entropy_top_scope": "mini_batch", "entropy_top_ranks": "global"}
+
+# A loss_type of TRL in the arguments of policy_loss, as docs/trl.md has it.
+NO_DUAL_CLIP = {"loss_mode": "vanilla", "clip_ratio_c": 1e9}
+AS_POLICY_LOSS = {
+    "dapo": NO_DUAL_CLIP,
+    "bnpo": NO_DUAL_CLIP,
+    "grpo": {**NO_DUAL_CLIP, "loss_agg_mode": "seq-mean-token-mean"},
+    "dr_grpo": {**NO_DUAL_CLIP, "loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 12},
+    "luspo": {**NO_DUAL_CLIP, "loss_agg_mode": "seq-mean-token-sum"},
+    "cispo": {"loss_mode": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0},
+    "sapo": {"loss_mode": "sapo"},
+}
+
+
+def assert_same_step(actual: Any, expected: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(
+            actual[1][name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def differs(one: Any, other: Any) -> bool:
+    return any((one[1][name] - other[1][name]).abs().max() > 1e-4 for name in one[1])
+
+
+# ---- TRL's own choice of tokens
+
+
+@pytest.mark.parametrize("lm_head", ["logits", "trl"])
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_reproduces_top_entropy_quantile(
+    trainer: Callable[..., GRPOTrainer], loss_type: str, off_policy: bool, lm_head: str
+) -> None:
+    batch = make_batch() if off_policy else without(make_batch(), "old_per_token_logps")
+    theirs = trainer(GRPOTrainer, top_entropy_quantile=0.2, loss_type=loss_type)
+    ours = trainer(entropy_top_ratio=0.2, loss_type=loss_type, entropy_lm_head=lm_head, **AS_TRL)
+    expected = optimizer_step(theirs, batch)
+    assert max(gradient.abs().max() for gradient in expected[1].values()) > 1e-3
+    assert_same_step(optimizer_step(ours, batch), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.1},
+        {"beta": 0.1, "use_bias_correction_kl": False},
+        {"delta": 1.5},
+        {"off_policy_mask_threshold": 0.5},
+        {"entropy_coef": 0.1},
+        {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"temperature": 0.7},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    ],
+    ids=str,
+)
+def test_reproduces_it_beside_other_options(trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]) -> None:
+    batch, micro_batches = make_batch(), settings.get("gradient_accumulation_steps", 1)
+    batch["tool_mask"] = (torch.arange(12) != 3).int().expand(8, 12).clone()
+    batch["num_items_in_batch"] = (batch["completion_mask"] * batch["tool_mask"]).sum()
+    theirs, ours = (
+        trainer(GRPOTrainer, top_entropy_quantile=0.3, **settings),
+        trainer(entropy_top_ratio=0.3, **AS_TRL, **settings),
+    )
+    for _ in range(2):  # the second meets what the first left in the trainer
+        expected, actual = (optimizer_step(t, batch, micro_batches) for t in (theirs, ours))
+        # Of the largest gradient: the penalty, far from its minimum, makes gradients of 10 and more.
+        scale = max(1.0, max(gradient.abs().max().item() for gradient in expected[1].values()))
+        assert_same_step(actual, expected, rtol=1e-6, atol=1e-6 * scale)
+        logged = {
+            name: value for name, value in actual[2].items() if name not in ("entropy_token_ratio", "entropy_threshold")
+        }
+        assert logged == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in expected[2].items()}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_without_a_ratio_the_step_is_trls_bit_for_bit(trainer: Callable[..., GRPOTrainer], loss_type: str) -> None:
+    settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    expected = optimizer_step(trainer(GRPOTrainer, **settings), make_batch(), 2)
+    actual = optimizer_step(trainer(**WHOLE_STEP, **settings), make_batch(), 2)
+    assert_same_step(actual, expected, rtol=0, atol=0)
+    assert actual[2] == expected[2]
+
+
+# ---- The mean over the selected tokens
+
+
+def reference_loss(
+    trainer: GRPOTrainer, batch: dict[str, Tensor], normalize: str, ratio: float, **arguments: Any
+) -> Any:
+    """Loss and gradients from the model's logits by this package's ops, without TRL."""
+    trainer.model.zero_grad()
+    mask, length = batch["completion_mask"], batch["completion_ids"].shape[1]
+    logits = trainer.model(
+        input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        attention_mask=torch.cat([batch["prompt_mask"], mask], 1),
+    ).logits[:, -length - 1 : -1]
+    log_prob, entropy = logprob_entropy(logits, batch["completion_ids"], mask=mask)
+    loss, _ = policy_loss(
+        log_prob,
+        batch["old_per_token_logps"],
+        batch["advantages"][:, None].expand(-1, length),
+        mask,
+        entropy_mask=global_top_mask(entropy, mask, ratio),
+        normalize=normalize,
+        global_batch_size=len(mask),
+        **arguments,
+    )
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+@pytest.mark.parametrize("loss_type", AS_POLICY_LOSS)
+def test_loss_types_are_those_of_policy_loss(
+    trainer: Callable[..., GRPOTrainer], loss_type: str, normalize: str
+) -> None:
+    batch = make_batch()
+    # TRL's epsilon_high is the bound itself in cispo, and its distance from 1 elsewhere.
+    epsilon = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    ours = trainer(entropy_top_ratio=0.3, entropy_top_normalize=normalize, loss_type=loss_type, **epsilon)
+    expected = reference_loss(ours, batch, normalize, 0.3, **AS_POLICY_LOSS[loss_type])
+    assert_same_step(optimizer_step(ours, batch), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+@pytest.mark.parametrize("rule", ["topk", "threshold", "quantile"])
+def test_every_selected_token_of_a_step_weighs_the_same(
+    trainer: Callable[..., GRPOTrainer], rule: str, scope: str
+) -> None:
+    """The loss of four micro-batches against the sum over their selected tokens by their number."""
+    settings = {"entropy_top_ratio": 0.3, "entropy_top_rule": rule, "entropy_top_scope": scope}
+    settings |= {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+    batch = without(make_batch(), "old_per_token_logps")
+    ours = trainer(**settings)
+    masks = []
+    select = ours.get_high_entropy_mask
+    ours.get_high_entropy_mask = lambda *args: masks.append(select(*args)) or masks[-1]
+    loss, *_ = optimizer_step(ours, batch, 4)
+    selected = torch.cat(masks) > 0
+    # On policy the ratio is 1, and a token's loss minus its advantage.
+    sums = [
+        (part * rows[:, None]).sum() for part, rows in zip(selected.split(2), batch["advantages"].split(2), strict=True)
+    ]
+    if rule == "quantile" and scope == "micro_batch":  # kept more than topk would here, less there
+        tokens = batch["completion_mask"].view(4, -1).sum(1)
+        counts = [max(1, int(n * 0.3 + 0.9999)) for n in tokens.tolist()]
+        expected = sum(
+            -s / part.sum() * count / sum(counts)
+            for s, part, count in zip(sums, selected.split(2), counts, strict=True)
+        )
+    else:
+        expected = -sum(sums) / selected.sum()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_selected_is_response_times_their_share(trainer: Callable[..., GRPOTrainer]) -> None:
+    batch = make_batch()
+    selected, response = (
+        optimizer_step(trainer(entropy_top_ratio=0.2, entropy_top_normalize=normalize), batch)
+        for normalize in ("selected", "response")
+    )
+    share = response[2]["entropy_token_ratio"][0]
+    assert share < 0.25
+    torch.testing.assert_close(selected[0] * share, response[0], rtol=1e-5, atol=1e-6)
+
+
+# ---- One selection for the optimizer step
+
+
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])  # which divides by micro-batch
+def test_a_step_does_not_depend_on_its_split(
+    trainer: Callable[..., GRPOTrainer], loss_type: str, normalize: str
+) -> None:
+    settings = {"entropy_top_ratio": 0.2, "entropy_top_normalize": normalize, "loss_type": loss_type, **WHOLE_STEP}
+    steps = [
+        optimizer_step(
+            trainer(gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **settings), make_batch(), n
+        )
+        for n in (1, 2, 4)
+    ]
+    for step in steps[1:]:
+        assert_same_step(step, steps[0], rtol=1e-5, atol=1e-6)
+        for name in ("entropy_token_ratio", "entropy_threshold"):
+            assert step[2][name] == pytest.approx(steps[0][2][name], rel=1e-6)
+
+
+def test_a_micro_batch_step_does_depend_on_its_split(trainer: Callable[..., GRPOTrainer]) -> None:
+    one, two = (
+        optimizer_step(
+            trainer(entropy_top_ratio=0.2, gradient_accumulation_steps=n, per_device_train_batch_size=8 // n),
+            make_batch(),
+            n,
+        )
+        for n in (1, 2)
+    )
+    assert differs(one, two)
+
+
+def test_steps_of_a_generation_have_each_their_selection(trainer: Callable[..., GRPOTrainer]) -> None:
+    """Two optimizer steps of two micro-batches on the completions of one generation."""
+    ours = trainer(
+        entropy_top_ratio=0.2,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        per_device_train_batch_size=2,
+        **WHOLE_STEP,
+    )
+    masks = []
+    select = ours.get_high_entropy_mask
+    ours.get_high_entropy_mask = lambda *args: masks.append(select(*args) > 0) or masks[-1]
+    batch = make_batch()
+    optimizer_step(ours, batch, 4)
+    for half, rows in zip(torch.cat(masks).split(4), batch["completion_mask"].split(4), strict=True):
+        assert half.sum() == max(1, int(int(rows.sum()) * 0.2 + 0.9999))
+
+
+def test_the_prepass_leaves_random_numbers_and_gradients_alone(trainer: Callable[..., GRPOTrainer]) -> None:
+    """Under dropout, and under autocast, which keeps cast weights from one forward to the next."""
+    steps = []
+    for scope in ("micro_batch", "mini_batch"):
+        ours = trainer(entropy_top_ratio=1.0, entropy_top_scope=scope, bf16=True)
+        ours.model.model.embed_tokens.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out, 0.3))
+        torch.manual_seed(3)
+        steps.append(optimizer_step(ours, make_batch()))
+    assert_same_step(steps[1], steps[0], rtol=0, atol=0)
+    assert max(gradient.abs().max() for gradient in steps[0][1].values()) > 1e-3
+
+
+# ---- Metrics, and nothing to learn from
+
+
+def test_metrics_weigh_micro_batches_by_tokens(trainer: Callable[..., GRPOTrainer]) -> None:
+    batch = make_batch()
+    _, _, metrics = optimizer_step(
+        trainer(entropy_top_ratio=0.2, gradient_accumulation_steps=4, per_device_train_batch_size=2), batch, 4
+    )
+    tokens = batch["completion_mask"].view(4, -1).sum(1).tolist()
+    expected = sum(max(1, int(n * 0.2 + 0.9999)) for n in tokens) / sum(tokens)
+    assert metrics["entropy_token_ratio"] == [pytest.approx(expected)]
+    assert len(metrics["entropy_threshold"]) == 1 and 0 < metrics["entropy_threshold"][0] < math.log(97)
+
+
+def test_threshold_is_the_lowest_selected_entropy(trainer: Callable[..., GRPOTrainer]) -> None:
+    ours = trainer(entropy_top_ratio=0.2)
+    seen = []
+    select = ours.get_high_entropy_mask
+    ours.get_high_entropy_mask = lambda entropy, *rest: seen.append((entropy, select(entropy, *rest))) or seen[-1][1]
+    _, _, metrics = optimizer_step(ours, make_batch())
+    ((entropy, weight),) = seen
+    assert metrics["entropy_threshold"] == [pytest.approx(entropy[weight > 0].min().item())]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+def test_without_completion_tokens_nothing_is_learnt(
+    trainer: Callable[..., GRPOTrainer], loss_type: str, scope: str
+) -> None:
+    batch = make_batch()
+    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    batch["num_items_in_batch"] = torch.tensor(0)
+    loss, gradients, metrics = optimizer_step(
+        trainer(entropy_top_ratio=0.2, loss_type=loss_type, entropy_top_scope=scope), batch
+    )
+    assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
+    assert metrics["entropy_token_ratio"] == [0] and metrics["entropy_threshold"] == [0]

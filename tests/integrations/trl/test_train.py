@@ -1,0 +1,94 @@
+"""Whole runs: sampling, steps, evaluation, logs, checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+
+def weights(trainer: GRPOTrainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same_weights(one: GRPOTrainer, other: GRPOTrainer) -> None:
+    expected = weights(other)
+    for name, value in weights(one).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def trained(trainer: GRPOTrainer) -> GRPOTrainer:
+    trainer.train()  # before another trainer is made, which seeds the random numbers anew
+    return trainer
+
+
+def logged(trainer: GRPOTrainer, name: str) -> list[Any]:
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+@pytest.mark.parametrize(
+    ("scope", "checkpointing"), [("micro_batch", False), ("mini_batch", False), ("mini_batch", True)]
+)
+def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str, checkpointing: bool) -> None:
+    run = trainer(
+        entropy_top_ratio=0.2,
+        entropy_top_scope=scope,
+        gradient_checkpointing=checkpointing,
+        gradient_accumulation_steps=2,
+        num_iterations=2,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+    )
+    before = weights(run)
+    run.train()
+    assert run.model.is_gradient_checkpointing == checkpointing
+    assert any(not torch.equal(before[name], value) for name, value in weights(run).items())
+    for prefix, times in (("", 4), ("eval_", 2)):
+        ratios, thresholds = (logged(run, f"{prefix}entropy_{name}") for name in ("token_ratio", "threshold"))
+        assert len(ratios) == len(thresholds) == times
+        assert all(0.2 <= ratio < 0.3 for ratio in ratios) and all(threshold > 0 for threshold in thresholds)
+
+
+def test_without_a_ratio_a_run_is_trls_bit_for_bit(trainer: Callable[..., GRPOTrainer]) -> None:
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "beta": 0.01}
+    ours = trained(trainer(**settings))
+    theirs = trained(trainer(GRPOTrainer, **settings))
+    assert_same_weights(ours, theirs)
+    assert logged(ours, "loss") == logged(theirs, "loss")
+    assert not logged(ours, "entropy_token_ratio")
+
+
+def test_with_trls_rule_a_run_is_trls(trainer: Callable[..., GRPOTrainer]) -> None:
+    """Bit for bit, with TRL's LM head: three steps, sampled anew from what the steps before have made."""
+    ours = trained(
+        trainer(
+            entropy_top_ratio=0.2,
+            entropy_top_rule="quantile",
+            entropy_top_ranks="global",
+            entropy_top_normalize="response",
+            entropy_lm_head="trl",
+            max_steps=3,
+        )
+    )
+    assert_same_weights(ours, trained(trainer(GRPOTrainer, top_entropy_quantile=0.2, max_steps=3)))
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trainer: Callable[..., GRPOTrainer], tmp_path: Path) -> None:
+    settings = {
+        "entropy_top_ratio": 0.2,
+        "entropy_top_scope": "mini_batch",
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = trained(trainer(**settings))
+    resumed = trainer(**settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert logged(resumed, "entropy_threshold") == logged(whole, "entropy_threshold")
+    assert_same_weights(resumed, whole)

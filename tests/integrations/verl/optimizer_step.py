@@ -1,0 +1,185 @@
+"""Run by torchrun: gradients and metrics of one optimizer step of verl's FSDP2 engine, for each of CASES.
+
+torchrun --nproc-per-node RANKS optimizer_step.py MODEL OUTPUT
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROWS = 8
+TEMPERATURE = 0.8
+
+# The overrides of a case under actor_rollout_ref., and the micro-batches per rank.
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    **{
+        f"{mode}-{count}": ({"actor.policy_loss.loss_mode": mode}, count)
+        for mode in ("vanilla", "gpg")
+        for count in (1, 2, 4)
+    },
+    "kernel-verl": ({"actor.entropy_top_kernel": "verl"}, 2),
+    "remove-padding": ({"model.use_remove_padding": True}, 2),
+    "remove-padding-verl": ({"model.use_remove_padding": True, "actor.entropy_top_kernel": "verl"}, 2),
+    "dynamic": ({"actor.use_dynamic_bsz": True}, 0),
+    "normalize-response": ({"actor.entropy_top_normalize": "response"}, 2),
+    "threshold": ({"actor.entropy_top_rule": "threshold"}, 2),
+    "seq-mean-token-sum": ({"actor.loss_agg_mode": "seq-mean-token-sum"}, 2),
+    "weights": ({"weights": True}, 2),
+    "bonus": ({"actor.entropy_coeff": 0.01}, 2),
+    "kl": ({"actor.use_kl_loss": True, "actor.kl_loss_coef": 0.1, "actor.kl_loss_type": "k2"}, 2),
+}
+
+# All tokens train: with this package in its place, and with verl's own configuration alone.
+NULL = {
+    "null": ({"actor.entropy_top_ratio": "null"}, 2),
+    "stock": (
+        {"actor._target_": "verl.workers.config.FSDPActorConfig"}
+        | {f"~actor.entropy_top_{key}": None for key in ("ratio", "rule", "scope", "ranks", "normalize", "kernel")},
+        2,
+    ),
+}
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    """Sequences of different lengths, with tokens inside the response that are none of the policy's."""
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for _ in range(ROWS):
+        prompt, response = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((2, 6), (12, 40)))
+        tokens = torch.randint(2, 42, (prompt + response,), generator=generator)
+        mask = torch.rand(response, generator=generator) < 0.9
+        mask[0] = True
+        result.append(
+            {
+                "prompt": tokens[:prompt],
+                "response": tokens[prompt:],
+                "mask": mask,
+                "old_log_prob": -3 * torch.rand(response, generator=generator) - 1,
+                "ref_log_prob": -3 * torch.rand(response, generator=generator) - 1,
+                "advantage": torch.randn((), generator=generator).expand(response).contiguous(),
+                "weight": torch.rand(response, generator=generator) + 0.5,
+            }
+        )
+    return result
+
+
+def batch(indices: list[int], case: dict[str, Any], micro_batch_size: int) -> Any:
+    """The rows as verl's trainer hands them to an engine."""
+    from verl.utils import tensordict_utils as tu
+
+    part = [rows()[index] for index in indices]
+
+    def nested(values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nested.as_nested_tensor(values, layout=torch.jagged)
+
+    tokens = [torch.cat([row["prompt"], row["response"]]) for row in part]
+    fields = {
+        "input_ids": nested(tokens),
+        "position_ids": nested([torch.arange(len(ids)) for ids in tokens]),
+        "prompts": nested([row["prompt"] for row in part]),
+        "responses": nested([row["response"] for row in part]),
+        "response_mask": nested([row["mask"].long() for row in part]),
+        "loss_mask": nested([row["mask"].long() for row in part]),
+        "old_log_probs": nested([row["old_log_prob"] for row in part]),
+        "ref_log_prob": nested([row["ref_log_prob"] for row in part]),
+        "advantages": nested([row["advantage"] for row in part]),
+        "row": torch.tensor(indices),
+    }
+    if case.get("weights"):
+        fields["rollout_is_weights"] = nested([row["weight"] for row in part])
+    return tu.get_tensordict(
+        fields,
+        non_tensor_dict={
+            "temperature": TEMPERATURE,
+            "global_batch_size": ROWS,
+            "micro_batch_size_per_gpu": micro_batch_size,
+            "use_dynamic_bsz": case.get("actor.use_dynamic_bsz", False),
+            "max_token_len_per_gpu": 80,
+            "use_remove_padding": case.get("model.use_remove_padding", False),
+            "use_fused_kernels": False,
+            "calculate_entropy": False,
+        },
+    )
+
+
+def run(model: str, name: str) -> dict[str, Any]:
+    import torch.distributed as dist
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+    from torch.distributed.tensor import DTensor
+    from verl.utils.metric import Metric
+    from verl.workers.engine.fsdp import transformer_impl
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    case, count = (CASES | NULL)[name]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(
+            "ppo_trainer",
+            overrides=[
+                "+entropy_rl=cpu",
+                f"actor_rollout_ref.model.path={model}",
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+                "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+                "actor_rollout_ref.actor.entropy_top_ratio=0.2",
+                *(
+                    f"actor_rollout_ref.{key}={value}"
+                    for key, value in case.items()
+                    if "." in key and value is not None
+                ),
+                *(f"~actor_rollout_ref.{key[1:]}" for key in case if key.startswith("~")),
+            ],
+        )
+    OmegaConf.resolve(config)
+    worker = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
+    worker.init_model()
+    engine = worker.actor.engine
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    share = ROWS // ranks
+    mine = list(range(rank * share, (rank + 1) * share))
+    data = batch(mine, case, share // count if count else share)
+    partition: list[list[int]] = []
+    prepare = transformer_impl.prepare_micro_batches
+
+    def watch(*args: Any, **options: Any) -> Any:
+        micro_batches, indices = prepare(*args, **options)
+        partition.extend(micro_batch["row"].tolist() for micro_batch in micro_batches)
+        return micro_batches, indices
+
+    transformer_impl.prepare_micro_batches = watch
+    try:
+        with engine.train_mode():
+            output = engine.forward_backward_batch(data, worker.loss_fn)
+            gradients = {
+                name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
+                for name, p in engine.module.named_parameters()
+            }
+    finally:
+        transformer_impl.prepare_micro_batches = prepare
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, (partition, output["metrics"]))
+    metrics = [metrics for _, metrics in everyone]
+    return {
+        "gradients": gradients,
+        "micro_batches": [rows for partition, _ in everyone for rows in partition],
+        "metrics": {
+            name: Metric.aggregate_dp([each[name] for each in metrics])
+            for name, value in metrics[0].items()
+            if isinstance(value, Metric)
+        },
+    }
+
+
+def main(model: str, output: str, *names: str) -> None:
+    import torch.distributed as dist
+
+    results = {name: run(model, name) for name in names or CASES}
+    if dist.get_rank() == 0:
+        torch.save(results, Path(output))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

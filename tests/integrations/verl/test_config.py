@@ -1,0 +1,140 @@
+"""The entropy_top_* keys: they compose, and a mistake stops the driver before anything starts."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from verl.utils.config import omega_conf_to_dataclass
+
+from entropy_rl.integrations.verl import plugin
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipe").rglob("*.sh"))
+RATIO = "actor_rollout_ref.actor.entropy_top_ratio"
+MICRO_BATCH = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron"])
+def test_the_bare_key_composes(engine: str) -> None:
+    assert composed(f"model_engine={engine}").actor_rollout_ref.actor.entropy_top_ratio is None
+    actor = composed(f"model_engine={engine}", f"{RATIO}=0.2").actor_rollout_ref.actor
+    assert actor.entropy_top_ratio == 0.2
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron"])
+def test_everything_else_is_verls(engine: str, tmp_path: Path) -> None:
+    """Key by key against the configuration that verl composes where this package's plugin does not take part."""
+    code = (
+        "from hydra import compose, initialize_config_module\n"
+        "from omegaconf import OmegaConf\n"
+        "with initialize_config_module('verl.trainer.config', version_base=None):\n"
+        f"    print(OmegaConf.to_yaml(compose('ppo_trainer', overrides=['model_engine={engine}'])))\n"
+    )
+    # Without verl imported the plugin keeps out.
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    ours = subprocess.run(
+        [sys.executable, "-c", "import verl\n" + code], capture_output=True, text=True, check=True
+    ).stdout
+    extra = re.compile(r"^    (entropy_top_\w+|_target_): .*\n", re.MULTILINE)
+    assert "entropy_top_ratio" in ours and "entropy_top_ratio" not in theirs
+    assert extra.sub("", ours[ours.index("actor_rollout_ref:") :]) == extra.sub(
+        "", theirs[theirs.index("actor_rollout_ref:") :]
+    )
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("entropy_top_ratio", "1.5", "above 0 and at most 1, or null"),
+        ("entropy_top_ratio", "0", "above 0 and at most 1, or null"),
+        ("entropy_top_ratio", "nan", "above 0 and at most 1, or null"),
+        ("entropy_top_rule", "top", "one of topk, threshold, quantile"),
+        ("entropy_top_scope", "sequence", "one of micro_batch"),
+        ("entropy_top_ranks", "all", "one of local"),
+        ("entropy_top_normalize", "tokens", "one of selected, response"),
+        ("entropy_top_kernel", "triton", "one of entropy_rl, verl"),
+        ("policy_loss.loss_mode", "mine", "one of vanilla, gpg"),
+    ],
+)
+def test_a_wrong_value_names_what_is_allowed(key: str, value: str, allowed: str) -> None:
+    overrides = [f"{RATIO}=0.2", MICRO_BATCH, f"actor_rollout_ref.actor.{key}={value}"]
+    with pytest.raises(Exception, match=re.escape(f"actor_rollout_ref.actor.{key}={value}") + f".*{allowed}"):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+def main_ppo(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", MICRO_BATCH, *overrides],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_the_driver_fails_before_anything_starts() -> None:
+    run = main_ppo(f"{RATIO}=1.5")
+    assert run.returncode == 1
+    assert f"{RATIO}=1.5: it must be a number above 0 and at most 1, or null" in run.stderr
+    assert "ray init" not in run.stdout
+
+
+def test_a_plugin_that_was_not_loaded_stops_the_run() -> None:
+    run = main_ppo(f"{RATIO}=0.2", VERL_USE_EXTERNAL_PLUGINS="none")
+    assert run.returncode == 1
+    assert "could not be installed" in run.stderr and "VERL_USE_EXTERNAL_PLUGINS=none" in run.stderr
+    assert "ray init" not in run.stdout
+
+
+def test_a_plugin_that_failed_stops_the_run_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "failure", "ImportError: no such thing")
+    with pytest.raises(Exception, match="could not be installed: ImportError: no such thing"):
+        omega_conf_to_dataclass(composed(f"{RATIO}=0.2", MICRO_BATCH).actor_rollout_ref.actor)
+    omega_conf_to_dataclass(composed(MICRO_BATCH).actor_rollout_ref.actor)
+
+
+def test_another_version_of_verl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"verl": "0.8.0", "entropy-rl-ext": "1.0"}
+    monkeypatch.setattr(plugin, "version", versions.__getitem__)
+    assert plugin.unsupported() == "entropy-rl-ext 1.0 supports verl 0.9.x; verl 0.8.0 is installed"
+    versions["verl"] = "0.9.7"
+    assert plugin.unsupported() is None
+
+
+def test_sequence_level_losses_accept_the_ratio_and_say_that_they_do_not_apply_it() -> None:
+    overrides = (f"{RATIO}=0.2", MICRO_BATCH, "actor_rollout_ref.actor.policy_loss.loss_mode=gspo")
+    with pytest.warns(UserWarning, match="entropy_top_ratio=0.2 is not applied: loss_mode gspo"):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_compose(recipe: Path, tmp_path: Path) -> None:
+    """The whole command of each recipe, as bash hands it to Python."""
+    (tmp_path / "python").write_text('#!/bin/sh\nshift 2\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"MODEL_PATH": "model", "TRAIN_FILES": "train.parquet", "VAL_FILES": "val.parquet"}
+    run = subprocess.run(
+        [recipe],
+        env=os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config = composed(*run.stdout.splitlines())
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert actor.entropy_top_ratio == 0.2
+    omega_conf_to_dataclass(config.algorithm)
+    omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+
+
+def test_recipes_are_found() -> None:
+    assert {recipe.name for recipe in RECIPES} >= {"run_entropy_top20.sh", "run_dapo_14b_entropy_top20.sh"}

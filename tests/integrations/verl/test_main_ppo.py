@@ -1,0 +1,162 @@
+"""The documented command line, to the end, on a machine without a GPU; `-m full` runs all of the matrix."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import task
+import torch
+from transformers import AutoModelForCausalLM
+
+RECIPES = Path(__file__).parents[3] / "recipe/entropy_token_rule"
+ACTOR = "actor_rollout_ref.actor."
+FULL = pytest.mark.full
+# What a recipe sets for a cluster, and a test for two cores.
+SMALL = [
+    "+entropy_rl=cpu",
+    "data.train_batch_size=8",
+    "data.max_prompt_length=16",
+    "data.max_response_length=24",
+    "actor_rollout_ref.rollout.n=4",
+    f"{ACTOR}optim.lr=1e-3",
+    f"{ACTOR}ppo_mini_batch_size=8",
+    f"{ACTOR}ppo_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+    "trainer.total_training_steps=2",
+    "trainer.save_freq=2",
+    "trainer.resume_mode=disable",
+    "trainer.logger=[file]",
+]
+# The keys in which a recipe for GPUs contradicts conf/entropy_rl/cpu.yaml: on a command line they win over it.
+NO_GPU = [
+    "actor_rollout_ref.model.use_remove_padding=false",
+    "actor_rollout_ref.model.enable_gradient_checkpointing=false",
+    f"{ACTOR}fsdp_config.ulysses_sequence_parallel_size=1",
+    f"{ACTOR}fsdp_config.param_offload=false",
+    f"{ACTOR}fsdp_config.optimizer_offload=false",
+    "actor_rollout_ref.rollout.name=hf_cpu",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+    "trainer.n_gpus_per_node=1",
+    "trainer.nnodes=1",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = task.save_problems(tmp_path_factory.mktemp("files"))
+    task.save_model(directory / "model")
+    return directory
+
+
+def train(command: list[str], files: Path, output: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Runs it and returns the metrics of each step. The actors end with the driver, whose Ray is its own."""
+    log = output / "log"
+    with log.open("w") as stream:
+        run = subprocess.run(
+            [
+                *command,
+                *SMALL,
+                f"reward.custom_reward_function.path={files}/reward.py",
+                f"trainer.default_local_dir={output}/checkpoints",
+                *overrides,
+            ],
+            cwd=output,
+            env=os.environ
+            | {
+                "VERL_USE_EXTERNAL_MODULES": "entropy_rl.integrations.verl.cpu",
+                "VERL_FILE_LOGGER_PATH": str(output / "metrics.jsonl"),
+                "OMP_NUM_THREADS": "1",
+                "MODEL_PATH": str(files / "model"),
+                "TRAIN_FILES": str(files / "train.parquet"),
+                "VAL_FILES": str(files / "train.parquet"),
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            timeout=280,
+        )
+    assert run.returncode == 0, log.read_text()[-4000:]
+    assert "generates on the CPU" in log.read_text()
+    return [json.loads(line)["data"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def main_ppo(files: Path, output: Path, *overrides: str) -> list[dict[str, Any]]:
+    return train(
+        [
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"),
+            *(f"data.train_files={files}/train.parquet", f"data.val_files={files}/train.parquet"),
+            f"actor_rollout_ref.model.path={files}/model",
+        ],
+        files,
+        output,
+        *overrides,
+    )
+
+
+def assert_checkpoint_loads(files: Path, output: Path, ranks: int = 1) -> None:
+    """The last step's shards are the weights of the model, and not those of the start."""
+    actor = output / "checkpoints/global_step_2/actor"
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    shards = [
+        torch.load(actor / f"model_world_size_{ranks}_rank_{rank}.pt", weights_only=False) for rank in range(ranks)
+    ]
+    saved = {name: torch.cat([shard[name].to_local() for shard in shards]) for name in shards[0]}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(saved)
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def assert_trained(steps: list[dict[str, Any]], applied: bool = True) -> None:
+    assert len(steps) == 2
+    for metrics in steps:
+        assert -1 <= metrics["critic/rewards/mean"] <= 1  # DAPO's penalty for length is up to 1
+        assert 0 < metrics["actor/grad_norm"] < float("inf")
+        if applied:
+            assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.01)
+            assert 0 < metrics["actor/entropy_threshold"] < 5
+        else:
+            assert "actor/entropy_token_ratio" not in metrics
+
+
+@pytest.mark.parametrize(
+    "loss_mode",
+    ["vanilla", *(pytest.param(mode, marks=FULL) for mode in ("gpg", "clip_cov", "kl_cov", "gspo", "geo_mean"))],
+)
+def test_loss_modes(files: Path, tmp_path: Path, loss_mode: str) -> None:
+    steps = main_ppo(files, tmp_path, f"{ACTOR}entropy_top_ratio=0.2", f"{ACTOR}policy_loss.loss_mode={loss_mode}")
+    assert_trained(steps, applied=loss_mode not in ("gspo", "geo_mean"))
+    assert_checkpoint_loads(files, tmp_path)
+
+
+def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path) -> None:
+    steps = main_ppo(
+        files,
+        tmp_path,
+        "trainer.n_gpus_per_node=2",
+        f"{ACTOR}entropy_top_ratio=0.2",
+        f"{ACTOR}ppo_mini_batch_size=4",
+        f"{ACTOR}ppo_micro_batch_size_per_gpu=4",
+        f"{ACTOR}ppo_epochs=2",
+        f"{ACTOR}use_kl_loss=true",
+        "algorithm.rollout_correction.rollout_is=token",
+    )
+    for metrics in steps:
+        assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.02)
+        assert "actor/kl_loss" in metrics and "rollout_corr/rollout_is_mean" in metrics
+    assert_checkpoint_loads(files, tmp_path, ranks=2)
+
+
+@FULL
+@pytest.mark.parametrize("recipe", ["run_entropy_top20.sh", "run_dapo_14b_entropy_top20.sh"])
+def test_recipes(files: Path, tmp_path: Path, recipe: str) -> None:
+    overrides = [*NO_GPU]
+    if "dapo" in recipe:
+        overrides += ["reward.reward_kwargs.max_resp_len=24", "reward.reward_kwargs.overlong_buffer_cfg.len=8"]
+    assert_trained(train([str(RECIPES / recipe)], files, tmp_path, *overrides))

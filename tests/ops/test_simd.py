@@ -1,0 +1,36 @@
+"""The CPU loops over rows of logits, on every instruction set that this processor has."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import entropy_rl_ext
+
+HERE = Path(__file__).parent
+PATHS = ("portable", "avx2", "avx512")
+# build_info() names the widest unless the variable is set.
+NARROWER = PATHS[: PATHS.index(entropy_rl_ext.build_info()["simd"])]
+
+
+def run(path: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ENTROPY_RL_SIMD": path}
+    return subprocess.run([sys.executable, *command], env=environment, cwd=HERE, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("path", NARROWER)
+def test_narrower_path_passes_the_tests_of_the_widest(path: str) -> None:
+    code = "import json, entropy_rl_ext; print(json.dumps(entropy_rl_ext.build_info()))"
+    assert json.loads(run(path, "-c", code).stdout)["simd"] == path
+    tests = run(path, "-m", "pytest", "-q", "-x", "test_token_entropy.py", "test_logprob_entropy.py")
+    assert tests.returncode == 0, tests.stdout[-3000:]
+
+
+def test_unknown_path_is_refused() -> None:
+    code = "import torch, entropy_rl_ext; entropy_rl_ext.token_entropy(torch.zeros(1, 8))"
+    result = run("sse9", "-c", code)
+    assert result.returncode != 0
+    assert "ENTROPY_RL_SIMD is sse9; it must be portable, avx2 or avx512" in result.stderr

@@ -1,0 +1,52 @@
+"""The command `entropy-rl`: help, and mistakes told in one line."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entropy_rl import cli
+
+PROGRAM = Path(sys.executable).with_name("entropy-rl")
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in cli.COMMANDS)])
+def test_help(arguments: list[str]) -> None:
+    """Of the installed program; each command shows an example or says what it does."""
+    shown = subprocess.run([PROGRAM, *arguments, "--help"], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("usage: entropy-rl")
+    if not arguments:
+        assert all(name in shown for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "the following arguments are required: COMMAND; see entropy-rl --help"),
+        (["inspekt"], "invalid choice: 'inspekt'"),
+        (["inspect"], "the following arguments are required: --model"),
+        (["doctor", "--all"], "unrecognized arguments: --all"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+
+
+def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(cli, "import_module", missing)
+    assert cli.main(["inspect", "--model=m", "--input=i.jsonl", "--output=o.html"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "inspect needs transformers" in message and "[train]" in message
+
+
+@pytest.mark.parametrize("module", cli.COMMANDS.values())
+def test_every_command_has_its_module(module: str) -> None:
+    assert callable(importlib.import_module(module).run)

@@ -1,0 +1,129 @@
+"""`entropy-rl doctor`: what it finds in this environment, and in ones where something is wrong."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import entropy_rl_ext
+from entropy_rl import cli, doctor
+
+
+def findings(check: Callable[[], Any]) -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in check()}
+
+
+def test_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("all is well\n") and "mend:" not in shown
+    assert torch.__version__ in shown
+    for name in ("token_entropy", "global_top_mask", "policy_loss"):
+        assert re.search(rf"✓ {name} \(cpu\) +agrees with reference", shown)
+
+
+def test_every_public_op_is_tested() -> None:
+    tested = set(doctor.tested_ops(entropy_rl_ext))
+    assert tested == set(entropy_rl_ext.__all__) - {"build_info", "reference"}
+    assert tested <= doctor.self_test_arguments(torch, "cpu").keys()
+
+
+def test_a_wrong_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = entropy_rl_ext.token_entropy
+    monkeypatch.setattr(entropy_rl_ext, "token_entropy", lambda *a, **o: right(*a, **o) + 0.001)
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"✗ token_entropy \(cpu\) +differs from reference: .*\n      mend: pip install", shown)
+    assert shown.endswith("1 thing wrong\n")
+
+
+def test_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return 2 * gradients[0]
+
+    right = entropy_rl_ext.token_entropy
+    monkeypatch.setattr(entropy_rl_ext, "token_entropy", lambda *a, **o: Doubled.apply(right(*a, **o)))
+    assert findings(doctor.check_ops)["token_entropy (cpu)"].state == "wrong"
+
+
+def test_a_check_that_breaks_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(entropy_rl_ext, "aggregate", broken)
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "broke off: RuntimeError: no kernel" in shown and "Around it" in shown
+
+
+def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    found = findings(doctor.check_torch)["torch"]
+    assert found.state == "wrong" and found.mend == "pip install -U torch"
+
+
+def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr("glob.glob", lambda _: ["/dev/nvidia0"])
+    found = findings(doctor.check_torch)["CUDA"]
+    assert found.state == "wrong" and "CUDA build" in found.mend
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "registered", "state", "text"),
+    [
+        ("", (9, 0), True, "wrong", "not built"),
+        ("13.0", (9, 0), False, "wrong", "none registered for"),
+        ("13.0", (7, 5), True, "wrong", "GPU 0 is sm_75"),
+        ("13.0", (9, 0), True, "ok", "built with CUDA 13.0"),
+    ],
+)
+def test_cuda_kernels_on_a_machine_with_a_gpu(
+    cuda: str,
+    capability: tuple[int, int],
+    registered: bool,
+    state: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(doctor, "_has_kernel", lambda *_: registered)
+    info = {"cuda": cuda, "cuda_archs": "8.0;9.0+PTX"}
+    found = [f for f in doctor._cuda_kernels(torch, info) if f.state == state]
+    assert found and text in found[0].text and bool(found[0].mend) == (state == "wrong")
+
+
+@pytest.mark.parametrize(("simd", "state"), [("avx2", "ok"), ("", "wrong")])
+def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = entropy_rl_ext.build_info() | {"simd": simd}
+    monkeypatch.setattr(entropy_rl_ext, "build_info", lambda: info)
+    [found] = [finding for finding in doctor.check_library() if finding.name == "CPU kernels"]
+    assert found.state == state and bool(found.mend) == (state == "wrong")
+
+
+def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are options: nothing is wrong without them."""
+    monkeypatch.setattr(doctor, "installed_version", lambda _: None)
+    states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
+    assert states == ["off", "off", "off"]
+
+
+def test_an_integration_that_is_not_really_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_version", lambda _: "0.9.1")
+    monkeypatch.setattr(doctor, "_module_is_missing", lambda _: False)
+    monkeypatch.setattr(doctor, "VERL", "raise RuntimeError('its loss could not be installed')")
+    monkeypatch.setattr(doctor, "TRL", "pass")
+    found = findings(doctor.check_integrations)
+    assert (found["verl"].state, found["TRL"].state) == ("wrong", "ok")
+    assert found["verl"].text == "0.9.1; RuntimeError: its loss could not be installed" and found["verl"].mend
