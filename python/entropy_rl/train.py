@@ -132,14 +132,15 @@ def run(config: DictConfig, device: torch.device) -> None:
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
     if distributed.rank() > 0:
         torch.manual_seed(distributed.seed_of_rank(rollout.seed))
-    if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
-        print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
     if first_rank:
         checkpoint.remove_partial(directory)
     if resumed:
         checkpoint.restore(resumed, model, optimizer)
         if first_rank:
             print(f"going on from {resumed}")
+    # After the state is restored: a forward leaves the root of a sharded model whole until its backward.
+    if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
+        print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
 
     with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps, active=first_rank)) as logs:
         if trainer.val_before_train and validation and not resumed:
