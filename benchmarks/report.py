@@ -117,11 +117,17 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _executed(op: str, results: list[dict[str, Any]]) -> str:
-    """Where an op has run on a GPU: what its result files say, and nothing else."""
-    runs = sorted({(r["device_name"], (r["commit"] or "unknown")[:10]) for r in results if r["op"] == op})
+    """Where an op's benchmark has run on a GPU. It need not have met every kernel of the op: the tests do."""
+    runs = sorted(
+        {
+            (r["device_name"], (r["commit"] or "unknown")[:10] + (" with changes" if r["modified"] else ""))
+            for r in results
+            if r["op"] == op
+        }
+    )
     if not runs:
         return "compiled for sm_80 and sm_90; **never executed on a GPU**"
-    return "; ".join(f"executed on {name} at commit {commit}" for name, commit in runs)
+    return "; ".join(f"benchmark run on {name} at commit {commit}" for name, commit in runs)
 
 
 def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
