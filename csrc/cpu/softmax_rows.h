@@ -1,6 +1,6 @@
 // One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and its
 // gradient. A row is taken in chunks that stay in the first-level cache: widen to float, maximum,
-// then sums. Chunk sums are float32 over 16 lanes, chunks combine in float64; float64 input is
+// then sums. Chunk sums are float32 over the lanes of vectors, chunks in float64; float64 input is
 // float64 throughout. The chunk loops (softmax_loops.h) are compiled for AVX-512, AVX2 and the
 // baseline, and chosen at the first call (simd.h).
 #pragma once
