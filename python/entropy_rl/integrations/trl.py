@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from entropy_rl.selection import prepass, select_mini_batch, select_tokens, top_k_count
-from entropy_rl_ext import logprob_entropy
+from entropy_rl_ext import linear_logprob_entropy
 
 SUPPORTED = "1.16"  # the replaced methods are not public: another minor version may call them otherwise
 
@@ -34,6 +34,7 @@ if Version(trl.__version__).release[:2] != Version(SUPPORTED).release:
     )
 
 import trl.trainer.utils  # noqa: E402
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 
@@ -41,7 +42,7 @@ Rule = Literal["topk", "threshold", "quantile"]
 Scope = Literal["micro_batch", "mini_batch"]
 Ranks = Literal["local", "global"]
 Normalize = Literal["selected", "response"]
-LMHead = Literal["logits", "trl"]
+LMHead = Literal["selected_rows", "trl"]
 CHOICES = {
     "entropy_top_rule": get_args(Rule),
     "entropy_top_scope": get_args(Scope),
@@ -101,10 +102,11 @@ class EntropyGRPOConfig(GRPOConfig):
         },
     )
     entropy_lm_head: LMHead = field(
-        default="logits",
+        default="selected_rows",
         metadata={
-            "help": "What computes log-probabilities and entropies where entropy_top_ratio is set. logits: PyTorch's "
-            "product, then this package's op. trl: TRL's own, in tiles."
+            "help": "What computes log-probabilities and entropies where entropy_top_ratio is set, in tiles. "
+            "selected_rows: this package's op, whose backward multiplies the tokens with a gradient alone. trl: TRL's "
+            "own, which multiplies all."
         },
     )
 
@@ -160,8 +162,16 @@ class EntropyGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **named)
         if args.entropy_top_ratio is not None:
             self.top_entropy_quantile = 0.0  # below 1, TRL's loss asks for the mask
+        self._lm_head_is_ours = args.entropy_top_ratio is not None and args.entropy_lm_head == "selected_rows"
+        if self._lm_head_is_ours and is_deepspeed_zero3_enabled():
+            self._lm_head_is_ours = False
+            warnings.warn(
+                "entropy_lm_head is 'selected_rows' under DeepSpeed ZeRO-3, whose LM head is whole during the forward "
+                "alone; TRL's own, which gathers it again for the backward, computes log-probabilities and entropies",
+                stacklevel=2,
+            )
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
-        self._mini_batch: tuple[list[Tensor], Tensor] | None = None  # masks and threshold, held for an optimizer step
+        self._mini_batch: _Selection | None = None  # held for an optimizer step
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -192,7 +202,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if inputs is None:
             return self._select(entropies, mask, max(1 - threshold, sys.float_info.min))[0]
         if self._is_mini_batch_scope():
-            masks, lowest = self._mini_batch
+            masks, lowest = self._mini_batch.masks, self._mini_batch.lowest
             selected = masks[self._position()]
         else:
             selected, lowest = self._select(entropies, mask, self.args.entropy_top_ratio)
@@ -203,7 +213,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         return selected * self._normalization(selected, mask, masks, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.entropy_top_ratio is None or self.args.entropy_lm_head == "trl":
+        if not self._lm_head_is_ours:
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
         with _lm_head(self._score):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -223,28 +233,28 @@ class EntropyGRPOTrainer(GRPOTrainer):
         selected, metrics = select_tokens(entropies, mask, ratio, args.entropy_top_rule, args.entropy_top_ranks)
         return selected, metrics["actor/entropy_threshold"]
 
-    def _select_mini_batch(self) -> tuple[list[Tensor], Tensor]:
-        """The masks [B, T] of the micro-batches of the optimizer step that begins, and the lowest entropy selected."""
+    def _select_mini_batch(self) -> "_Selection":
+        """Of the optimizer step that begins."""
         args, begin = self.args, self._step % self.args.steps_per_generation
         micro_batches = self._buffered_inputs[begin : begin + args.gradient_accumulation_steps]
         with (
             prepass(self.accelerator.device),
             disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs),
         ):
-            entropies = [self._entropies(inputs) for inputs in micro_batches]
+            scores = [self._log_probs_and_entropies(inputs) for inputs in micro_batches]
         masks, metrics = select_mini_batch(
-            entropies,
+            [entropy for _, entropy in scores],
             [_loss_mask(inputs) for inputs in micro_batches],
             args.entropy_top_ratio,
             args.entropy_top_rule,
             args.entropy_top_ranks,
         )
-        return masks, metrics["actor/entropy_threshold"]
+        return _Selection(masks, metrics["actor/entropy_threshold"], scores)
 
-    def _entropies(self, inputs: dict[str, Any]) -> Tensor:
+    def _log_probs_and_entropies(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         # Beside tokens and masks, images and the like, under the names that the method has for them.
         names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-        _, entropies, _ = self._get_per_token_logps_and_entropies(
+        log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
             self.model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
@@ -252,7 +262,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
             compute_entropy=True,
             **{name: value for name, value in inputs.items() if name in names},
         )
-        return entropies
+        return log_probs, entropies
 
     # ---- What their loss is divided by
 
@@ -330,13 +340,44 @@ class EntropyGRPOTrainer(GRPOTrainer):
         """[N] log-probabilities and entropies, in the signature of TRL's fused LM head."""
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        logits = nn.functional.linear(hidden, weight, bias)
-        if softcap is not None:
-            logits, logit_scale = softcap * torch.tanh(logits.float() * (logit_scale / softcap)), 1.0
-        log_prob, entropy = logprob_entropy(
-            logits, targets, temperature=temperature / logit_scale, entropy_grad=self._entropy_bonus_enabled
+        known = self._known_scores(len(targets))
+        log_prob, entropy = linear_logprob_entropy(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            mask=None if known is None else known[0],
+            temperature=temperature,
+            entropy_grad=self._entropy_bonus_enabled,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
+        if known is not None:
+            selected, *rest = known
+            log_prob, entropy = (torch.where(selected, *pair) for pair in zip((log_prob, entropy), rest, strict=True))
         return log_prob, entropy if "entropy" in outputs else None, None, None, None
+
+    def _known_scores(self, scored: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the rest need not meet the head again: the tokens that train, and the prepass's log-probabilities and
+        entropies, each [N]. None: outside the loss, or where other tokens may have a gradient too."""
+        inputs, args = self._loss_inputs, self.args
+        others_train = self.beta != 0 or self._entropy_bonus_enabled or args.importance_sampling_level != "token"
+        if inputs is None or not self._is_mini_batch_scope() or others_train:
+            return None
+        position, completion = self._position(), inputs["completion_mask"] != 0
+        log_prob, entropy = self._mini_batch.scores[position]
+        known = self._mini_batch.masks[position][completion], log_prob[completion], entropy[completion]
+        # Soft prompts (PEFT) make TRL score a token more of each sequence.
+        return known if len(known[0]) == scored else None
+
+
+@dataclass
+class _Selection:
+    """Of an optimizer step; lists have a [B, T] for each of its micro-batches."""
+
+    masks: list[Tensor]
+    lowest: Tensor  # []: entropy of a selected token
+    scores: list[tuple[Tensor, Tensor]]  # log-probabilities and entropies of the prepass
 
 
 @contextlib.contextmanager

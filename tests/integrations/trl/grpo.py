@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
@@ -36,10 +36,12 @@ def share_of_digits(completions: list[str], **_: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def make_trainer(model: Path, output: Path, trainer_class: type = EntropyGRPOTrainer, **settings: Any) -> GRPOTrainer:
+def make_trainer(
+    model: Path | PreTrainedModel, output: Path, trainer_class: type = EntropyGRPOTrainer, **settings: Any
+) -> GRPOTrainer:
     config_class = EntropyGRPOConfig if issubclass(trainer_class, EntropyGRPOTrainer) else GRPOConfig
     return trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, Path) else model,
         reward_funcs=share_of_digits,
         args=config_class(output_dir=str(output), **SETTINGS | settings),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
-from entropy_rl_ext import global_top_mask, logprob_entropy, policy_loss
-from grpo import make_batch, optimizer_step, without
+import entropy_rl.integrations.trl as integration
+from entropy_rl_ext import global_top_mask, linear_logprob_entropy, logprob_entropy, policy_loss
+from grpo import make_batch, make_trainer, optimizer_step, without
 
 LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
 AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
@@ -38,6 +41,10 @@ def assert_same_step(actual: Any, expected: Any, **tolerance: float) -> None:
         )
 
 
+def largest(step: Any) -> float:
+    return max(gradient.abs().max().item() for gradient in step[1].values())
+
+
 def differs(one: Any, other: Any) -> bool:
     return any((one[1][name] - other[1][name]).abs().max() > 1e-4 for name in one[1])
 
@@ -45,7 +52,7 @@ def differs(one: Any, other: Any) -> bool:
 # ---- TRL's own choice of tokens
 
 
-@pytest.mark.parametrize("lm_head", ["logits", "trl"])
+@pytest.mark.parametrize("lm_head", ["selected_rows", "trl"])
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_reproduces_top_entropy_quantile(
@@ -85,7 +92,7 @@ def test_reproduces_it_beside_other_options(trainer: Callable[..., GRPOTrainer],
     for _ in range(2):  # the second meets what the first left in the trainer
         expected, actual = (optimizer_step(t, batch, micro_batches) for t in (theirs, ours))
         # Of the largest gradient: the penalty, far from its minimum, makes gradients of 10 and more.
-        scale = max(1.0, max(gradient.abs().max().item() for gradient in expected[1].values()))
+        scale = max(1.0, largest(expected))
         assert_same_step(actual, expected, rtol=1e-6, atol=1e-6 * scale)
         logged = {
             name: value for name, value in actual[2].items() if name not in ("entropy_token_ratio", "entropy_threshold")
@@ -246,6 +253,86 @@ def test_the_prepass_leaves_random_numbers_and_gradients_alone(trainer: Callable
         steps.append(optimizer_step(ours, make_batch()))
     assert_same_step(steps[1], steps[0], rtol=0, atol=0)
     assert max(gradient.abs().max() for gradient in steps[0][1].values()) > 1e-3
+
+
+# ---- The LM head
+
+
+class Heads:
+    """Records the rows that meet the head with a gradient, and of which the mask leaves some out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        monkeypatch.setattr(integration, "linear_logprob_entropy", self)
+
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            self.rows.append(len(hidden) if options["mask"] is None else int(options["mask"].sum()))
+        return linear_logprob_entropy(hidden, weight, targets, **options)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_heads_have_the_same_step(trainer: Callable[..., GRPOTrainer], loss_type: str, scope: str) -> None:
+    """The head on selected rows against TRL's, which projects every position."""
+    batch = make_batch()
+    batch["tool_mask"] = (torch.arange(12) != 3).int().expand(8, 12).clone()
+    settings = {"entropy_top_ratio": 0.3, "entropy_top_scope": scope, "loss_type": loss_type, "temperature": 0.7}
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    expected, actual = (
+        optimizer_step(trainer(entropy_lm_head=head, **settings), batch, 2) for head in ("trl", "selected_rows")
+    )
+    assert max(gradient.abs().max() for gradient in expected[1].values()) > 1e-4
+    assert_same_step(actual, expected, rtol=1e-6, atol=1e-6)
+    assert actual[2] == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in expected[2].items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "only_selected"),
+    [
+        ({}, True),
+        ({"off_policy_mask_threshold": 0.5}, True),
+        ({"beta": 0.1}, False),
+        ({"entropy_coef": 0.1}, False),
+        ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, False),
+        ({"entropy_top_scope": "micro_batch"}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:importance_sampling_level")
+def test_only_selected_rows_meet_the_head_where_no_others_train(
+    trainer: Callable[..., GRPOTrainer],
+    settings: dict[str, Any],
+    only_selected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, settings = make_batch(), {"entropy_top_ratio": 0.2, "entropy_top_scope": "mini_batch"} | settings
+    heads = Heads(monkeypatch)
+    actual = optimizer_step(trainer(**settings), batch)
+    tokens = int(batch["completion_mask"].sum())
+    assert heads.rows == [max(1, int(tokens * 0.2 + 0.9999)) if only_selected else tokens]
+    expected = optimizer_step(trainer(entropy_lm_head="trl", **settings), batch)
+    assert_same_step(actual, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
+
+
+@pytest.mark.parametrize("change", [{"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}, {"logits_scaling": 4.0}])
+def test_what_a_model_does_behind_its_head(model_path: Path, tmp_path: Path, change: dict[str, float]) -> None:
+    steps = []
+    for head in ("trl", "selected_rows"):
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model.config.update(change)
+        ours = make_trainer(model, tmp_path, entropy_top_ratio=0.2, entropy_lm_head=head)
+        steps.append(optimizer_step(ours, make_batch()))
+    assert_same_step(steps[1], steps[0], rtol=1e-5, atol=1e-6)
+
+
+def test_under_zero_3_the_head_is_trls(trainer: Callable[..., GRPOTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(monkeypatch)
+    monkeypatch.setattr(integration, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.warns(UserWarning, match="'selected_rows' under DeepSpeed ZeRO-3"):
+        ours = trainer(entropy_top_ratio=0.2)
+    optimizer_step(ours, make_batch())
+    assert not heads.rows
 
 
 # ---- Metrics, and nothing to learn from
