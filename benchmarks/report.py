@@ -167,7 +167,8 @@ def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
 
 def page() -> str:
     results = {device: load(device) for device in DEVICES}
-    ops = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    # Not what is measured of TRL's trainer, which has no kernels.
+    ops = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     parts = [HEAD, RUN_HEAD]
     parts += [f"| `{op}`, forward and backward | tested | {_executed(op, results['cuda'])} |\n" for op in ops]
     parts += [RUN_FOOT]

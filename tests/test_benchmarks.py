@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPS = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+# tests/integrations/trl has the one that needs TRL.
+OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"trl_step"})
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import report, selection_over_ranks  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--quick", "--device", "cpu", "--threads", "1"]
-    subprocess.run([*command, "--json", str(directory)], cwd=ROOT, check=True)
+    subprocess.run([*command, "--json", str(directory), "--op", *OPS], cwd=ROOT, check=True)
     return directory
 
 
@@ -45,3 +46,28 @@ def test_a_missed_goal_is_told() -> None:
 
 def test_page_is_what_the_results_give() -> None:
     assert report.PAGE.read_text() == report.page(), "run make performance"
+
+
+# ---- Over ranks
+
+
+def test_selection_over_ranks_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.selection_over_ranks", "--quick"]
+    path = tmp_path / "selection.json"
+    subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True)
+    result = json.loads(path.read_text())
+    for ranks, run in zip((2, 4), result["runs"], strict=True):
+        assert run["ranks"] == ranks
+        ours, alone = (run["contenders"][name] for name in ("ours, topk", "each rank alone"))
+        assert len(ours["seconds"]) == len(ours["wire_bytes"]) == 2
+        # What a ring sends of four all-reduces, at the least; others may use the loopback interface meanwhile.
+        assert min(ours["wire_bytes"]) >= 2 * (ranks - 1) * (40_960 + 8 * ranks)
+        assert len(alone["wire_bytes"]) == 2
+        assert f"| {ranks} | ours, topk |" in selection_over_ranks.table(result)
+
+
+def test_docs_have_the_measured_table() -> None:
+    result = json.loads(selection_over_ranks.RESULT.read_text())
+    page = selection_over_ranks.PAGE.read_text()
+    assert selection_over_ranks.page(result) == page, "run python -m benchmarks.selection_over_ranks"
+    assert selection_over_ranks.table(result) in page

@@ -1,5 +1,6 @@
 """Selection as the trainer uses it: over micro-batches, mini-batches and ranks."""
 
+import inspect
 import itertools
 import math
 import random
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from entropy_rl import selection
 from entropy_rl_ext import global_top_mask
@@ -162,6 +164,61 @@ def test_without_a_process_group_this_process_is_the_only_rank() -> None:
     entropy, mask = make_batch(100, "tied", torch.float32, 0)
     found, _ = selection.select_tokens(entropy, mask, 0.2, ranks="global")
     assert torch.equal(found, global_top_mask(entropy, mask, 0.2))
+
+
+def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]]:
+    """Every collective of torch.distributed that a selection makes, with the bytes it is given."""
+    sent = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            attribute = getattr(dist, name)
+            if not inspect.isfunction(attribute) or name in (
+                "is_available",
+                "is_initialized",
+                "get_rank",
+                "get_world_size",
+            ):
+                return attribute
+
+            def call(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+                sent.append((name, tensor.nbytes))
+                return attribute(tensor, *arguments, **named)
+
+            return call
+
+    selection.dist = Recorder()
+    try:
+        entropy, mask = make_batch(tokens, "tied", dtype, dist.get_rank())
+        selection.select_tokens(entropy, mask, 0.2, rule, "global")
+    finally:
+        selection.dist = dist
+    return sent
+
+
+@pytest.mark.parametrize("tokens", [0, 100, 100_000])
+@pytest.mark.parametrize("rule", selection.RULES)
+def test_what_is_sent_does_not_depend_on_the_tokens(rule: str, tokens: int, eight: Ranks) -> None:
+    """The bytes of docs/distributed.md."""
+    of_rule = {"topk": [8 * 8], "threshold": [], "quantile": [4]}
+    float32 = [16_384, 16_384, 8_192] + of_rule[rule]
+    assert eight.run(payloads, tokens, torch.float32, rule) == [[("all_reduce", size) for size in float32]] * 8
+    of_rule["quantile"] = [8]
+    float64 = [16_384] * 5 + [4_096] + of_rule[rule]
+    assert eight.run(payloads, tokens, torch.float64, rule) == [[("all_reduce", size) for size in float64]] * 8
+
+
+@pytest.mark.parametrize("rule", selection.RULES)
+def test_the_host_waits_for_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values: whatever would read one, or whose shape depends on one, fails."""
+    for name, value in {"all_reduce": None, "get_rank": 3, "get_world_size": 8}.items():
+        monkeypatch.setattr(selection.dist, name, lambda *_, value=value, **__: value)
+    with FakeTensorMode():
+        entropy, mask = torch.rand(4, 5), torch.ones(4, 5)
+        with pytest.raises(DataDependentOutputException):
+            entropy.sum().item()
+        found, lowest = selection._select_over_ranks(entropy, mask, 0.2, rule, None)
+    assert found.shape == (4, 5) and found.dtype == torch.bool and lowest.shape == ()
 
 
 # ---- Scopes
