@@ -152,9 +152,10 @@ def _select_over_ranks(
     for shift in (*range(bits - _DIGIT_BITS, 0, -_DIGIT_BITS), 0):
         size, bits = 1 << (bits - shift), shift
         digit = (keys >> shift) - (cut >> shift)
-        counted = inside & (digit >= 0) & (digit < size)
-        counts = torch.zeros(size, dtype=torch.int64, device=keys.device)
-        counts.scatter_add_(0, digit.clamp(0, size - 1).long(), counted.long())
+        # One counter more, for the keys that do not count.
+        digit = torch.where(inside & (digit >= 0) & (digit < size), digit, size).long()
+        counts = torch.zeros(size + 1, dtype=torch.int64, device=keys.device)
+        counts = counts.scatter_add_(0, digit, counts.new_ones(()).expand_as(digit))[:size]
         dist.all_reduce(counts, group=group)
         if k is None:
             k, weight = _sought(counts.sum(), top_ratio, rule)
