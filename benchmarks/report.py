@@ -167,7 +167,8 @@ def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
 
 def page() -> str:
     results = {device: load(device) for device in DEVICES}
-    ops = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    names = (path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    ops = sorted(name for name in names if (ROOT / f"entropy_rl_ext/ops/{name}.py").is_file())
     parts = [HEAD, RUN_HEAD]
     parts += [f"| `{op}`, forward and backward | tested | {_executed(op, results['cuda'])} |\n" for op in ops]
     parts += [RUN_FOOT]
