@@ -5,10 +5,12 @@ it is the wall. Before every timed call the caches are swept, so that inputs com
 """
 
 import ctypes
+import multiprocessing
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -41,6 +43,9 @@ class Case:
     # Least ratio of a peer's time to ours; "copy": least share of a copy's bandwidth; "seconds": most time of ours.
     goals: dict[str, float] = field(default_factory=dict)
     graph: bool = False  # on CUDA: captured once, and timed in replay
+    # Each contender's memory is that of its second call in a process of its own, where no other has left any behind;
+    # `inputs` and contenders must be picklable.
+    peak_in_own_process: bool = False
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,6 +105,21 @@ def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
         return None
 
 
+def _peak_bytes_alone(
+    inputs: Callable[[], Inputs], contender: Callable[..., Any], device: str, threads: int
+) -> int | None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tensors = inputs()
+    contender(**tensors)
+    return _peak_bytes(lambda: contender(**tensors), device)
+
+
+def _peak_bytes_in_own_process(case: Case, contender: Callable[..., Any], device: str) -> int | None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_bytes_alone, case.inputs, contender, device, torch.get_num_threads()).result()
+
+
 def _resident(name: str) -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) << 10
@@ -143,7 +163,11 @@ def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], No
                 calls[name] = _captured(contender, inputs)
             else:
                 calls[name] = lambda contender=contender, **inputs: lambda: contender(**inputs)
-            records[name] = {"peak_bytes": _peak_bytes(calls[name](**inputs), device), "seconds": []}
+            if case.peak_in_own_process:
+                peak = _peak_bytes_in_own_process(case, contender, device)
+            else:
+                peak = _peak_bytes(calls[name](**inputs), device)
+            records[name] = {"peak_bytes": peak, "seconds": []}
         except Exception as error:
             if name == "ours":
                 raise

@@ -167,7 +167,7 @@ def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
 
 def page() -> str:
     results = {device: load(device) for device in DEVICES}
-    # Not what is measured of TRL's trainer, which has no kernels.
+    # Not what is measured of the trainers, which have no kernels.
     ops = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     parts = [HEAD, RUN_HEAD]
     parts += [f"| `{op}`, forward and backward | tested | {_executed(op, results['cuda'])} |\n" for op in ops]

@@ -37,6 +37,12 @@ from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
 
+SEQUENCE_MODES = ("gspo", "geo_mean")  # they weigh a sequence as a whole, and do not apply the selection
+WHOLE_RESPONSE_MODES = (*SEQUENCE_MODES, "clip_cov", "kl_cov")  # these two: covariances over all response tokens
+
+# Means over the response tokens of how far the policy has moved.
+PROBABILITY_RATIO_METRICS = {"actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"}
+
 
 @dataclass
 class Batch:
@@ -141,6 +147,11 @@ def run(config: DictConfig, device: torch.device) -> None:
     # After the state is restored: a forward leaves the root of a sharded model whole until its backward.
     if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
         print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
+    elif settings.use_fused_kernels and (reason := needs_all_tokens(actor)) and first_rank:
+        print(
+            "actor_rollout_ref.actor.entropy_top_scope=mini_batch: every response token, selected or not, meets the "
+            f"LM head in the training step: {reason} needs them all"
+        )
 
     with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps, active=first_rank)) as logs:
         if trainer.val_before_train and validation and not resumed:
@@ -470,19 +481,30 @@ def compute_advantages(rewards: Tensor, mask: Tensor, config: DictConfig) -> Ten
 # ---- Learning
 
 
+def uses_fused_head(model: PreTrainedModel, config: DictConfig) -> bool:
+    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+
+
 def log_prob_and_entropy(
-    model: PreTrainedModel, batch: Batch, config: DictConfig, *, entropy_grad: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    config: DictConfig,
+    *,
+    mask: Tensor | None = None,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens and the policy's entropies, both [B, S] float32, 0 outside the mask.
 
-    Both are of softmax(logits / temperature), the distribution that sampling drew from (before top_p and top_k).
+    The mask [B, S] is the response mask unless another is given. Both are of softmax(logits / temperature), the
+    distribution that sampling drew from (before top_p and top_k).
     """
     length = batch.response_mask.shape[1]
+    mask = batch.response_mask if mask is None else mask
     temperature = config.actor_rollout_ref.rollout.temperature
-    fused = config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+    fused = uses_fused_head(model, config)
     scoring = contextlib.nullcontext()
     if fused:
-        scoring = lm_head.scoring(model, batch.responses, batch.response_mask, temperature, entropy_grad=entropy_grad)
+        scoring = lm_head.scoring(model, batch.responses, mask, temperature, entropy_grad=entropy_grad)
     with autocast(model.device, config), scoring:
         logits = model(
             input_ids=batch.tokens,
@@ -495,7 +517,7 @@ def log_prob_and_entropy(
     if fused:
         return logits[..., 0], logits[..., 1] if entropy_grad else logits[..., 1].detach()
     return logprob_entropy(
-        logits[:, :-1], batch.responses, mask=batch.response_mask, temperature=temperature, entropy_grad=entropy_grad
+        logits[:, :-1], batch.responses, mask=mask, temperature=temperature, entropy_grad=entropy_grad
     )
 
 
@@ -563,16 +585,35 @@ def mini_batches(experience: Experience, generator: torch.Generator, config: Dic
 
 def select_for_step(
     model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], config: DictConfig
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """One selection for the optimizer step, before its first micro-batch: the mask of each, and its metrics."""
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """One selection for the optimizer step, before its first micro-batch: its mask and metrics.
+
+    Also the log-probabilities of the policy that the selection goes by. Mask and log-probabilities: one [B, S] for
+    each micro-batch.
+    """
     actor = config.actor_rollout_ref.actor
     if actor.entropy_top_source == "old_policy":
-        entropies = [mini_batch.old_entropy[index] for index in rows]
+        scored = [(mini_batch.old_log_prob[index], mini_batch.old_entropy[index]) for index in rows]
     else:
         with prepass(mini_batch.old_entropy.device):
-            entropies = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config)[1] for index in rows]
+            scored = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config) for index in rows]
+    log_probs, entropies = map(list, zip(*scored, strict=True))
     masks = [mini_batch.batch.response_mask[index] for index in rows]
-    return select_mini_batch(entropies, masks, actor.entropy_top_ratio, actor.entropy_top_rule, actor.entropy_top_ranks)
+    selections, metrics = select_mini_batch(
+        entropies, masks, actor.entropy_top_ratio, actor.entropy_top_rule, actor.entropy_top_ranks
+    )
+    return selections, log_probs, metrics
+
+
+def needs_all_tokens(actor: DictConfig) -> str | None:
+    """What of the loss needs tokens that a selection before the step left out; None: nothing, or there is none."""
+    if not actor.entropy_top_ratio or actor.entropy_top_scope != "mini_batch":
+        return None
+    if actor.policy_loss.loss_mode in WHOLE_RESPONSE_MODES:
+        return f"policy_loss.loss_mode={actor.policy_loss.loss_mode}"
+    if actor.entropy_coeff != 0:
+        return f"entropy_coeff={actor.entropy_coeff}"
+    return "use_kl_loss=true" if actor.use_kl_loss else None
 
 
 def accumulate_gradients(
@@ -597,11 +638,18 @@ def accumulate_gradients(
         "dp_size": ranks,
     }
     policy_aggregation = dict(aggregation)
-    applied = actor.policy_loss.loss_mode not in ("gspo", "geo_mean")  # they weigh a sequence as a whole
+    applied = actor.policy_loss.loss_mode not in SEQUENCE_MODES
     divide_by_selected = ratio and applied and actor.entropy_top_normalize == "selected"
     whole_step = ratio and actor.entropy_top_scope == "mini_batch"
+    # Then only the selected tokens meet the LM head.
+    preselected = (
+        whole_step
+        and mini_batch.ref_log_prob is None
+        and needs_all_tokens(actor) is None
+        and uses_fused_head(model, config)
+    )
     if whole_step:
-        selections, selection_metrics = select_for_step(model, mini_batch, rows, config)
+        selections, known_log_probs, selection_metrics = select_for_step(model, mini_batch, rows, config)
         if divide_by_selected:
             own_selected = torch.stack([selected.sum() for selected in selections]).sum()
             policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
@@ -614,7 +662,15 @@ def accumulate_gradients(
         micro = mini_batch.rows(index)
         response_mask = micro.batch.response_mask
         distributed.reduces_gradients(model, number == len(rows) - 1)
-        log_prob, entropy = log_prob_and_entropy(model, micro.batch, config, entropy_grad=actor.entropy_coeff != 0)
+        log_prob, entropy = log_prob_and_entropy(
+            model,
+            micro.batch,
+            config,
+            mask=selections[number] if preselected else None,
+            entropy_grad=actor.entropy_coeff != 0,
+        )
+        if preselected:  # the others have no part in the loss, only in its metrics
+            log_prob = torch.where(selections[number], log_prob, known_log_probs[number])
 
         selected, means = None, {}
         if whole_step:
@@ -664,7 +720,13 @@ def accumulate_gradients(
             metrics[name] = metrics[name] + value / ranks
         for name, value in means.items():
             metrics[name] = metrics[name] + value * own_tokens[number] / tokens.sum().clamp(min=1)
-    return dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
+    metrics = dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
+    if preselected and actor.entropy_top_source == "old_policy":
+        # Where the policy may have moved since, what it does to the other tokens is not known: they entered as unmoved.
+        share = metrics["actor/entropy_token_ratio"]
+        for name in PROBABILITY_RATIO_METRICS & metrics.keys():
+            metrics[f"{name}_selected"] = metrics.pop(name) / share.clamp(min=torch.finfo(share.dtype).tiny)
+    return metrics
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_rl import config as configuration
-from entropy_rl import train
+from entropy_rl import lm_head, train
 from entropy_rl.tasks import Problem, load_tasks
 from training import ACTOR, as_arguments
 
@@ -382,3 +382,114 @@ def test_gradient_is_the_mean_over_the_selected_tokens(
     total.backward()
     for a, b in zip(found, gradients(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+# ---- A selection that is known before the forward
+
+
+def head_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows meet the LM head with a gradient, call by call."""
+    counts: list[int] = []
+    op = lm_head.linear_logprob_entropy
+
+    def counting(hidden: Tensor, *arguments: Any, mask: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            counts.append(int(mask.sum()))
+        return op(hidden, *arguments, mask=mask, **options)
+
+    monkeypatch.setattr(lm_head, "linear_logprob_entropy", counting)
+    return counts
+
+
+TOKEN_MODES = [mode for mode in configuration.LOSS_MODES if mode not in train.WHOLE_RESPONSE_MODES]
+PRESELECTED = [
+    *((mode, "token-mean", "selected", 8) for mode in TOKEN_MODES),
+    *(("vanilla", mode, "selected", 2) for mode in configuration.LOSS_AGG_MODES),
+    ("vanilla", "seq-mean-token-mean", "response", 2),
+]
+
+
+@pytest.mark.parametrize("source", ["prepass", "old_policy"])
+@pytest.mark.parametrize(("loss_mode", "loss_agg_mode", "normalize", "size"), PRESELECTED)
+def test_selected_tokens_alone_give_the_same_step(
+    source: str,
+    loss_mode: str,
+    loss_agg_mode: str,
+    normalize: str,
+    size: int,
+    model: Any,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss, gradient and metrics of a step in which a fifth of the tokens meets the LM head, against all of them."""
+    actor = config.actor_rollout_ref.actor
+    actor.entropy_top_scope, actor.entropy_top_source, actor.entropy_top_normalize = "mini_batch", source, normalize
+    actor.policy_loss.loss_mode, actor.loss_agg_mode, actor.policy_loss.dro_beta = loss_mode, loss_agg_mode, 0.1
+    actor.ppo_micro_batch_size_per_gpu = size
+    experience = random_experience(model, config)
+    experience.ref_log_prob = None
+    rows = head_rows(monkeypatch)
+    results = []
+    for reason in (None, "this test"):
+        monkeypatch.setattr(train, "needs_all_tokens", lambda actor, reason=reason: reason)
+        metrics = train.accumulate_gradients(model, experience, torch.Generator(), config)
+        results.append((gradients(model), metrics))
+    (found, metrics), (expected, all_metrics) = results
+    tokens, steps = int(experience.batch.response_mask.sum()), len(rows) // 2
+    assert sum(rows[:steps]) == max(1, int(tokens * 0.2 + 0.9999)) and sum(rows[steps:]) == tokens
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    changed = train.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
+    assert metrics.keys() == {f"{name}_selected" if name in changed else name for name in all_metrics}
+    for name in all_metrics.keys() - changed:
+        torch.testing.assert_close(metrics[name], all_metrics[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_metrics_of_the_selected_tokens(model: Any, config: Any) -> None:
+    """Under old_policy: ppo_kl and clip fractions are means over the selected tokens, and are named so."""
+    actor = config.actor_rollout_ref.actor
+    actor.entropy_top_scope, actor.entropy_top_source = "mini_batch", "old_policy"
+    actor.ppo_micro_batch_size_per_gpu = 2
+    experience = random_experience(model, config)
+    experience.ref_log_prob = None
+    metrics = train.accumulate_gradients(model, experience, torch.Generator(), config)
+    selections, _, _ = train.select_for_step(model, experience, torch.arange(8).split(2), config)
+    selected = torch.cat(selections)
+    log_prob, _ = train.compute_log_prob(model, experience.batch, config)
+    moved = (experience.old_log_prob - log_prob)[selected]
+    ratio, advantage = (-moved).exp(), experience.advantages[selected]
+    clipped = torch.where(advantage > 0, ratio > 1.2, ratio < 0.8)
+    assert clipped.any() and not clipped.all()
+    torch.testing.assert_close(metrics["actor/ppo_kl_selected"], moved.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(metrics["actor/pg_clipfrac_selected"], clipped.float().mean(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({f"{ACTOR}.use_kl_loss": "true"}, "use_kl_loss=true"),
+        ({f"{ACTOR}.entropy_coeff": 0.01}, "entropy_coeff=0.01"),
+        ({f"{ACTOR}.policy_loss.loss_mode": "clip_cov"}, "policy_loss.loss_mode=clip_cov"),
+        ({f"{ACTOR}.policy_loss.loss_mode": "gspo"}, "policy_loss.loss_mode=gspo"),
+        ({}, None),
+        ({f"{ACTOR}.entropy_top_scope": "micro_batch"}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:entropy_mask is not applied")
+def test_where_all_tokens_meet_the_head_the_run_says_why(
+    change: Overrides,
+    reason: str | None,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = head_rows(monkeypatch)
+    (line,) = run({f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_source": "old_policy"} | change)
+    shown = capsys.readouterr().out
+    assert ("meets the LM head in the training step" in shown) == (reason is not None)
+    assert reason is None or f"{reason} needs them all" in shown
+    # Sixteen responses of at most 8 tokens.
+    tokens = round(16 * line["data"]["response_length/mean"])
+    few = reason is None and f"{ACTOR}.entropy_top_scope" not in change
+    assert sum(rows) < 0.25 * tokens + 2 if few else sum(rows) == tokens

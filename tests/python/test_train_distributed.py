@@ -55,6 +55,8 @@ def step(arguments: list[str], micro_batch_size: int) -> tuple[dict[str, Tensor]
     model = train.load_model(config.actor_rollout_ref.model, config.actor_rollout_ref.model.path)
     model = distributed.distribute(model, config.actor_rollout_ref.actor.strategy, torch.device("cpu"))
     experience = make_experience()
+    if not config.actor_rollout_ref.actor.use_kl_loss:
+        experience.ref_log_prob = None
     own = len(experience.advantages) // distributed.size()
     share = experience.rows(torch.arange(own) + own * distributed.rank())
     metrics = train.accumulate_gradients(model, share, torch.Generator(), config)
@@ -95,6 +97,25 @@ def test_one_step_is_the_same_for_any_split(case: str, strategy: str, ranks: Ran
             for name, gradient in gradients.items():
                 torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
             assert found_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("source", ["prepass", "old_policy"])
+def test_selected_tokens_alone_give_the_step_of_all(
+    source: str, strategy: str, ranks: Ranks, overrides: Overrides
+) -> None:
+    """Ranks that give the LM head the selected tokens alone, against one rank that holds all logits."""
+    overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_ranks": "global"}
+    overrides |= {f"{ACTOR}.entropy_top_source": source, f"{ACTOR}.strategy": strategy}
+    plain = as_arguments(overrides | {"actor_rollout_ref.model.use_fused_kernels": "false"})
+    gradients, metrics = step(plain, 16)
+    changed = train.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
+    for found, found_metrics in ranks.run(step, as_arguments(overrides), 2):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        assert found_metrics.keys() == {f"{name}_selected" if name in changed else name for name in metrics}
+        for name in metrics.keys() - changed:
+            assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
 
 
 def test_micro_batch_scope_means_what_it_says(ranks: Ranks, overrides: Overrides) -> None:
