@@ -83,20 +83,16 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
     def wrapped(self: Any, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
         config = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and loss.applies(config) and config.entropy_top_scope == "mini_batch":
-            _select(functools.partial(forward_backward_batch, self), data, config, self.get_data_parallel_group())
-            if loss_function.func is loss.ppo_loss and loss.preselects(config):
-                data[loss.KNOWN_LOG_PROBS] = data[
-                    "old_log_probs" if config.entropy_top_source == "old_policy" else _PREPASS_LOG_PROBS
-                ]
+            # A loss of distillation looks at all tokens.
+            preselects = loss_function.func is loss.ppo_loss and loss.preselects(config)
+            forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
+            _select(data, config, self.get_data_parallel_group(), forward, preselects)
         return forward_backward_batch(self, data, loss_function, forward_only)
 
     return wrapped
 
 
-_PREPASS_LOG_PROBS = "entropy_top_prepass_log_probs"
-
-
-def _select(forward_backward_batch: Callable[..., Any], data: TensorDict, config: Any, group: Any) -> None:
+def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any], preselects: bool) -> None:
     mask = data["response_mask"]  # [B, S], nested or padded
     if config.entropy_top_source == "old_policy":
         if "entropy" not in data:
@@ -105,14 +101,15 @@ def _select(forward_backward_batch: Callable[..., Any], data: TensorDict, config
                 "policy: the trainer keeps none (algorithm.rollout_correction.bypass_mode, or trainer.use_v1=false); "
                 "entropy_top_source must be prepass here"
             )
-        entropy = data["entropy"]
+        log_prob, entropy = data["old_log_probs"], data["entropy"]
     else:
         tu.assign_non_tensor(data, calculate_entropy=True)
         with prepass(torch.device(get_device_name())):
-            output = forward_backward_batch(data, None, forward_only=True)["model_output"]
-        response = response_from_nested if mask.is_nested else no_padding_2_padding
-        entropy = response(output["entropy"], mask if mask.is_nested else data)
-        data[_PREPASS_LOG_PROBS] = response(output["log_probs"], mask if mask.is_nested else data).to(mask.device)
+            output = forward()["model_output"]
+        log_prob, entropy = (
+            response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
+            for name in ("log_probs", "entropy")
+        )
     values = _values(mask)
     selected, metrics = select_tokens(
         _values(entropy).to(get_device_id()),
@@ -128,6 +125,8 @@ def _select(forward_backward_batch: Callable[..., Any], data: TensorDict, config
     if mask.is_nested:
         selected = torch.nested.nested_tensor_from_jagged(selected, mask.offsets())
     data[loss.SELECTED] = selected
+    if preselects:
+        data[loss.KNOWN_LOG_PROBS] = log_prob.to(mask.device)
     scalars = {loss.SELECTED_TOKENS: count.item(), loss.THRESHOLD: metrics["actor/entropy_threshold"].item()}
     tu.assign_non_tensor(data, **scalars)
 

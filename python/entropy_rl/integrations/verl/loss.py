@@ -109,15 +109,12 @@ def ppo_loss(
         if whole_step:
             policy_aggregation["batch_num_tokens"] = selected_tokens
         else:
-            here, own = selected.sum(), response_mask.sum()
+            here, own, at_a_time = selected.sum(), response_mask.sum(), micro_batch_tokens
             if config.entropy_top_ranks == "global":  # the micro-batches that all ranks run at the same time are one
-                micro_batch_tokens_at_a_time = micro_batch_tokens.sum(0)
                 both = torch.stack([here, own])
                 torch.distributed.all_reduce(both, group=dp_group)
-                here, own = both
-            else:
-                micro_batch_tokens_at_a_time = micro_batch_tokens
-            counts = top_k_count(micro_batch_tokens_at_a_time, config.entropy_top_ratio)
+                here, own, at_a_time = *both, micro_batch_tokens.sum(0)
+            counts = top_k_count(at_a_time, config.entropy_top_ratio)
             own_count = top_k_count(own, config.entropy_top_ratio)
             policy_aggregation["batch_num_tokens"] = token_divisor(here, own_count, counts.sum())
     preselected = KNOWN_LOG_PROBS in data
