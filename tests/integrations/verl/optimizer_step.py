@@ -12,6 +12,10 @@ import torch
 ROWS = 8
 TEMPERATURE = 0.8
 
+MINI_BATCH = {"actor.entropy_top_scope": "mini_batch", "actor.entropy_top_ranks": "global"}
+OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
+FUSED = {"model.use_fused_kernels": True}
+
 # The overrides of a case under actor_rollout_ref., and the micro-batches per rank.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     **{
@@ -28,6 +32,17 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "seq-mean-token-sum": ({"actor.loss_agg_mode": "seq-mean-token-sum"}, 2),
     "weights": ({"weights": True}, 2),
     "bonus": ({"actor.entropy_coeff": 0.01}, 2),
+    "global": ({"actor.entropy_top_ranks": "global"}, 2),
+    **{f"mini-batch-{count}": (MINI_BATCH, count) for count in (1, 2, 4)},
+    "mini-batch-dynamic": (MINI_BATCH | {"actor.use_dynamic_bsz": True}, 0),
+    "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, 2),
+    **{f"old-policy-{count}": (OLD_POLICY, count) for count in (1, 2, 4)},
+    "fused": (FUSED, 2),
+    "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, 2),
+    "fused-mini-batch": (FUSED | MINI_BATCH, 2),
+    "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, 2),
+    **{f"fused-old-policy-{count}": (FUSED | OLD_POLICY, count) for count in (1, 2, 4)},
+    "fused-remove-padding": (FUSED | OLD_POLICY | {"model.use_remove_padding": True}, 2),
     "kl": ({"actor.use_kl_loss": True, "actor.kl_loss_coef": 0.1, "actor.kl_loss_type": "k2"}, 2),
 }
 
@@ -36,7 +51,10 @@ NULL = {
     "null": ({"actor.entropy_top_ratio": "null"}, 2),
     "stock": (
         {"actor._target_": "verl.workers.config.FSDPActorConfig"}
-        | {f"~actor.entropy_top_{key}": None for key in ("ratio", "rule", "scope", "ranks", "normalize", "kernel")},
+        | {
+            f"~actor.entropy_top_{key}": None
+            for key in ("ratio", "rule", "scope", "source", "ranks", "normalize", "kernel")
+        },
         2,
     ),
 }
@@ -57,6 +75,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
                 "response": tokens[prompt:],
                 "mask": mask,
                 "old_log_prob": -3 * torch.rand(response, generator=generator) - 1,
+                "old_entropy": 3 * torch.rand(response, generator=generator),
                 "ref_log_prob": -3 * torch.rand(response, generator=generator) - 1,
                 "advantage": torch.randn((), generator=generator).expand(response).contiguous(),
                 "weight": torch.rand(response, generator=generator) + 0.5,
@@ -84,6 +103,7 @@ def batch(indices: list[int], case: dict[str, Any], micro_batch_size: int) -> An
         "loss_mask": nested([row["mask"].long() for row in part]),
         "old_log_probs": nested([row["old_log_prob"] for row in part]),
         "ref_log_prob": nested([row["ref_log_prob"] for row in part]),
+        "entropy": nested([row["old_entropy"] for row in part]),
         "advantages": nested([row["advantage"] for row in part]),
         "row": torch.tensor(indices),
     }
@@ -98,7 +118,7 @@ def batch(indices: list[int], case: dict[str, Any], micro_batch_size: int) -> An
             "use_dynamic_bsz": case.get("actor.use_dynamic_bsz", False),
             "max_token_len_per_gpu": 80,
             "use_remove_padding": case.get("model.use_remove_padding", False),
-            "use_fused_kernels": False,
+            "use_fused_kernels": case.get("model.use_fused_kernels", False),
             "calculate_entropy": False,
         },
     )
@@ -109,6 +129,7 @@ def run(model: str, name: str) -> dict[str, Any]:
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
     from torch.distributed.tensor import DTensor
+    from transformers import Qwen3ForCausalLM
     from verl.utils.metric import Metric
     from verl.workers.engine.fsdp import transformer_impl
     from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -132,6 +153,7 @@ def run(model: str, name: str) -> dict[str, Any]:
             ],
         )
     OmegaConf.resolve(config)
+    forward = Qwen3ForCausalLM.forward
     worker = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
     worker.init_model()
     engine = worker.actor.engine
@@ -145,7 +167,7 @@ def run(model: str, name: str) -> dict[str, Any]:
 
     def watch(*args: Any, **options: Any) -> Any:
         micro_batches, indices = prepare(*args, **options)
-        partition.extend(micro_batch["row"].tolist() for micro_batch in micro_batches)
+        partition[:] = [micro_batch["row"].tolist() for micro_batch in micro_batches]  # a prepass has the same
         return micro_batches, indices
 
     transformer_impl.prepare_micro_batches = watch
@@ -158,12 +180,13 @@ def run(model: str, name: str) -> dict[str, Any]:
             }
     finally:
         transformer_impl.prepare_micro_batches = prepare
+        Qwen3ForCausalLM.forward = forward  # verl sets a fused one for the whole process
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, (partition, output["metrics"]))
     metrics = [metrics for _, metrics in everyone]
     return {
         "gradients": gradients,
-        "micro_batches": [rows for partition, _ in everyone for rows in partition],
+        "micro_batches": [partition for partition, _ in everyone],  # of each rank
         "metrics": {
             name: Metric.aggregate_dp([each[name] for each in metrics])
             for name, value in metrics[0].items()

@@ -58,8 +58,9 @@ def test_everything_else_is_verls(engine: str, tmp_path: Path) -> None:
         ("entropy_top_ratio", "0", "above 0 and at most 1, or null"),
         ("entropy_top_ratio", "nan", "above 0 and at most 1, or null"),
         ("entropy_top_rule", "top", "one of topk, threshold, quantile"),
-        ("entropy_top_scope", "sequence", "one of micro_batch"),
-        ("entropy_top_ranks", "all", "one of local"),
+        ("entropy_top_scope", "sequence", "one of micro_batch, mini_batch"),
+        ("entropy_top_source", "rollout", "one of prepass, old_policy"),
+        ("entropy_top_ranks", "all", "one of local, global"),
         ("entropy_top_normalize", "tokens", "one of selected, response"),
         ("entropy_top_kernel", "triton", "one of entropy_rl, verl"),
         ("policy_loss.loss_mode", "mine", "one of vanilla, gpg"),
@@ -69,6 +70,15 @@ def test_a_wrong_value_names_what_is_allowed(key: str, value: str, allowed: str)
     overrides = [f"{RATIO}=0.2", MICRO_BATCH, f"actor_rollout_ref.actor.{key}={value}"]
     with pytest.raises(Exception, match=re.escape(f"actor_rollout_ref.actor.{key}={value}") + f".*{allowed}"):
         omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+def test_megatron_selects_a_mini_batch_by_the_old_policy_alone() -> None:
+    scope = "actor_rollout_ref.actor.entropy_top_scope=mini_batch"
+    source = "actor_rollout_ref.actor.entropy_top_source"
+    overrides = ("model_engine=megatron", f"{RATIO}=0.2", MICRO_BATCH, scope)
+    with pytest.raises(Exception, match=f"{source}=prepass: it must be one of old_policy"):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+    omega_conf_to_dataclass(composed(*overrides, f"{source}=old_policy").actor_rollout_ref.actor)
 
 
 def main_ppo(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+from importlib.metadata import files as files_of
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ import pytest
 import task
 import torch
 from transformers import AutoModelForCausalLM
+
+from entropy_rl.integrations.verl import cpu
 
 RECIPES = Path(__file__).parents[3] / "recipe/entropy_token_rule"
 ACTOR = "actor_rollout_ref.actor."
@@ -55,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(command: list[str], files: Path, output: Path, *overrides: str) -> list[dict[str, Any]]:
+def train(command: list[str], files: Path, output: Path, *overrides: str, **environment: str) -> list[dict[str, Any]]:
     """Runs it and returns the metrics of each step. The actors end with the driver, whose Ray is its own."""
     log = output / "log"
     with log.open("w") as stream:
@@ -77,7 +84,8 @@ def train(command: list[str], files: Path, output: Path, *overrides: str) -> lis
                 "TRAIN_FILES": str(files / "train.parquet"),
                 "VAL_FILES": str(files / "train.parquet"),
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            },
+            }
+            | environment,
             stdout=stream,
             stderr=subprocess.STDOUT,
             timeout=280,
@@ -87,16 +95,19 @@ def train(command: list[str], files: Path, output: Path, *overrides: str) -> lis
     return [json.loads(line)["data"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def main_ppo(files: Path, output: Path, *overrides: str) -> list[dict[str, Any]]:
+def main_ppo(
+    files: Path, output: Path, *overrides: str, python: str = sys.executable, **environment: str
+) -> list[dict[str, Any]]:
     return train(
         [
-            *(sys.executable, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"),
+            *(python, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"),
             *(f"data.train_files={files}/train.parquet", f"data.val_files={files}/train.parquet"),
             f"actor_rollout_ref.model.path={files}/model",
         ],
         files,
         output,
         *overrides,
+        **environment,
     )
 
 
@@ -135,6 +146,76 @@ def test_loss_modes(files: Path, tmp_path: Path, loss_mode: str) -> None:
     assert_checkpoint_loads(files, tmp_path)
 
 
+def environment_without_this_package(directory: Path) -> Path:
+    """Links to all that is installed beside this package; returns its interpreter."""
+    venv.create(directory)
+    site = next(directory.glob("lib/python*/site-packages"))
+    ours = {Path(file).parts[0] for file in files_of("entropy-rl-ext") if not str(file).startswith("..")}
+    assert {"entropy_rl", "entropy_rl_ext", "hydra_plugins"} < ours
+    for installed in Path(sysconfig.get_path("purelib")).iterdir():
+        if installed.name not in ours and installed.name != "__pycache__":
+            (site / installed.name).symlink_to(installed)
+    return directory / "bin/python"
+
+
+def test_null_is_verl_without_this_package(files: Path, tmp_path: Path) -> None:
+    """Every metric of every step, bit by bit, but those that a clock or the operating system measures.
+
+    Without it verl trains by its own code alone, on the one file of ours that is put there as a module of its own:
+    the platform and rollout for a CPU, without which verl would not start here.
+    """
+    # The same samples in every run: each request by itself, drawn by its own number.
+    fixed = (
+        "actor_rollout_ref.rollout.full_determinism=true",
+        "actor_rollout_ref.rollout.max_num_seqs=1",
+        "trainer.save_freq=-1",
+    )
+    (tmp_path / "with").mkdir()
+    ours = main_ppo(files, tmp_path / "with", *fixed, f"{ACTOR}entropy_top_ratio=null")
+
+    without = tmp_path / "without"
+    without.mkdir()
+    python = environment_without_this_package(tmp_path / "environment")
+    shutil.copy(cpu.__file__, without / "cpu_platform.py")
+    shutil.copytree(Path(cpu.__file__).parent / "conf/entropy_rl", without / "conf/entropy_rl")
+    environment = {"PYTHONPATH": str(without), "VERL_USE_EXTERNAL_MODULES": "cpu_platform"}
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    for module, found in (("verl", True), ("entropy_rl", False), ("entropy_rl_ext", False), ("hydra_plugins", False)):
+        run = subprocess.run([python, "-c", probe, module], cwd=without, env=os.environ | environment)
+        assert (run.returncode == 0) == found, module
+    verls = main_ppo(
+        files, without, *fixed, f"hydra.searchpath=[file://{without}/conf]", python=str(python), **environment
+    )
+
+    measured = re.compile("^timing|^perf/|/mfu|time|throughput")
+    assert len(ours) == len(verls) == 2
+    for step, (own, theirs) in enumerate(zip(ours, verls, strict=True)):
+        own, theirs = (
+            {name: value for name, value in metrics.items() if not measured.search(name)} for metrics in (own, theirs)
+        )
+        assert len(own) > 30 and own["actor/grad_norm"] > 0
+        assert {
+            name: (own.get(name), theirs.get(name)) for name in own | theirs if own.get(name) != theirs.get(name)
+        } == {}, step
+
+
+def test_only_the_selected_rows_meet_the_head(files: Path, tmp_path: Path) -> None:
+    """One selection for the optimizer step, by the entropies that the trainer hands on with the old log-probs."""
+    steps = main_ppo(
+        files,
+        tmp_path,
+        f"{ACTOR}entropy_top_ratio=0.2",
+        f"{ACTOR}entropy_top_scope=mini_batch",
+        f"{ACTOR}entropy_top_source=old_policy",
+        "actor_rollout_ref.model.use_fused_kernels=true",
+    )
+    assert_trained(steps)
+    for metrics in steps:
+        # The same policy still.
+        assert metrics["actor/ppo_kl_selected"] == pytest.approx(0, abs=1e-5)
+        assert "actor/ppo_kl" not in metrics and "actor/entropy_loss" not in metrics
+
+
 def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path) -> None:
     steps = main_ppo(
         files,
@@ -145,12 +226,27 @@ def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path
         f"{ACTOR}ppo_micro_batch_size_per_gpu=4",
         f"{ACTOR}ppo_epochs=2",
         f"{ACTOR}use_kl_loss=true",
+        f"{ACTOR}entropy_top_scope=mini_batch",
+        f"{ACTOR}entropy_top_ranks=global",
         "algorithm.rollout_correction.rollout_is=token",
     )
     for metrics in steps:
         assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.02)
         assert "actor/kl_loss" in metrics and "rollout_corr/rollout_is_mean" in metrics
     assert_checkpoint_loads(files, tmp_path, ranks=2)
+
+
+@FULL
+def test_the_rollouts_log_probs_for_the_old_ones(files: Path, tmp_path: Path) -> None:
+    steps = main_ppo(
+        files,
+        tmp_path,
+        f"{ACTOR}entropy_top_ratio=0.2",
+        f"{ACTOR}entropy_top_scope=mini_batch",
+        "algorithm.rollout_correction.bypass_mode=true",
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
+    )
+    assert_trained(steps)
 
 
 @FULL

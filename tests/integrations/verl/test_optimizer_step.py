@@ -46,14 +46,25 @@ def results(request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: 
     return run(request.param, model_path, tmp_path_factory.mktemp("output") / "results.pt")
 
 
-def statement(model_path: Path, micro_batches: list[list[int]], case: dict[str, Any]) -> dict[str, Any]:
+def competitors(micro_batches: list[list[list[int]]], case: dict[str, Any]) -> list[list[int]]:
+    """The rows whose tokens compete with each other, from the micro-batches of each rank."""
+    if case.get("actor.entropy_top_scope") == "mini_batch":
+        micro_batches = [[[index for rows in of_rank for index in rows]] for of_rank in micro_batches]
+    if case.get("actor.entropy_top_ranks") == "global":
+        return [[index for rows in together for index in rows] for together in zip(*micro_batches, strict=True)]
+    return [rows for of_rank in micro_batches for rows in of_rank]
+
+
+def statement(model_path: Path, micro_batches: list[list[list[int]]], case: dict[str, Any]) -> dict[str, Any]:
     """In float64, a row at a time, without padding, and without anything of this package or of verl."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
     rows = optimizer_step.rows()
-    policy, bonus, kl = [], [], []
+    policy, bonus, kl, moved, clipped_tokens = [], [], [], [], []
     selected_tokens, response_tokens, thresholds = 0, 0, 0.0
-    for indices in micro_batches:
-        log_prob, entropy = {}, {}
+    old_policy = case.get("actor.entropy_top_source") == "old_policy"
+    preselected = old_policy and case.get("model.use_fused_kernels") and "actor.entropy_coeff" not in case
+    for indices in competitors(micro_batches, case):
+        log_prob, entropy, score = {}, {}, {}
         for index in indices:
             row = rows[index]
             tokens = torch.cat([row["prompt"], row["response"]])
@@ -61,23 +72,27 @@ def statement(model_path: Path, micro_batches: list[list[int]], case: dict[str, 
             log_p = (model(tokens[None]).logits[0, begin:-1] / TEMPERATURE).log_softmax(-1)
             log_prob[index] = log_p.gather(-1, row["response"][:, None])[:, 0]
             entropy[index] = -(log_p.exp() * log_p).sum(-1)
+            score[index] = row["old_entropy"].double() if old_policy else entropy[index].detach()
         mask = torch.cat([rows[index]["mask"] for index in indices])
-        entropies = torch.cat([entropy[index] for index in indices])
+        scores = torch.cat([score[index] for index in indices])
         n = int(mask.sum())
         k = max(1, int(n * RATIO + 0.9999))
-        threshold = entropies[mask].detach().sort(descending=True).values[k - 1]
+        threshold = scores[mask].sort(descending=True).values[k - 1]
         selected_tokens, response_tokens = selected_tokens + k, response_tokens + n
         thresholds += threshold.item() * n
 
         for index in indices:
             row = rows[index]
-            chosen = row["mask"] & (entropy[index].detach() >= threshold)
+            chosen = row["mask"] & (score[index] >= threshold)
             advantage = row["advantage"].double()
             if case.get("actor.policy_loss.loss_mode") == "gpg":
                 token_loss = -log_prob[index] * advantage
             else:
                 ratio = torch.exp(log_prob[index] - row["old_log_prob"])
                 clipped = ratio.clamp(0.8, 1.2)
+                seen = chosen if preselected else row["mask"]
+                moved.append((row["old_log_prob"] - log_prob[index].detach())[seen])
+                clipped_tokens.append((-clipped * advantage > -ratio * advantage).double()[seen])
                 token_loss = -torch.minimum(ratio * advantage, clipped * advantage)
                 # Dual clip, for negative advantages.
                 token_loss = torch.where(advantage < 0, torch.minimum(token_loss, -3 * advantage), token_loss)
@@ -97,13 +112,22 @@ def statement(model_path: Path, micro_batches: list[list[int]], case: dict[str, 
     if case.get("actor.use_kl_loss"):
         loss = loss + case["actor.kl_loss_coef"] * sum(kl) / whole_divisor
     loss.backward()
-    return {
+    result = {
         "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
         "actor/pg_loss": sum(policy).item() / divisor,
-        "actor/entropy_loss": sum(bonus).item() / whole_divisor,
         "actor/entropy_token_ratio": selected_tokens / response_tokens,
         "actor/entropy_threshold": thresholds / response_tokens,
     }
+    if moved:
+        suffix = "_selected" if preselected else ""
+        result[f"actor/ppo_kl{suffix}"] = torch.cat(moved).mean().item()
+        result[f"actor/pg_clipfrac{suffix}"] = torch.cat(clipped_tokens).mean().item()
+    if (
+        not (case.get("model.use_fused_kernels") and case.get("actor.entropy_top_scope"))
+        or "actor.entropy_coeff" in case
+    ):
+        result["actor/entropy_loss"] = sum(bonus).item() / whole_divisor
+    return result
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,8 +135,10 @@ def test_gradients_and_metrics(results: Any, model_path: Path, name: str) -> Non
     case, count = CASES[name]
     result = results[name]
     micro_batches = result["micro_batches"]
-    assert sorted(index for rows in micro_batches for index in rows) == list(range(optimizer_step.ROWS))
-    assert len(micro_batches) > 1 or count == 1
+    assert sorted(index for rank in micro_batches for rows in rank for index in rows) == list(
+        range(optimizer_step.ROWS)
+    )
+    assert all(len(rank) == count if count else len(rank) > 1 for rank in micro_batches)
 
     expected = statement(model_path, micro_batches, case)
     gradients, wanted = result["gradients"], expected.pop("gradients")

@@ -3,6 +3,6 @@
 plugin   the `verl.plugins` entry point: installs `loss.ppo_loss` in every process that imports verl
 config   the actor configurations with the entropy_top_* keys; conf/ has their defaults
 loss     verl's `ppo_loss` on the selected tokens
-engine   what verl's engines do for it: counts of a mini-batch, log-probs and entropies from one op
+engine   what verl's engines do for it: counts and selection of a mini-batch, log-probs and entropies from one op
 cpu      a platform and a rollout backend for machines without a GPU
 """

@@ -13,8 +13,9 @@ _PREFIX = "actor_rollout_ref.actor."
 _RULES = {
     "entropy_top_ratio": optional(RATIO),
     "entropy_top_rule": one_of("topk", "threshold", "quantile"),
-    "entropy_top_scope": one_of("micro_batch"),
-    "entropy_top_ranks": one_of("local"),
+    "entropy_top_scope": one_of("micro_batch", "mini_batch"),
+    "entropy_top_source": one_of("prepass", "old_policy"),
+    "entropy_top_ranks": one_of("local", "global"),
     "entropy_top_normalize": one_of("selected", "response"),
     "entropy_top_kernel": one_of("entropy_rl", "verl"),
 }
@@ -27,6 +28,7 @@ class _EntropyTop:
     entropy_top_ratio: float | None = None
     entropy_top_rule: str = "topk"
     entropy_top_scope: str = "micro_batch"
+    entropy_top_source: str = "prepass"
     entropy_top_ranks: str = "local"
     entropy_top_normalize: str = "selected"
     entropy_top_kernel: str = "entropy_rl"
@@ -59,6 +61,12 @@ class FSDPActorConfig(_EntropyTop, verl.FSDPActorConfig):
 @dataclass
 class McoreActorConfig(_EntropyTop, verl.McoreActorConfig):
     """For actor_rollout_ref.actor.strategy megatron."""
+
+    def __post_init__(self) -> None:
+        if self.entropy_top_ratio is not None and self.entropy_top_scope == "mini_batch":
+            # Of a pipeline only the last stage would see a prepass's entropies.
+            _check("entropy_top_source", self.entropy_top_source, one_of("old_policy"))
+        super().__post_init__()
 
 
 def _check(name: str, value: Any, rule: Any) -> None:

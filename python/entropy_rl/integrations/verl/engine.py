@@ -7,6 +7,7 @@ verl's engines any earlier, as a plugin, would settle on a platform before other
 import functools
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.experimental import torch_functional
+from verl.utils.kernel import linear_cross_entropy
 from verl.workers.engine.fsdp import transformer_impl as fsdp
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
-from entropy_rl.integrations.verl.loss import MICRO_BATCH_TOKENS
-from entropy_rl_ext import logprob_entropy
+from entropy_rl.integrations.verl import loss
+from entropy_rl.selection import prepass, select_tokens
+from entropy_rl_ext import linear_logprob_entropy, logprob_entropy
 
 _MARK = "_entropy_rl"
 
@@ -27,14 +32,20 @@ def install(kernel: str) -> None:
     """Prepares this process's engines; a second time is harmless.
 
     Args:
-        kernel: what computes log-probs and entropies: "entropy_rl", `logprob_entropy` of this package, or "verl".
+        kernel: what computes log-probs and entropies of FSDP engines. "entropy_rl": this package's ops, of the logits
+            `logprob_entropy`, and with use_fused_kernels `linear_logprob_entropy` of the hidden states; or "verl".
     """
-    for name in ("fsdp", "megatron"):
+    for name, engine in (("fsdp", "FSDPEngine"), ("megatron", "MegatronEngine")):
         module = sys.modules.get(f"verl.workers.engine.{name}.transformer_impl")
         if module is not None:
             _replace(module, "prepare_micro_batches", _with_token_counts)
+            _replace(getattr(module, engine), "forward_backward_batch", _with_selection)
     if kernel == "entropy_rl":
         _replace(fsdp.FSDPEngineWithLMHead, "prepare_model_outputs", _with_logprob_entropy)
+        _replace(fsdp.FSDPEngineWithLMHead, "forward_step", _with_head_rows)
+        # What the models' fused forwards call, by impl_backend: torch and liger the first, triton the second.
+        _replace(torch_functional.FusedLinearForPPO, "forward", _with_fused_linear)
+        _replace(linear_cross_entropy, "linear_cross_entropy", _with_linear_cross_entropy)
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -57,15 +68,75 @@ def _with_token_counts(prepare_micro_batches: Callable[..., Any]) -> Callable[..
         if "advantages" in data:  # what trains the actor, and no inference or critic
             counts = _all_gather(torch.stack([_tokens(micro_batch) for micro_batch in micro_batches]), dp_group)
             for micro_batch in micro_batches:
-                tu.assign_non_tensor(micro_batch, **{MICRO_BATCH_TOKENS: counts}, calculate_entropy=True)
+                tu.assign_non_tensor(micro_batch, **{loss.MICRO_BATCH_TOKENS: counts}, calculate_entropy=True)
         return micro_batches, indices
 
     return wrapped
 
 
+def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[..., Any]:
+    """With the scope mini_batch, makes the selection of an optimizer step before its first micro-batch.
+
+    It travels as a field of the batch, of which verl hands each micro-batch its slice.
+    """
+
+    def wrapped(self: Any, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
+        config = getattr(loss_function, "keywords", {}).get("config")
+        if not forward_only and loss.applies(config) and config.entropy_top_scope == "mini_batch":
+            # A loss of distillation looks at all tokens.
+            preselects = loss_function.func is loss.ppo_loss and loss.preselects(config)
+            forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
+            _select(data, config, self.get_data_parallel_group(), forward, preselects)
+        return forward_backward_batch(self, data, loss_function, forward_only)
+
+    return wrapped
+
+
+def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any], preselects: bool) -> None:
+    mask = data["response_mask"]  # [B, S], nested or padded
+    if config.entropy_top_source == "old_policy":
+        if "entropy" not in data:
+            raise RuntimeError(
+                "actor_rollout_ref.actor.entropy_top_source=old_policy, but the batch has no entropies of the old "
+                "policy: the trainer keeps none (algorithm.rollout_correction.bypass_mode, or trainer.use_v1=false); "
+                "entropy_top_source must be prepass here"
+            )
+        log_prob, entropy = data["old_log_probs"], data["entropy"]
+    else:
+        tu.assign_non_tensor(data, calculate_entropy=True)
+        with prepass(torch.device(get_device_name())):
+            output = forward()["model_output"]
+        log_prob, entropy = (
+            response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
+            for name in ("log_probs", "entropy")
+        )
+    values = _values(mask)
+    selected, metrics = select_tokens(
+        _values(entropy).to(get_device_id()),
+        values.to(get_device_id()),
+        config.entropy_top_ratio,
+        config.entropy_top_rule,
+        config.entropy_top_ranks,
+        group,
+    )
+    count = selected.sum()
+    torch.distributed.all_reduce(count, group=group)
+    selected = selected.to(values)
+    if mask.is_nested:
+        selected = torch.nested.nested_tensor_from_jagged(selected, mask.offsets())
+    data[loss.SELECTED] = selected
+    if preselects:
+        data[loss.KNOWN_LOG_PROBS] = log_prob.to(mask.device)
+    scalars = {loss.SELECTED_TOKENS: count.item(), loss.THRESHOLD: metrics["actor/entropy_threshold"].item()}
+    tu.assign_non_tensor(data, **scalars)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.values() if tensor.is_nested else tensor
+
+
 def _tokens(micro_batch: TensorDict) -> Tensor:
-    mask = micro_batch["response_mask"]
-    return (mask.values() if mask.is_nested else mask).bool().sum()
+    return _values(micro_batch["response_mask"]).bool().sum()
 
 
 def _all_gather(counts: Tensor, group: Any) -> tuple[int, ...]:
@@ -115,3 +186,88 @@ def log_prob_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`logprob_entropy` of [..., V] logits. The loss detaches an entropy that needs no gradient, which then is free."""
     return logprob_entropy(logits, targets, mask=mask, temperature=temperature, entropy_grad=torch.is_grad_enabled())
+
+
+# Rows of the LM head whose log-probs and entropies matter, and their number; None: all of them.
+_head_rows: ContextVar[tuple[Tensor, int] | None] = ContextVar("_head_rows", default=None)
+
+
+def _with_head_rows(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells a fused head, when the actor trains, which rows the loss will look at."""
+
+    def wrapped(self: Any, micro_batch: TensorDict, *args: Any, **options: Any) -> Any:
+        rows = None
+        fused = tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
+        if fused and "advantages" in micro_batch and not self.use_ulysses_sp:
+            rows = _rows(micro_batch)
+        token = _head_rows.set(rows)
+        try:
+            return forward_step(self, micro_batch, *args, **options)
+        finally:
+            _head_rows.reset(token)
+
+    return wrapped
+
+
+def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
+    """Of the selected tokens, where the others' log-probs are known, else of the response tokens."""
+    mask = micro_batch[loss.SELECTED if loss.KNOWN_LOG_PROBS in micro_batch else "response_mask"]
+    input_ids = micro_batch["input_ids"]
+    if not mask.is_nested:
+        return None
+    # A response ends its sequence, and a row scores the token that follows it.
+    shift = input_ids.offsets()[1:] - 1 - mask.offsets()[1:]
+    index = torch.arange(len(mask.values()), device=shift.device) + shift.repeat_interleave(mask.offsets().diff())
+    rows = torch.zeros(len(input_ids.values()), dtype=torch.bool, device=shift.device)
+    rows[index] = mask.values().bool()
+    count = int(rows.sum())
+    if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+        rows = rows[None]
+    else:
+        rows = torch.nested.nested_tensor_from_jagged(rows.long(), input_ids.offsets()).to_padded_tensor(0).bool()
+    return rows.to(get_device_id()), count
+
+
+def _with_fused_linear(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(
+        self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        return fused_log_prob_and_entropy(hidden_states, vocab_weights, input_ids, temperature)
+
+    return wrapped
+
+
+def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        reduction: str = "none",
+        dist_process_group: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        if reduction != "none" or dist_process_group is not None:  # as Megatron's models call it
+            return linear_cross_entropy(hidden, weight, labels, temperature, reduction, dist_process_group)
+        return fused_log_prob_and_entropy(hidden, weight, labels, temperature)
+
+    return wrapped
+
+
+def fused_log_prob_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob_entropy` of [..., H] hidden states, on the rows that matter: both [...], 0 in the others."""
+    rows = _head_rows.get()
+    if rows is not None:
+        mask, count = rows
+        # Padding to a fixed length comes last.
+        mask = torch.nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
+    return linear_logprob_entropy(
+        hidden,
+        weight,
+        targets,
+        mask=None if rows is None else mask,
+        max_mask_rows=None if rows is None else count,
+        temperature=temperature,
+        entropy_grad=torch.is_grad_enabled(),
+    )

@@ -17,13 +17,37 @@ verl_ppo_loss = losses.ppo_loss
 # They weigh a sequence as a whole: the ratio is accepted and not applied.
 SEQUENCE_LEVEL = ("gspo", "geo_mean")
 
-# Non-tensor field of a micro-batch: response tokens of each micro-batch of the optimizer step, over all ranks.
+# They choose tokens by covariances over all response tokens.
+WHOLE_RESPONSE = ("clip_cov", "kl_cov")
+
+# Fields of a micro-batch. Of every one, no tensor: the response tokens of each micro-batch of the optimizer step, first
+# rank first.
 MICRO_BATCH_TOKENS = "entropy_top_micro_batch_tokens"
+# With the scope mini_batch: its slice of the step's selection, [B, S] as response_mask, and for the step as a whole,
+# no tensors, the selected tokens of all ranks and the lowest entropy that this rank's were selected by.
+SELECTED = "entropy_top_selected"
+SELECTED_TOKENS = "entropy_top_selected_tokens"
+THRESHOLD = "entropy_top_threshold"
+# Where only the selected tokens met the LM head: log-probs of the policy that the selection goes by, [B, S].
+KNOWN_LOG_PROBS = "entropy_top_known_log_probs"
 
 
 def applies(config: Any) -> bool:
     """Whether this actor configuration trains on selected tokens."""
     return getattr(config, "entropy_top_ratio", None) is not None and config.policy_loss.loss_mode not in SEQUENCE_LEVEL
+
+
+def preselects(config: Any) -> bool:
+    """Whether only the selected tokens need to meet the LM head in the training step."""
+    return (
+        config.entropy_top_scope == "mini_batch"
+        and config.entropy_top_kernel == "entropy_rl"
+        and config.use_fused_kernels
+        and config.strategy in ("fsdp", "fsdp2")
+        and config.policy_loss.loss_mode not in WHOLE_RESPONSE
+        and config.entropy_coeff == 0
+        and not config.use_kl_loss
+    )
 
 
 def ppo_loss(
@@ -34,7 +58,8 @@ def ppo_loss(
     Args:
         config: the actor configuration.
         model_output: `log_probs` and `entropy` of all tokens, nested [B, prompt + response].
-        data: the micro-batch as verl's engine hands it over, with MICRO_BATCH_TOKENS.
+        data: the micro-batch as verl's engine hands it over, with the fields that `engine` adds.
+        dp_group: the ranks that the batch is shared by.
 
     Returns:
         The loss, scaled so that the micro-batches' gradients add up to the optimizer step's; and metrics.
@@ -47,28 +72,54 @@ def ppo_loss(
             "it; actor_rollout_ref.actor.strategy must be fsdp, fsdp2 or megatron"
         )
 
+    ranks = data["dp_size"]
     log_prob = no_padding_2_padding(model_output["log_probs"], data)  # [B, S]
     entropy = no_padding_2_padding(model_output["entropy"], data)
     if config.entropy_coeff == 0:
         entropy = entropy.detach()
-    micro_batch_tokens = torch.tensor(data[MICRO_BATCH_TOKENS])
+    micro_batch_tokens = torch.tensor(data[MICRO_BATCH_TOKENS], device=log_prob.device).view(ranks, -1)
     aggregation = {
         "loss_agg_mode": config.loss_agg_mode,
-        "dp_size": data["dp_size"],
+        "dp_size": ranks,
         "batch_num_tokens": data["batch_num_tokens"],
         "global_batch_size": data["global_batch_size"],
         "loss_scale_factor": config.loss_scale_factor,
     }
-    fields = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob")
-    data = data.select(*fields, strict=False).to_padded_tensor()
+    policy_aggregation = dict(aggregation)
+    whole_step = config.entropy_top_scope == "mini_batch"
+    if whole_step:
+        selected_tokens = data[SELECTED_TOKENS]
+        means = {"actor/entropy_threshold": torch.tensor(data[THRESHOLD], device=log_prob.device)}
+    tensors = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob")
+    data = data.select(*tensors, SELECTED, KNOWN_LOG_PROBS, strict=False).to_padded_tensor()
     response_mask = data["response_mask"].bool()
 
-    selected, means = select_tokens(entropy.detach(), response_mask, config.entropy_top_ratio, config.entropy_top_rule)
-    policy_aggregation = dict(aggregation)
+    if whole_step:
+        selected = data[SELECTED].bool()
+    else:
+        selected, means = select_tokens(
+            entropy.detach(),
+            response_mask,
+            config.entropy_top_ratio,
+            config.entropy_top_rule,
+            config.entropy_top_ranks,
+            dp_group,
+        )
     if config.entropy_top_normalize == "selected":
-        counts = top_k_count(micro_batch_tokens, config.entropy_top_ratio)
-        here = top_k_count(response_mask.sum(), config.entropy_top_ratio)
-        policy_aggregation["batch_num_tokens"] = token_divisor(selected.sum(), here, counts.sum().to(here.device))
+        if whole_step:
+            policy_aggregation["batch_num_tokens"] = selected_tokens
+        else:
+            here, own, at_a_time = selected.sum(), response_mask.sum(), micro_batch_tokens
+            if config.entropy_top_ranks == "global":  # the micro-batches that all ranks run at the same time are one
+                both = torch.stack([here, own])
+                torch.distributed.all_reduce(both, group=dp_group)
+                here, own, at_a_time = *both, micro_batch_tokens.sum(0)
+            counts = top_k_count(at_a_time, config.entropy_top_ratio)
+            own_count = top_k_count(own, config.entropy_top_ratio)
+            policy_aggregation["batch_num_tokens"] = token_divisor(here, own_count, counts.sum())
+    preselected = KNOWN_LOG_PROBS in data
+    if preselected:  # the others have no part in the loss, only in its metrics
+        log_prob = torch.where(selected, log_prob, data[KNOWN_LOG_PROBS])
     loss, policy_metrics = policy_loss(
         log_prob,
         data["old_log_probs"],
@@ -88,13 +139,14 @@ def ppo_loss(
         **policy_aggregation,
     )
 
-    means["actor/entropy_token_ratio"] = policy_metrics.pop("actor/entropy_token_ratio")
-    metrics = Metric.from_dict(policy_metrics, aggregation=AggregationType.MEAN)
+    means |= policy_metrics
     sums = {"actor/pg_loss": loss}
-    bonus = aggregate(entropy, response_mask, **aggregation)
-    sums["actor/entropy_loss"] = bonus
-    if config.entropy_coeff != 0:
-        loss = loss - config.entropy_coeff * bonus
+    metrics = {}
+    if not preselected:
+        bonus = aggregate(entropy, response_mask, **aggregation)
+        sums["actor/entropy_loss"] = bonus
+        if config.entropy_coeff != 0:
+            loss = loss - config.entropy_coeff * bonus
     if config.use_kl_loss:
         penalty = kl_loss(
             log_prob, data["ref_log_prob"], response_mask, kl_loss_type=config.kl_loss_type, **aggregation
@@ -103,10 +155,19 @@ def ppo_loss(
         sums["kl_loss"] = penalty
         metrics["kl_coef"] = config.kl_loss_coef
     # verl averages over ranks and adds up over micro-batches: so weighted, the sum is a mean over all tokens.
-    weight = response_mask.sum() * aggregation["dp_size"] / micro_batch_tokens.sum().clamp(min=1).to(log_prob.device)
-    sums |= {name: value * weight for name, value in means.items()}
+    tokens = response_mask.sum() * ranks
+    response_tokens = micro_batch_tokens.sum()
+    for name, value in means.items():
+        total = response_tokens
+        if preselected and config.entropy_top_source == "old_policy" and name in _PROBABILITY_RATIO_METRICS:
+            # What the policy, which may have moved since, does to the others is not known: they entered as unmoved.
+            name, total = f"{name}_selected", torch.tensor(selected_tokens)
+        sums[name] = value * tokens / total.clamp(min=1)
     return loss, metrics | Metric.from_dict(sums, aggregation=AggregationType.SUM)
 
+
+# Means over the response tokens of how far the policy has moved.
+_PROBABILITY_RATIO_METRICS = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
 
 _POLICY_LOSS = (
     "loss_mode",
