@@ -572,7 +572,14 @@ def select_for_step(
         with prepass(mini_batch.old_entropy.device):
             entropies = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config)[1] for index in rows]
     masks = [mini_batch.batch.response_mask[index] for index in rows]
-    return select_mini_batch(entropies, masks, actor.entropy_top_ratio, actor.entropy_top_rule, actor.entropy_top_ranks)
+    return select_mini_batch(
+        entropies,
+        masks,
+        actor.entropy_top_ratio,
+        actor.entropy_top_rule,
+        actor.entropy_top_ranks,
+        complement=actor.entropy_top_complement,
+    )
 
 
 def accumulate_gradients(
@@ -606,7 +613,7 @@ def accumulate_gradients(
             own_selected = torch.stack([selected.sum() for selected in selections]).sum()
             policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
     elif ratio:
-        counts = top_k_count(tokens if over_ranks else own_tokens, ratio)
+        counts = top_k_count(tokens if over_ranks else own_tokens, ratio, complement=actor.entropy_top_complement)
         mini_batch_count = counts.sum() if over_ranks else distributed.reduce(counts.sum())
 
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
@@ -621,7 +628,12 @@ def accumulate_gradients(
             selected, means = selections[number], dict(selection_metrics)
         elif ratio:
             selected, means = select_tokens(
-                entropy, response_mask, ratio, actor.entropy_top_rule, actor.entropy_top_ranks
+                entropy,
+                response_mask,
+                ratio,
+                actor.entropy_top_rule,
+                actor.entropy_top_ranks,
+                complement=actor.entropy_top_complement,
             )
             if divide_by_selected:
                 count = distributed.reduce(selected.sum()) if over_ranks else selected.sum()
