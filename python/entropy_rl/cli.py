@@ -32,8 +32,26 @@ Tests each op against its plain-torch reference. Names the mend for each thing f
 ends with status 1.
 """
 
+ABLATE = """\
+The paper's ablation: the same training on all tokens, on the 50, 20 and 10 % of highest entropy, and
+on the 80 % of lowest, each with several seeds. Writes a table with confidence intervals and a
+picture of the curves.
+
+  entropy-rl ablate --output ablation
+  entropy-rl ablate --output ablation actor_rollout_ref.model.path=MODEL data.train_files=... data.val_files=...
+
+KEY=VALUE are those of python -m entropy_rl.train. Without a model the task is the demo's: each seed
+warms up a small model of its own, which all of its runs begin from.
+
+The same command goes on where an earlier one stopped: finished runs are not run again, and the
+others go on from their last checkpoint.
+"""
+
 # One module a command, imported when it runs: `doctor` must work where what the others need is missing.
-COMMANDS = {"inspect": "entropy_rl.report.inspect", "doctor": "entropy_rl.doctor"}
+COMMANDS = {"inspect": "entropy_rl.report.inspect", "ablate": "entropy_rl.ablate", "doctor": "entropy_rl.doctor"}
+
+# The runs of `ablate`: which response tokens carry the policy gradient.
+ARMS = ("all", "top_50", "top_20", "top_10", "bottom_80")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=_natural, default=0, help="(0)")
     sampling.add_argument("--batch-size", type=_count, default=32, metavar="N", help="completions at a time (32)")
 
+    ablate = add("ablate", "the same training on all tokens, on forks alone, and on all but the forks", ABLATE)
+    ablate.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", help="where everything is written")
+    ablate.add_argument("--arms", type=_arms, default=ARMS, metavar="ARM,ARM", help=f"some of {','.join(ARMS)}")
+    ablate.add_argument("--seeds", type=_count, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
+    ablate.add_argument("--steps", type=_count, metavar="N", help="training steps (120 for the demo's task)")
+    ablate.add_argument("--warmup-steps", type=_count, default=1500, metavar="N", help="of the demo's model (1500)")
+    ablate.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at a time (1)")
+    ablate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the trainer")
+
     add("doctor", "what is installed, what is active, and the mend for what is wrong", DOCTOR)
     return parser
 
@@ -108,6 +135,14 @@ def _number(text: str, allowed: str, low: float, high: float, kind: type = float
     if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text}: it must be {allowed}")
     return value
+
+
+def _arms(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ARMS:
+            raise argparse.ArgumentTypeError(f"{name}: the arms are {', '.join(ARMS)}")
+    return names
 
 
 TINY = sys.float_info.min

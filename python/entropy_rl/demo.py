@@ -44,20 +44,11 @@ def main() -> int:
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     start = time.perf_counter()
-    directory.mkdir(parents=True, exist_ok=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
-    torch.manual_seed(arguments.seed)
-    tokenizer, model = make_tokenizer(), make_model()
-    print(f"1/3 Warm-up of a Qwen3 with {model.num_parameters():,} parameters on Countdown traces")
-    warm_up(model, tokenizer, arguments.warmup_steps, random.Random(f"warm-up {arguments.seed}"))
-    model.save_pretrained(directory / "warm")
-    tokenizer.save_pretrained(directory / "warm")
+    print("1/3 Warm-up of a small Qwen3 on Countdown traces")
+    prepare(directory, arguments.seed, arguments.warmup_steps)
 
     print(f"2/3 Reinforcement learning on the {TOP_RATIO:.0%} of the tokens that have the highest entropy")
-    write_problems(directory / "train.parquet", random.Random(f"train {arguments.seed}"), TRAIN_PROBLEMS)
-    write_problems(directory / "val.parquet", random.Random("val"), VALIDATION_PROBLEMS, held_out=True)
     overrides = training_overrides(directory, arguments.seed, arguments.steps)
     (directory / "command.txt").write_text(" ".join(["python -m entropy_rl.train", *overrides]) + "\n")
     status = train.main(overrides)
@@ -95,6 +86,20 @@ def main() -> int:
         f"{results['seconds']:.0f} s"
     )
     return 0
+
+
+def prepare(directory: Path, seed: int, warmup_steps: int) -> None:
+    """Writes what training begins from: the warmed-up model, directory/warm, and the problems."""
+    directory.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    tokenizer, model = make_tokenizer(), make_model()
+    warm_up(model, tokenizer, warmup_steps, random.Random(f"warm-up {seed}"))
+    model.save_pretrained(directory / "warm")
+    tokenizer.save_pretrained(directory / "warm")
+    write_problems(directory / "train.parquet", random.Random(f"train {seed}"), TRAIN_PROBLEMS)
+    write_problems(directory / "val.parquet", random.Random("val"), VALIDATION_PROBLEMS, held_out=True)
 
 
 def training_overrides(directory: Path, seed: int, steps: int) -> list[str]:

@@ -30,8 +30,10 @@ def select_tokens(
     rule: str = "topk",
     ranks: str = "local",
     group: dist.ProcessGroup | None = None,
+    *,
+    complement: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Selects the response tokens of highest entropy.
+    """Selects the response tokens of highest entropy, or with `complement` all others.
 
     Args:
         entropy: any shape, float32, bfloat16, float16 or float64; may be empty.
@@ -42,10 +44,11 @@ def select_tokens(
             shapes may differ.
         group: process group of any backend that reduces tensors of this device; None: the default group. Without
             one, this process is the only rank.
+        complement: the response tokens that this rule leaves out, in place of those that it keeps.
 
     Returns:
         The mask, bool, of the shape of `entropy`, and the metric `actor/entropy_threshold`: the lowest entropy that
-        was selected, in nats (inf where only NaN was; 0 where nothing was). With "global", both are those of
+        the rule keeps, in nats (inf where it keeps only NaN; 0 where nothing). With "global", both are those of
         `global_top_mask` on the concatenated batches of all ranks, bit for bit: ties go to the lowest rank, then to the
         lowest flat index.
 
@@ -62,6 +65,8 @@ def select_tokens(
         lowest = torch.where(selected & ~entropy.isnan(), entropy.detach(), torch.inf).flatten()
         threshold = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).amin()
         threshold = torch.where(selected.any(), threshold, 0.0)
+    if complement:
+        selected = (response_mask != 0) & ~selected
     return selected, {"actor/entropy_threshold": threshold}
 
 
@@ -72,6 +77,8 @@ def select_mini_batch(
     rule: str = "topk",
     ranks: str = "local",
     group: dist.ProcessGroup | None = None,
+    *,
+    complement: bool = False,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """`select_tokens` over all micro-batches of an optimizer step; returns the mask of each.
 
@@ -86,6 +93,7 @@ def select_mini_batch(
         rule,
         ranks,
         group,
+        complement=complement,
     )
     parts = selected.split([entropy.numel() for entropy in entropies])
     return [part.view(entropy.shape) for part, entropy in zip(parts, entropies, strict=True)], metrics
@@ -104,10 +112,11 @@ def prepass(device: torch.device) -> Iterator[None]:
         yield
 
 
-def top_k_count(response_tokens: Tensor, ratio: float) -> Tensor:
-    """How many of so many response tokens `global_top_mask` keeps under the rule topk. Any shape; float64."""
+def top_k_count(response_tokens: Tensor, ratio: float, *, complement: bool = False) -> Tensor:
+    """How many of so many response tokens `select_tokens` selects under the rule topk. Any shape; float64."""
     count = torch.floor(response_tokens.double() * ratio + 0.9999).clamp(min=1)
-    return torch.where(response_tokens > 0, count, 0.0)
+    count = torch.where(response_tokens > 0, count, 0.0)
+    return response_tokens - count if complement else count
 
 
 def token_divisor(selected: Tensor, micro_batch_count: Tensor, mini_batch_count: Tensor) -> Tensor:

@@ -600,7 +600,12 @@ def select_for_step(
     log_probs, entropies = map(list, zip(*scored, strict=True))
     masks = [mini_batch.batch.response_mask[index] for index in rows]
     selections, metrics = select_mini_batch(
-        entropies, masks, actor.entropy_top_ratio, actor.entropy_top_rule, actor.entropy_top_ranks
+        entropies,
+        masks,
+        actor.entropy_top_ratio,
+        actor.entropy_top_rule,
+        actor.entropy_top_ranks,
+        complement=actor.entropy_top_complement,
     )
     return selections, log_probs, metrics
 
@@ -654,7 +659,7 @@ def accumulate_gradients(
             own_selected = torch.stack([selected.sum() for selected in selections]).sum()
             policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
     elif ratio:
-        counts = top_k_count(tokens if over_ranks else own_tokens, ratio)
+        counts = top_k_count(tokens if over_ranks else own_tokens, ratio, complement=actor.entropy_top_complement)
         mini_batch_count = counts.sum() if over_ranks else distributed.reduce(counts.sum())
 
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
@@ -677,7 +682,12 @@ def accumulate_gradients(
             selected, means = selections[number], dict(selection_metrics)
         elif ratio:
             selected, means = select_tokens(
-                entropy, response_mask, ratio, actor.entropy_top_rule, actor.entropy_top_ranks
+                entropy,
+                response_mask,
+                ratio,
+                actor.entropy_top_rule,
+                actor.entropy_top_ranks,
+                complement=actor.entropy_top_complement,
             )
             if divide_by_selected:
                 count = distributed.reduce(selected.sum()) if over_ranks else selected.sum()

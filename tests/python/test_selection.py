@@ -252,6 +252,19 @@ def test_a_prepass_leaves_no_trace() -> None:
         assert torch.equal(wanted, before) and torch.equal(wanted, after)
 
 
+@pytest.mark.parametrize("rule", selection.RULES)
+def test_the_complement_is_all_other_response_tokens(rule: str) -> None:
+    entropy = (8 * torch.rand(4, 50, generator=torch.Generator().manual_seed(0))).round()  # with ties
+    mask = torch.arange(50) < torch.tensor([50, 0, 7, 31])[:, None]
+    top, metrics = selection.select_tokens(entropy, mask, 0.2, rule)
+    (rest,), of_rest = selection.select_mini_batch([entropy], [mask], 0.2, rule, complement=True)
+    assert torch.equal(top ^ rest, mask) and not (top & rest).any()
+    assert rest.any() and entropy[rest].max() <= metrics["actor/entropy_threshold"]
+    assert of_rest == metrics, "the threshold between the two"
+    if rule == "topk":
+        assert rest.sum() == selection.top_k_count(mask.sum(), 0.2, complement=True)
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.1, 1 / 3, 0.999, 1.0, 1e-6])
 def test_top_k_count_is_what_topk_selects(ratio: float) -> None:
     tokens = torch.arange(0, 400)

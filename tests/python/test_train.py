@@ -345,12 +345,14 @@ def test_gradient_does_not_depend_on_the_micro_batches(
 
 @pytest.mark.parametrize("rule", ["topk", "threshold", "quantile"])
 @pytest.mark.parametrize("normalize", ["selected", "response"])
+@pytest.mark.parametrize("complement", [False, True])
 @pytest.mark.parametrize("size", [8, 2])
 def test_gradient_is_the_mean_over_the_selected_tokens(
-    rule: str, normalize: str, size: int, model: Any, config: Any
+    rule: str, normalize: str, size: int, complement: bool, model: Any, config: Any
 ) -> None:
     """Against plain torch: PPO's clipped objective on the tokens that each micro-batch selects, divided once."""
     actor = config.actor_rollout_ref.actor
+    actor.entropy_top_complement = complement
     actor.entropy_top_rule, actor.entropy_top_normalize = rule, normalize
     actor.ppo_micro_batch_size_per_gpu = size
     experience = random_experience(model, config)
@@ -372,11 +374,14 @@ def test_gradient_is_the_mean_over_the_selected_tokens(
         loss, entropy = torch.cat(losses), torch.cat(entropies)
         count = max(1, int(len(entropy) * 0.2 + 0.9999))
         lowest = entropy.quantile(0.8) if rule == "quantile" else entropy.sort(descending=True).values[count - 1]
-        parts.append(loss[entropy >= lowest])
-        counts.append(count)
+        parts.append(loss[(entropy >= lowest) != complement])
+        counts.append(len(entropy) - count if complement else count)
         response_tokens += len(entropy)
     if normalize == "selected":
-        total = sum(part.mean() * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+        # A micro-batch may leave nothing over.
+        total = sum(part.sum() / max(1, len(part)) * count for part, count in zip(parts, counts, strict=True)) / sum(
+            counts
+        )
     else:
         total = sum(part.sum() for part in parts) / response_tokens
     total.backward()

@@ -78,6 +78,7 @@ CASES = {
     "sums over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"},
     "gspo": {f"{ACTOR}.policy_loss.loss_mode": "gspo"},
     "geo_mean": {f"{ACTOR}.policy_loss.loss_mode": "geo_mean"},
+    "all but the top": {f"{ACTOR}.entropy_top_complement": "true"},
     "all tokens": {f"{ACTOR}.entropy_top_ratio": "null"},
 }
 

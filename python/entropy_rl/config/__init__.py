@@ -151,6 +151,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.use_fused_kernels": FLAG,
     "actor_rollout_ref.actor.entropy_top_ratio": optional(RATIO),
     "actor_rollout_ref.actor.entropy_top_rule": one_of("topk", "threshold", "quantile"),
+    "actor_rollout_ref.actor.entropy_top_complement": FLAG,
     "actor_rollout_ref.actor.entropy_top_scope": one_of("micro_batch", "mini_batch"),
     "actor_rollout_ref.actor.entropy_top_source": one_of("prepass", "old_policy"),
     "actor_rollout_ref.actor.entropy_top_ranks": one_of("local", "global"),

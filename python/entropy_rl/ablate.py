@@ -1,0 +1,295 @@
+"""The command `entropy-rl ablate`: which response tokens should carry the policy gradient?
+
+DIRECTORY/settings.json            what all runs share
+DIRECTORY/seed_N/                  the demo's warmed-up model and problems
+DIRECTORY/seed_N/ARM/              a run of the trainer
+DIRECTORY/results/seed_N.ARM.json  what came of it; written when the run has ended well
+DIRECTORY/table.md, curves.png     made of all results
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from entropy_rl import config, demo, pretrained
+from entropy_rl.cli import ARMS
+from entropy_rl.errors import UserError
+
+_ACTOR = "actor_rollout_ref.actor"
+_STEPS = 120
+_CONFIDENCE = 0.95
+
+Result = dict[str, Any]
+
+
+class Arm(NamedTuple):
+    title: str
+    ratio: str
+    complement: str = "false"
+
+
+_ARMS = dict(
+    zip(
+        ARMS,
+        (
+            Arm("all tokens", "null"),
+            Arm("top 50 %", "0.5"),
+            Arm("top 20 %", "0.2"),
+            Arm("top 10 %", "0.1"),
+            Arm("bottom 80 %", "0.2", "true"),
+        ),
+        strict=True,
+    )
+)
+
+
+class Run(NamedTuple):
+    seed: int
+    arm: str
+    directory: Path
+    overrides: list[str]
+
+    def result_path(self) -> Path:
+        return self.directory.parents[1] / "results" / f"seed_{self.seed}.{self.arm}.json"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises UserError for what the user can mend."""
+    output: Path = arguments.output
+    runs = [plan(arguments, seed, arm) for seed in range(arguments.seeds) for arm in ARMS if arm in arguments.arms]
+    for planned in runs:
+        _check(config.load(planned.overrides))
+    _claim(output, _shared_settings(arguments))
+
+    left = [planned for planned in runs if not planned.result_path().exists()]
+    if _own_task(arguments):
+        for path in {str(config.load(planned.overrides).actor_rollout_ref.model.path) for planned in left}:
+            pretrained.check_model(f"actor_rollout_ref.model.path={path}", path)
+    else:
+        for seed in sorted({planned.seed for planned in left}):
+            _prepare_demo(output / f"seed_{seed}", seed, arguments.warmup_steps)
+    _run_all(left, arguments.jobs)
+
+    results = [json.loads(planned.result_path().read_text()) for planned in runs]
+    text = table(results)
+    (output / "table.md").write_text(text)
+    draw(results, output / "curves.png")
+    print(text, end="")
+    print(f"table, curves and results: {output.resolve()}")
+    return 0
+
+
+def plan(arguments: argparse.Namespace, seed: int, arm: str) -> Run:
+    """A run and its command line: the task, the user's keys, and what makes the arm, which wins over both."""
+    of_seed: Path = arguments.output / f"seed_{seed}"
+    steps = arguments.steps or _STEPS
+    if _own_task(arguments):
+        task = [f"trainer.total_training_steps={steps}"] if arguments.steps else []
+    else:
+        quarter = max(1, steps // 4)
+        task = [
+            *demo.training_overrides(of_seed, seed, steps),
+            f"trainer.save_freq={quarter}",
+            "trainer.max_actor_ckpt_to_keep=1",
+        ]
+    overrides = [
+        *task,
+        *arguments.overrides,
+        f"{_ACTOR}.entropy_top_ratio={_ARMS[arm].ratio}",
+        f"{_ACTOR}.entropy_top_complement={_ARMS[arm].complement}",
+        f"data.seed={seed}",
+        f"actor_rollout_ref.rollout.seed={seed}",
+        f"{_ACTOR}.data_loader_seed={seed}",
+        "trainer.resume_mode=auto",
+        "trainer.logger=[file]",
+        f"trainer.default_local_dir={of_seed / arm}",
+    ]
+    return Run(seed, arm, of_seed / arm, overrides)
+
+
+def _own_task(arguments: argparse.Namespace) -> bool:
+    return any(override.startswith("actor_rollout_ref.model.path=") for override in arguments.overrides)
+
+
+def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = {"task": "the command line's", "steps": arguments.steps, "overrides": arguments.overrides}
+    if not _own_task(arguments):
+        settings |= {"task": "demo", "steps": arguments.steps or _STEPS, "warmup_steps": arguments.warmup_steps}
+    return settings
+
+
+def _check(settings: DictConfig) -> None:
+    if settings.data.val_files is None and not (
+        settings.data.reasoning_gym.name and settings.data.reasoning_gym.val_size
+    ):
+        raise UserError("data.val_files=null: the runs are compared on validation problems; a file was expected")
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Runs with other settings must neither be taken for finished ones nor go on from their checkpoints."""
+    path = output / "settings.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name in {**found, **settings}:
+            if found.get(name) != settings.get(name):
+                raise UserError(
+                    f"--output {output}: the runs there have {name} {found.get(name)}, this command "
+                    f"{settings.get(name)}; give the same, or another directory"
+                )
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "results").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: it cannot be made: {error.strerror}") from None
+    _write(path, settings)
+
+
+def _prepare_demo(directory: Path, seed: int, warmup_steps: int) -> None:
+    if directory.exists() and (directory / "warm").exists():
+        return
+    print(f"seed {seed}: warm-up of the demo's model")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    demo.prepare(partial, seed, warmup_steps)
+    partial.rename(directory)
+
+
+def _run_all(runs: Sequence[Run], jobs: int) -> None:
+    executor = ThreadPoolExecutor(jobs)
+    try:
+        futures = [executor.submit(_train, planned) for planned in runs]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=not futures):
+            future.result()
+    finally:
+        # After a mistake or Ctrl-C no further run begins; those that have begun end, or have had the same Ctrl-C.
+        executor.shutdown(cancel_futures=True)
+
+
+def _train(planned: Run) -> None:
+    """In a process of its own, so that no run inherits anything from another one."""
+    planned.directory.mkdir(parents=True, exist_ok=True)
+    log = planned.directory / "log.txt"
+    with log.open("w") as file:
+        status = subprocess.run(
+            [sys.executable, "-m", "entropy_rl.train", *planned.overrides], stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    if status:
+        last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"seed {planned.seed}, {_ARMS[planned.arm].title}: {last} (status {status}; {log})")
+    _write(planned.result_path(), _result(planned))
+
+
+def _result(planned: Run) -> Result:
+    lines = [json.loads(line) for line in (planned.directory / "metrics.jsonl").read_text().splitlines()]
+    validation = []
+    for line in lines:
+        rewards = [value for name, value in line["data"].items() if name.startswith("val-core/")]
+        if rewards:
+            validation.append([line["step"], sum(rewards) / len(rewards)])
+    trained = [line["data"] for line in lines if line["step"] > 0]
+    return {
+        "arm": planned.arm,
+        "seed": planned.seed,
+        "validation_reward": validation,  # [step, reward]
+        "training_reward": [data["critic/rewards/mean"] for data in trained],
+        "entropy": [data["actor/entropy"] for data in trained],
+        "entropy_token_ratio": [data.get("actor/entropy_token_ratio", 1.0) for data in trained],
+        "seconds": sum(data["timing_s/step"] for data in trained),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    """A file of this name is whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+# ---- What came of it
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % confidence interval by Student's t; NaN for a single value."""
+    from scipy.stats import t
+
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, float(t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)) * math.sqrt(variance / len(values))
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown. Differences are by seed: the runs of a seed begin from one model and meet the same problems."""
+    last = {(result["arm"], result["seed"]): result["validation_reward"][-1][1] for result in results}
+    lines = [
+        "| trained on | share of tokens | seeds | validation reward before | after | minus all tokens, seed by seed "
+        "| entropy at the end, nats |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        own = [result for result in results if result["arm"] == arm]
+        if not own:
+            continue
+        ratios = [ratio for result in own for ratio in result["entropy_token_ratio"]]
+        seeds = [result["seed"] for result in own]
+        differences = [last[arm, seed] - last["all", seed] for seed in seeds if ("all", seed) in last]
+        before = [result["validation_reward"][0][1] for result in own]
+        cells = [
+            _ARMS[arm].title,
+            f"{sum(ratios) / len(ratios):.1%}",
+            str(len(seeds)),
+            f"{sum(before) / len(before):.3f}",
+            _with_interval([last[arm, seed] for seed in seeds]),
+            _with_interval(differences, "+.3f") if differences and arm != "all" else "",
+            _with_interval([result["entropy"][-1] for result in own]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(values: Sequence[float], style: str = ".3f") -> str:
+    mean, half = interval(values)
+    return f"{mean:{style}}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Each run thin, the mean over the seeds of an arm thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    panels = (
+        ("validation reward", lambda result: result["validation_reward"]),
+        ("training reward", lambda result: list(enumerate(result["training_reward"], 1))),
+        ("entropy of the policy, nats", lambda result: list(enumerate(result["entropy"], 1))),
+    )
+    for axes, (title, points) in zip(figure.subplots(1, 3), panels, strict=True):
+        for number, arm in enumerate(ARMS):
+            curves = [points(result) for result in results if result["arm"] == arm]
+            if not curves:
+                continue
+            color = f"C{number}"
+            for curve in curves:
+                axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.35)
+            steps = [step for step, _ in curves[0]]
+            means = [sum(values) / len(values) for values in zip(*([y for _, y in c] for c in curves), strict=True)]
+            axes.plot(steps, means, color=color, linewidth=2, label=_ARMS[arm].title)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)

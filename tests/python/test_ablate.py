@@ -1,0 +1,187 @@
+"""`entropy-rl ablate` on a tiny model, the trainer in this process where its own start is not what is tested."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from entropy_rl import ablate, cli, config, train
+from training import ACTOR, as_arguments
+
+Overrides = dict[str, Any]
+Ablate = Callable[..., int]
+
+
+@pytest.fixture
+def task(overrides: Overrides, problems_path: Path) -> Overrides:
+    """Two steps, a checkpoint and four validation problems after each."""
+    del overrides["trainer.default_local_dir"]
+    return overrides | {
+        "data.val_files": problems_path,
+        "data.val_max_samples": 4,
+        "trainer.total_training_steps": 2,
+        "trainer.save_freq": 1,
+        "trainer.test_freq": 1,
+    }
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines of the runs that were started, each in this process."""
+    commands: list[list[str]] = []
+
+    def run_here(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command[3:])
+        return SimpleNamespace(returncode=train.main(command[3:]))
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    return commands
+
+
+def command(output: Path, task: Overrides, *options: str) -> list[str]:
+    return ["ablate", f"--output={output}", *options, *as_arguments(task)]
+
+
+def results_of(output: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in (output / "results").iterdir()}
+
+
+def test_every_arm_with_every_seed_once(
+    task: Overrides, tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "ablation"
+    assert cli.main(command(output, task, "--seeds=2")) == 0
+    results = results_of(output)
+    assert results.keys() == {f"seed_{seed}.{arm}" for seed in (0, 1) for arm in cli.ARMS}
+    # At most 32 response tokens in a micro-batch, and the share is rounded up.
+    for arm, share in {"all": 1, "top_50": 0.5, "top_20": 0.2, "top_10": 0.1, "bottom_80": 0.8}.items():
+        for seed in (0, 1):
+            assert results[f"seed_{seed}.{arm}"]["entropy_token_ratio"] == pytest.approx([share] * 2, abs=1 / 8)
+            assert [step for step, _ in results[f"seed_{seed}.{arm}"]["validation_reward"]] == [0, 1, 2]
+    first = [results[f"seed_0.{arm}"]["training_reward"][0] for arm in cli.ARMS]
+    assert len(set(first)) == 1, "the runs of a seed begin from the same model, problems and samples"
+    assert first[0] != results["seed_1.all"]["training_reward"][0]
+
+    shown = capsys.readouterr().out
+    table = (output / "table.md").read_text()
+    assert table in shown and table.count("\n") == 7
+    assert all(f"| {title} |" in table for title in ("all tokens", "top 20 %", "bottom 80 %"))
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    assert len(started) == 10
+    assert cli.main(command(output, task, "--seeds=2")) == 0
+    assert len(started) == 10, "a finished run is not run again"
+    assert cli.main(command(output, task, "--seeds=3", "--arms=top_20")) == 0
+    assert len(started) == 11, "only the new seed"
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(
+    task: Overrides, tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--seeds=1", "--arms=top_20")
+    assert cli.main(command(tmp_path / "whole", task, *options)) == 0
+
+    update, steps = train.update, []
+
+    def dies_in_the_second(*arguments: Any) -> dict[str, float]:
+        steps.append(arguments[3])
+        if steps == [1, 2]:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", dies_in_the_second)
+    cut = tmp_path / "cut"
+    assert cli.main(command(cut, task, *options)) == 130
+    assert not results_of(cut)
+    assert cli.main(command(cut, task, *options)) == 0
+    assert steps == [1, 2, 2], "the first step is not run again"
+    measured = ("training_reward", "validation_reward", "entropy")
+    whole, resumed = (results_of(tmp_path / name)["seed_0.top_20"] for name in ("whole", "cut"))
+    assert [whole[name] for name in measured] == [resumed[name] for name in measured]
+
+
+def test_a_run_that_fails_is_told_with_its_last_line(
+    task: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own, as a user's runs are."""
+    task["reward.custom_reward_function.path"] = tmp_path / "nowhere.py"
+    assert cli.main(command(tmp_path / "ablation", task, "--seeds=1", "--arms=all")) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: seed 0, all tokens: error: ") and "nowhere.py" in message
+    assert "log.txt" in message and not results_of(tmp_path / "ablation")
+
+
+def test_runs_with_other_settings_are_not_mixed(
+    task: Overrides, tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command(tmp_path, task, "--seeds=1", "--arms=all")) == 0
+    assert cli.main(command(tmp_path, task | {f"{ACTOR}.optim.lr": 1e-4}, "--seeds=1", "--arms=all")) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the runs there have overrides" in message and "another directory" in message
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({"data.val_files": "null"}, (), "data.val_files=null: the runs are compared on validation problems"),
+        ({f"{ACTOR}.entropy_top_ratoi": 0.2}, (), "there is no key"),
+        ({"actor_rollout_ref.model.path": "nowhere"}, (), "nowhere"),
+        ({}, ("--arms=all,top_30",), "top_30: the arms are all, top_50, top_20, top_10, bottom_80"),
+        ({}, ("--seeds=0",), "0: it must be an integer of at least 1"),
+    ],
+)
+def test_mistakes_before_anything_starts(
+    changes: Overrides,
+    options: tuple[str, ...],
+    expected: str,
+    task: Overrides,
+    tmp_path: Path,
+    started: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(command(tmp_path / "ablation", task | changes, *options)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+    assert not started
+
+
+def test_the_demos_arms_differ_in_the_selection_alone(tmp_path: Path) -> None:
+    arguments = cli._parser().parse_args(["ablate", f"--output={tmp_path}", "--steps=40"])
+    arms = [OmegaConf.to_container(config.load(ablate.plan(arguments, 1, arm).overrides)) for arm in cli.ARMS]
+    selections = []
+    for settings in arms:
+        actor, trainer = settings["actor_rollout_ref"]["actor"], settings["trainer"]
+        selections.append((actor.pop("entropy_top_ratio"), actor.pop("entropy_top_complement")))
+        del trainer["default_local_dir"]
+    assert selections == [(None, False), (0.5, False), (0.2, False), (0.1, False), (0.2, True)]
+    assert all(settings == arms[0] for settings in arms)
+    assert trainer["total_training_steps"] == 40 and trainer["save_freq"] == 10
+
+
+def test_interval_is_students() -> None:
+    """t of 2 degrees of freedom at 97.5 % is 4.303 (any table)."""
+    mean, half = ablate.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert ablate.interval([1.0]) == (1.0, pytest.approx(float("nan"), nan_ok=True))
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    """Seeds far apart, and in each the arm one tenth better: no doubt about the difference."""
+    results = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "validation_reward": [[0, 0.0], [1, 0.3 * seed + 0.1 * (arm == "top_20")]],
+            "entropy": [1.0],
+            "entropy_token_ratio": [1.0],
+        }
+        for arm in ("all", "top_20")
+        for seed in range(3)
+    ]
+    assert "| +0.100 ± 0.000 |" in ablate.table(results)
