@@ -3,7 +3,8 @@
 //   // What only a backend that may look at device values can check.
 //   static void check_values(const LogitsRows&, const std::optional<Tensor>& targets);
 //   static void forward(const LogitsRows&, const RowOutputs&);
-//   static void backward(const LogitsRows&, const RowGradients&, const Tensor& grad_logits);
+//   // Gradient of the logits, contiguous.
+//   static Tensor backward(const LogitsRows&, const RowGradients&);
 #pragma once
 
 #include <tuple>
@@ -75,11 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> logprob_entropy_forward(const Tensor& logits,
 }
 
 // Gradient of the logits, contiguous. Rows without a gradient are not read, only filled with zeros.
+// Rows without a gradient are not read, and zero.
 template <class Backend>
 Tensor softmax_backward(const LogitsRows& in, const RowGradients& gradients) {
-  Tensor grad_logits = torch::stable::new_empty(in.logits, in.row_shape_with(in.vocab));
-  if (in.rows > 0) Backend::backward(in, gradients, grad_logits);
-  return grad_logits;
+  return in.rows > 0 ? Backend::backward(in, gradients) : in.new_grad_logits();
 }
 
 template <class Backend>

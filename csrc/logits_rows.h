@@ -74,6 +74,9 @@ struct LogitsRows {
     return torch::stable::new_empty(logits, row_shape, accumulate_dtype());
   }
 
+  // [..., vocab], contiguous.
+  Tensor new_grad_logits() const { return torch::stable::new_empty(logits, row_shape_with(vocab)); }
+
   // (max, log sum) of each row, what the backward needs beside the logits.
   Tensor new_statistics() const {
     return torch::stable::new_empty(logits, row_shape_with(2), accumulate_dtype());

@@ -3,10 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "../logits_op.h"
 #include "softmax_rows.h"
+#include "zeroed_tensor.h"
 
 namespace entropy_rl::cpu {
 
@@ -69,8 +69,8 @@ struct SoftmaxRows {
     });
   }
 
-  static void backward(const LogitsRows& in, const RowGradients& gradients,
-                       const Tensor& grad_logits) {
+  static Tensor backward(const LogitsRows& in, const RowGradients& gradients) {
+    std::optional<ZeroedTensor> grad_logits;
     dispatch_floating(in.logits.scalar_type(), [&](auto element) {
       using T = decltype(element);
       using Acc = accumulate_t<T>;
@@ -80,24 +80,35 @@ struct SoftmaxRows {
       const Acc* grad_entropy = const_data<Acc>(gradients.grad_entropy);
       const Acc* entropy = const_data<Acc>(gradients.entropy);
       const Acc* statistics = const_data<Acc>(gradients.statistics);
-      T* out = mutable_data<T>(grad_logits);
+      const auto g_log_prob = [&](int64_t row) {
+        return grad_log_prob ? grad_log_prob[row] : Acc(0);
+      };
+      const auto g_entropy = [&](int64_t row) { return grad_entropy ? grad_entropy[row] : Acc(0); };
+      const auto is_zero = [&](int64_t row) {
+        return rows.is_masked(row) || (g_log_prob(row) == 0 && g_entropy(row) == 0);
+      };
+      int64_t zero_rows = 0;
+      for (int64_t row = 0; row < in.rows; ++row) zero_rows += is_zero(row);
+      grad_logits.emplace(in.logits, in.row_shape_with(in.vocab), 2 * zero_rows < in.rows);
+      T* out = mutable_data<T>(grad_logits->tensor());
+      const size_t row_bytes = static_cast<size_t>(in.vocab) * sizeof(T);
       rows.for_each_row([&](int64_t row) {
-        const Acc g_log_prob = grad_log_prob ? grad_log_prob[row] : Acc(0);
-        const Acc g_entropy = grad_entropy ? grad_entropy[row] : Acc(0);
         T* grad_row = out + row * in.vocab;
-        if (rows.is_masked(row) || (g_log_prob == 0 && g_entropy == 0)) {
-          memset(static_cast<void*>(grad_row), 0, static_cast<size_t>(in.vocab) * sizeof(T));
+        if (is_zero(row)) {
+          grad_logits->set_zero(grad_row, row_bytes);
           return;
         }
+        grad_logits->prepare_write(grad_row, row_bytes);
         const SoftmaxGradient<Acc> gradient{shift_of(statistics[2 * row]),
                                             statistics[2 * row + 1],
                                             entropy[row],
                                             static_cast<Acc>(1.0 / rows.temperature(row)),
-                                            g_log_prob,
-                                            g_entropy};
+                                            g_log_prob(row),
+                                            g_entropy(row)};
         row_gradient(rows[row], in.vocab, targets ? targets[row] : -1, gradient, grad_row);
       });
     });
+    return grad_logits->tensor();
   }
 
  private:

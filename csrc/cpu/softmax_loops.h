@@ -102,6 +102,10 @@ void gradient_of(const float* x, int count, const SoftmaxGradient<float>& g, flo
     return exp2_of(t) * (slope * t + constant);
   };
   int i = 0;
+  for (; i + kUnroll * kWidth <= count; i += kUnroll * kWidth) {
+    for (int u = 0; u < kUnroll; ++u)
+      store(gradient(load(x + i + u * kWidth)), out + i + u * kWidth);
+  }
   for (; i + kWidth <= count; i += kWidth) store(gradient(load(x + i)), out + i);
   if (i == count) return;
   const Floats last = gradient(load_tail(x + i, count - i, 0));

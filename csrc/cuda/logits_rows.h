@@ -44,9 +44,9 @@ struct SoftmaxLaunch {
     });
   }
 
-  static void backward(const LogitsRows& in, const RowGradients& gradients,
-                       const Tensor& grad_logits) {
+  static Tensor backward(const LogitsRows& in, const RowGradients& gradients) {
     const DeviceScope device(in.logits);
+    const Tensor grad_logits = in.new_grad_logits();
     dispatch_floating(in.logits.scalar_type(), [&](auto element) {
       using T = decltype(element);
       const int threads = softmax_row_threads(in.vocab);
@@ -59,6 +59,7 @@ struct SoftmaxLaunch {
       Kernels::template backward<T>(launch, gradients);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
+    return grad_logits;
   }
 
  private:

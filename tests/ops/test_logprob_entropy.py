@@ -173,6 +173,35 @@ def test_rows_without_gradient_are_not_read_in_the_backward(device):
     assert (gradient[1] == 0).all() and torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        160,  # float32: below the 32 MiB from which the CPU maps the gradient's memory itself
+        170,  # above
+    ],
+)
+@pytest.mark.parametrize("stride", [1, 2, 9], ids=["every row", "half the rows", "few rows"])
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_large_gradient_equals_that_of_each_row_alone(device, rows, stride, layout):
+    """50257 is odd: rows begin and end within pages, beside rows that stay zero."""
+    vocab = 50257
+    logits = make_logits((rows, vocab + 3), torch.float32, device)[:, :vocab]
+    logits = (logits if layout == "strided" else logits.contiguous()).requires_grad_()
+    targets = make_targets(logits)
+    grad = torch.zeros(rows, device=device)
+    grad[::stride] = torch.arange(1, len(grad[::stride]) + 1, device=device)
+    for _ in range(2):
+        torch.full((rows, vocab), torch.nan, device=device)  # memory that the gradient may be given next
+        (gradient,) = torch.autograd.grad(logprob_entropy(logits, targets)[0], logits, grad)
+        assert gradient.is_contiguous() and gradient.count_nonzero(-1).bool().equal(grad != 0)
+        for row in (0, stride, rows - 1 - (rows - 1) % stride):
+            one = logits[row : row + 1].detach().requires_grad_()
+            log_prob, _ = logprob_entropy(one, targets[row : row + 1])
+            (expected,) = torch.autograd.grad(log_prob, one, grad[row : row + 1])
+            assert gradient[row].equal(expected[0])
+        gradient.fill_(torch.nan)  # it is the caller's, zeros and all
+
+
 def test_temperature_per_row(device):
     logits = make_logits((3, 4, 700), torch.float32, device).requires_grad_()
     targets = make_targets(logits)
