@@ -10,6 +10,7 @@ rank after rank. Then ranks exchange histograms, not entropies, and every rank m
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,16 @@ from entropy_rl_ext import global_top_mask
 
 RULES = ("topk", "threshold", "quantile")
 RANKS = ("local", "global")
+
+# Loss modes that weigh a sequence as a whole: a selection of tokens is accepted and not applied.
+SEQUENCE_MODES = ("gspo", "geo_mean")
+
+# Loss modes that choose tokens of their own by covariances over all response tokens.
+COVARIANCE_MODES = ("clip_cov", "kl_cov")
+
+# Metrics that are means over the response tokens of how far the policy has moved.
+PROBABILITY_RATIO_METRICS = frozenset({"actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"})
+
 # 2048 counters of 8 bytes to a histogram.
 _DIGIT_BITS = 11
 
@@ -110,6 +121,20 @@ def prepass(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with torch.no_grad(), torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
         yield
+
+
+def needs_all_tokens(actor: Any) -> str | None:
+    """What of the loss needs the log-probs or entropies of tokens that were not selected; None: nothing.
+
+    Where nothing does, and the selection is made before the optimizer step, only the selected tokens need to meet the
+    LM head in it. `actor` is an actor configuration with verl's keys.
+    """
+    loss_mode = actor.policy_loss.loss_mode
+    if loss_mode in SEQUENCE_MODES or loss_mode in COVARIANCE_MODES:
+        return f"policy_loss.loss_mode={loss_mode}"
+    if actor.entropy_coeff != 0:
+        return f"entropy_coeff={actor.entropy_coeff}"
+    return "use_kl_loss=true" if actor.use_kl_loss else None
 
 
 def top_k_count(response_tokens: Tensor, ratio: float, *, complement: bool = False) -> Tensor:

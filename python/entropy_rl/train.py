@@ -31,17 +31,20 @@ from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained
 from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
-from entropy_rl.selection import prepass, select_mini_batch, select_tokens, token_divisor, top_k_count
+from entropy_rl.selection import (
+    PROBABILITY_RATIO_METRICS,
+    SEQUENCE_MODES,
+    needs_all_tokens,
+    prepass,
+    select_mini_batch,
+    select_tokens,
+    token_divisor,
+    top_k_count,
+)
 from entropy_rl.tasks import Problem, Scorer, load_tasks
 from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
-
-SEQUENCE_MODES = ("gspo", "geo_mean")  # they weigh a sequence as a whole, and do not apply the selection
-WHOLE_RESPONSE_MODES = (*SEQUENCE_MODES, "clip_cov", "kl_cov")  # these two: covariances over all response tokens
-
-# Means over the response tokens of how far the policy has moved.
-PROBABILITY_RATIO_METRICS = {"actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"}
 
 
 @dataclass
@@ -147,7 +150,7 @@ def run(config: DictConfig, device: torch.device) -> None:
     # After the state is restored: a forward leaves the root of a sharded model whole until its backward.
     if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
         print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
-    elif settings.use_fused_kernels and (reason := needs_all_tokens(actor)) and first_rank:
+    elif settings.use_fused_kernels and selects_for_step(actor) and (reason := needs_all_tokens(actor)) and first_rank:
         print(
             "actor_rollout_ref.actor.entropy_top_scope=mini_batch: every response token, selected or not, meets the "
             f"LM head in the training step: {reason} needs them all"
@@ -583,6 +586,11 @@ def mini_batches(experience: Experience, generator: torch.Generator, config: Dic
             yield experience.rows(rows[groups].flatten().to(device))
 
 
+def selects_for_step(actor: DictConfig) -> bool:
+    """Whether the selection is made before the optimizer step's first micro-batch."""
+    return actor.entropy_top_ratio is not None and actor.entropy_top_scope == "mini_batch"
+
+
 def select_for_step(
     model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], config: DictConfig
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
@@ -610,17 +618,6 @@ def select_for_step(
     return selections, log_probs, metrics
 
 
-def needs_all_tokens(actor: DictConfig) -> str | None:
-    """What of the loss needs tokens that a selection before the step left out; None: nothing, or there is none."""
-    if not actor.entropy_top_ratio or actor.entropy_top_scope != "mini_batch":
-        return None
-    if actor.policy_loss.loss_mode in WHOLE_RESPONSE_MODES:
-        return f"policy_loss.loss_mode={actor.policy_loss.loss_mode}"
-    if actor.entropy_coeff != 0:
-        return f"entropy_coeff={actor.entropy_coeff}"
-    return "use_kl_loss=true" if actor.use_kl_loss else None
-
-
 def accumulate_gradients(
     model: PreTrainedModel, mini_batch: Experience, generator: torch.Generator, config: DictConfig
 ) -> dict[str, Tensor]:
@@ -645,7 +642,7 @@ def accumulate_gradients(
     policy_aggregation = dict(aggregation)
     applied = actor.policy_loss.loss_mode not in SEQUENCE_MODES
     divide_by_selected = ratio and applied and actor.entropy_top_normalize == "selected"
-    whole_step = ratio and actor.entropy_top_scope == "mini_batch"
+    whole_step = selects_for_step(actor)
     # Then only the selected tokens meet the LM head.
     preselected = (
         whole_step

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_rl import config as configuration
-from entropy_rl import lm_head, train
+from entropy_rl import lm_head, selection, train
 from entropy_rl.tasks import Problem, load_tasks
 from training import ACTOR, as_arguments
 
@@ -406,7 +406,11 @@ def head_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-TOKEN_MODES = [mode for mode in configuration.LOSS_MODES if mode not in train.WHOLE_RESPONSE_MODES]
+TOKEN_MODES = [
+    mode
+    for mode in configuration.LOSS_MODES
+    if mode not in selection.SEQUENCE_MODES and mode not in selection.COVARIANCE_MODES
+]
 PRESELECTED = [
     *((mode, "token-mean", "selected", 8) for mode in TOKEN_MODES),
     *(("vanilla", mode, "selected", 2) for mode in configuration.LOSS_AGG_MODES),
@@ -444,7 +448,7 @@ def test_selected_tokens_alone_give_the_same_step(
     assert sum(rows[:steps]) == max(1, int(tokens * 0.2 + 0.9999)) and sum(rows[steps:]) == tokens
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    changed = train.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
+    changed = selection.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
     assert metrics.keys() == {f"{name}_selected" if name in changed else name for name in all_metrics}
     for name in all_metrics.keys() - changed:
         torch.testing.assert_close(metrics[name], all_metrics[name], atol=1e-6, rtol=1e-4, msg=name)

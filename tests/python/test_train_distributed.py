@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from entropy_rl import checkpoint, distributed, train
 from entropy_rl import config as configuration
+from entropy_rl.selection import PROBABILITY_RATIO_METRICS
 from ranks import Ranks
 from training import ACTOR, as_arguments, read_metrics, without_times
 
@@ -110,7 +111,7 @@ def test_selected_tokens_alone_give_the_step_of_all(
     overrides |= {f"{ACTOR}.entropy_top_source": source, f"{ACTOR}.strategy": strategy}
     plain = as_arguments(overrides | {"actor_rollout_ref.model.use_fused_kernels": "false"})
     gradients, metrics = step(plain, 16)
-    changed = train.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
+    changed = PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
     for found, found_metrics in ranks.run(step, as_arguments(overrides), 2):
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

@@ -6,19 +6,14 @@ from typing import Any
 
 import verl.workers.config as verl
 
-from entropy_rl.config import LOSS_MODES, RATIO, ConfigError, one_of, optional
+from entropy_rl.config import LOSS_MODES, RULES, ConfigError, one_of
 from entropy_rl.integrations.verl import loss, plugin
 
 _PREFIX = "actor_rollout_ref.actor."
 _RULES = {
-    "entropy_top_ratio": optional(RATIO),
-    "entropy_top_rule": one_of("topk", "threshold", "quantile"),
-    "entropy_top_scope": one_of("micro_batch", "mini_batch"),
-    "entropy_top_source": one_of("prepass", "old_policy"),
-    "entropy_top_ranks": one_of("local", "global"),
-    "entropy_top_normalize": one_of("selected", "response"),
-    "entropy_top_kernel": one_of("entropy_rl", "verl"),
-}
+    f"entropy_top_{key}": RULES[f"{_PREFIX}entropy_top_{key}"]
+    for key in ("ratio", "rule", "scope", "source", "ranks", "normalize")
+} | {"entropy_top_kernel": one_of("entropy_rl", "verl")}
 
 
 @dataclass

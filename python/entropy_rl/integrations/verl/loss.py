@@ -9,22 +9,23 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils import losses
 from verl.workers.utils.padding import no_padding_2_padding
 
-from entropy_rl.selection import select_tokens, token_divisor, top_k_count
+from entropy_rl.selection import (
+    PROBABILITY_RATIO_METRICS,
+    SEQUENCE_MODES,
+    needs_all_tokens,
+    select_tokens,
+    token_divisor,
+    top_k_count,
+)
 from entropy_rl_ext import aggregate, kl_loss, policy_loss
 
 verl_ppo_loss = losses.ppo_loss
 
-# They weigh a sequence as a whole: the ratio is accepted and not applied.
-SEQUENCE_LEVEL = ("gspo", "geo_mean")
-
-# They choose tokens by covariances over all response tokens.
-WHOLE_RESPONSE = ("clip_cov", "kl_cov")
-
-# Fields of a micro-batch. Of every one, no tensor: the response tokens of each micro-batch of the optimizer step, first
-# rank first.
+# Fields of a micro-batch. Of every one: how many response tokens each micro-batch of the optimizer step has, a tuple,
+# first rank first.
 MICRO_BATCH_TOKENS = "entropy_top_micro_batch_tokens"
-# With the scope mini_batch: its slice of the step's selection, [B, S] as response_mask, and for the step as a whole,
-# no tensors, the selected tokens of all ranks and the lowest entropy that this rank's were selected by.
+# With the scope mini_batch: its slice of the step's selection, [B, S] as response_mask; and of the step as a whole, []
+# and on the device, the selected tokens of all ranks and the lowest entropy that this rank's were selected by.
 SELECTED = "entropy_top_selected"
 SELECTED_TOKENS = "entropy_top_selected_tokens"
 THRESHOLD = "entropy_top_threshold"
@@ -34,7 +35,7 @@ KNOWN_LOG_PROBS = "entropy_top_known_log_probs"
 
 def applies(config: Any) -> bool:
     """Whether this actor configuration trains on selected tokens."""
-    return getattr(config, "entropy_top_ratio", None) is not None and config.policy_loss.loss_mode not in SEQUENCE_LEVEL
+    return getattr(config, "entropy_top_ratio", None) is not None and config.policy_loss.loss_mode not in SEQUENCE_MODES
 
 
 def preselects(config: Any) -> bool:
@@ -44,9 +45,7 @@ def preselects(config: Any) -> bool:
         and config.entropy_top_kernel == "entropy_rl"
         and config.use_fused_kernels
         and config.strategy in ("fsdp", "fsdp2")
-        and config.policy_loss.loss_mode not in WHOLE_RESPONSE
-        and config.entropy_coeff == 0
-        and not config.use_kl_loss
+        and needs_all_tokens(config) is None
     )
 
 
@@ -89,7 +88,7 @@ def ppo_loss(
     whole_step = config.entropy_top_scope == "mini_batch"
     if whole_step:
         selected_tokens = data[SELECTED_TOKENS]
-        means = {"actor/entropy_threshold": torch.tensor(data[THRESHOLD], device=log_prob.device)}
+        means = {"actor/entropy_threshold": data[THRESHOLD]}
     tensors = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob")
     data = data.select(*tensors, SELECTED, KNOWN_LOG_PROBS, strict=False).to_padded_tensor()
     response_mask = data["response_mask"].bool()
@@ -159,15 +158,12 @@ def ppo_loss(
     response_tokens = micro_batch_tokens.sum()
     for name, value in means.items():
         total = response_tokens
-        if preselected and config.entropy_top_source == "old_policy" and name in _PROBABILITY_RATIO_METRICS:
+        if preselected and config.entropy_top_source == "old_policy" and name in PROBABILITY_RATIO_METRICS:
             # What the policy, which may have moved since, does to the others is not known: they entered as unmoved.
-            name, total = f"{name}_selected", torch.tensor(selected_tokens)
+            name, total = f"{name}_selected", selected_tokens
         sums[name] = value * tokens / total.clamp(min=1)
     return loss, metrics | Metric.from_dict(sums, aggregation=AggregationType.SUM)
 
-
-# Means over the response tokens of how far the policy has moved.
-_PROBABILITY_RATIO_METRICS = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
 
 _POLICY_LOSS = (
     "loss_mode",
