@@ -22,9 +22,9 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from entropy_rl import config, demo, pretrained
+from entropy_rl import config, demo, pretrained, tasks
 from entropy_rl.cli import ARMS
-from entropy_rl.errors import UserError
+from entropy_rl.errors import UserError, one_line
 
 _ACTOR = "actor_rollout_ref.actor"
 _CONFIDENCE = 0.95
@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     if _own_task(arguments):
         for path in {str(config.load(planned.overrides).actor_rollout_ref.model.path) for planned in left}:
             pretrained.check_model(f"actor_rollout_ref.model.path={path}", path)
+        if left:
+            tasks.load_tasks(config.load(left[0].overrides))  # a mistake in the files, before anything starts
     else:
         for seed in sorted({planned.seed for planned in left}):
             _prepare_demo(output / f"seed_{seed}", seed, arguments.warmup_steps)
@@ -139,7 +141,12 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Runs with other settings must neither be taken for finished ones nor go on from their checkpoints."""
     path = output / "settings.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--output {output}: {path.name} there is none of this command's: {one_line(error)}"
+            ) from None
         for name in {**found, **settings}:
             if found.get(name) != settings.get(name):
                 raise UserError(

@@ -11,7 +11,7 @@ from entropy_rl.errors import UserError, one_line
 
 DESCRIPTION = """\
 Reinforcement learning of language models on their highest-entropy tokens: what surrounds the trainer
-(python -m entropy_rl.train).
+(python -m entropy_rl.train). entropy-rl COMMAND --help tells more of a command.
 """
 
 INSPECT = """\
@@ -96,22 +96,32 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--compare", metavar="PATH", help="a second model, measured on the same completions")
     inspect.add_argument("--ratio", type=_share, default=0.2, help="share of the tokens to select at first (0.2)")
     inspect.add_argument("--limit", type=_count, metavar="ROWS", help="use only the first rows of the input")
-    inspect.add_argument("--prompt-key", default="prompt", metavar="KEY", help="(prompt)")
-    inspect.add_argument("--completion-key", default="completion", metavar="KEY", help="(completion)")
+    inspect.add_argument("--prompt-key", default="prompt", metavar="KEY", help="column of the prompts (prompt)")
+    inspect.add_argument(
+        "--completion-key", default="completion", metavar="KEY", help="column of the completions (completion)"
+    )
     inspect.add_argument("--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model")
     inspect.add_argument(
         "--temperature", type=_positive, default=1.0, help="of sampling, and of the distributions that are shown (1.0)"
     )
-    inspect.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    inspect.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    inspect.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
+    )
+    inspect.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the model's"
+    )
     sampling = inspect.add_argument_group("sampling")
     sampling.add_argument(
         "--samples", type=_count, metavar="N", help="sample N completions of each prompt, whatever the input has"
     )
-    sampling.add_argument("--max-new-tokens", type=_count, default=512, metavar="N", help="(512)")
-    sampling.add_argument("--top-p", type=_share, default=1.0, help="(1.0)")
-    sampling.add_argument("--top-k", type=_natural, default=0, help="0: all tokens (0)")
-    sampling.add_argument("--seed", type=_natural, default=0, help="(0)")
+    sampling.add_argument("--max-new-tokens", type=_count, default=512, metavar="N", help="longest completion (512)")
+    sampling.add_argument(
+        "--top-p", type=_share, default=1.0, help="sample from the most probable tokens of this share together (1.0)"
+    )
+    sampling.add_argument(
+        "--top-k", type=_natural, default=0, help="sample from so many most probable tokens; 0: from all (0)"
+    )
+    sampling.add_argument("--seed", type=_natural, default=0, help="the same seed samples the same (0)")
     sampling.add_argument("--batch-size", type=_count, default=32, metavar="N", help="completions at a time (32)")
 
     ablate = add("ablate", "the same training on all tokens, on forks alone, and on all but the forks", ABLATE)

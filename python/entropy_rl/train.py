@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards, the policy gradient on the tokens of highest entropy only.
 
-    python -m entropy_rl.train actor_rollout_ref.model.path=MODEL data.train_files=train.parquet \
+    python -m entropy_rl.train actor_rollout_ref.model.path=MODEL data.train_files=train.parquet \\
         actor_rollout_ref.actor.entropy_top_ratio=0.2
 
     torchrun --nproc-per-node 8 -m entropy_rl.train ...

@@ -109,10 +109,10 @@ def test_a_run_that_fails_is_told_with_its_last_line(
     task: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a process of its own, as a user's runs are."""
-    task["reward.custom_reward_function.path"] = tmp_path / "nowhere.py"
+    task["data.max_prompt_length"] = 3
     assert cli.main(command(tmp_path / "ablation", task, "--seeds=1", "--arms=all")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: seed 0, all tokens: error: ") and "nowhere.py" in message
+    assert message.startswith("error: seed 0, all tokens: error: ") and "a prompt has 7 tokens" in message
     assert "log.txt" in message and not results_of(tmp_path / "ablation")
 
 
@@ -132,6 +132,10 @@ def test_runs_with_other_settings_are_not_mixed(
         ({"data.val_files": "null"}, (), "data.val_files=null: the runs are compared on validation problems"),
         ({f"{ACTOR}.entropy_top_ratoi": 0.2}, (), "there is no key"),
         ({"actor_rollout_ref.model.path": "nowhere"}, (), "nowhere"),
+        ({"data.train_files": "nowhere.parquet"}, (), "data.train_files=nowhere.parquet: there is no such file"),
+        ({"reward.custom_reward_function.path": "nowhere.py"}, (), "nowhere.py: there is no such file"),
+        ({f"{ACTOR}.entropy_top_normalize": "all"}, (), "one of selected, response"),
+        ({}, ("--output=/proc/ablation",), "--output /proc/ablation: it cannot be made"),
         ({}, ("--arms=all,top_30",), "top_30: the arms are all, top_50, top_20, top_10, bottom_80"),
         ({}, ("--seeds=0",), "0: it must be an integer of at least 1"),
     ],
@@ -148,6 +152,17 @@ def test_mistakes_before_anything_starts(
     assert cli.main(command(tmp_path / "ablation", task | changes, *options)) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and expected in message
+    assert not started
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_a_directory_of_something_else(
+    content: str, task: Overrides, tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    assert cli.main(command(tmp_path, task)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "settings.json there is none of this command's" in message
     assert not started
 
 

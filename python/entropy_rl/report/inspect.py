@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: there is no directory {output.parent}")
     if output.is_dir():
         raise UserError(f"--output {output}: this is a directory; a file was expected")
+    _check_writable(output)
     device = _device(arguments.device)
     given = arguments.samples is None and has_completions(arguments.input, arguments.completion_key)
     source = "--model" if arguments.tokenizer is None else "--tokenizer"
@@ -60,6 +61,17 @@ def run(arguments: argparse.Namespace) -> int:
     print(_summary(models, completions, arguments.ratio))
     print(f"report: {output.resolve()}")
     return 0
+
+
+def _check_writable(output: Path) -> None:
+    """Before minutes of work. Leaves no file behind, and one that is there as it is."""
+    is_there = output.exists()
+    try:
+        output.open("ab").close()
+    except OSError as error:
+        raise UserError(f"--output {output}: it cannot be written: {error.strerror}") from None
+    if not is_there:
+        output.unlink()
 
 
 def _name(path: str) -> str:

@@ -102,6 +102,8 @@ def test_a_broken_model(
         ({"--input": "/nowhere"}, "its name must end in .jsonl or .parquet"),
         ({"--output": "/nowhere/report.html"}, "--output /nowhere/report.html: there is no directory /nowhere"),
         ({"--output": "/tmp"}, "--output /tmp: this is a directory"),
+        ({"--output": "/proc/report.html"}, "--output /proc/report.html: it cannot be written: "),
+        ({"--ratio": 1.5}, "argument --ratio: 1.5: it must be a number above 0 and at most 1"),
         ({"--ratio": 0}, "argument --ratio: 0: it must be a number above 0 and at most 1"),
         ({"--ratio": "nan"}, "argument --ratio: nan: it must be a number above 0 and at most 1"),
         ({"--temperature": -1}, "argument --temperature: -1: it must be a number above 0"),
