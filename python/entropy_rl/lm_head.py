@@ -56,19 +56,21 @@ def _head(model: nn.Module) -> nn.Linear | None:
 def scoring(
     model: nn.Module, targets: Tensor, mask: Tensor, temperature: float, *, entropy_grad: bool = False
 ) -> Iterator[None]:
-    """While it is open, the model's `logits` are [B, S, 2]: log-probability of the target, and entropy.
+    """While it is open, the model's `logits` are [B, S + 1, 2]: log-probability of the target, and entropy.
 
     Args:
         model: one of which `why_not` is None. Its forward must keep S + 1 positions (`logits_to_keep`): each but the
-            last scores the target that follows it.
+            last scores the target that follows it, and the last gives 0.
         targets, mask: [B, S], as in `linear_logprob_entropy`.
     """
     head = _head(model)
     assert head is not None
+    # The last position is one that the mask leaves out: cut off, the others would no longer be contiguous.
+    targets, mask = nn.functional.pad(targets, (0, 1)), nn.functional.pad(mask, (0, 1))
 
     def score(hidden: Tensor) -> Tensor:
         outputs = linear_logprob_entropy(
-            hidden[:, :-1],
+            hidden,
             head.weight,
             targets,
             bias=head.bias,
