@@ -5,6 +5,7 @@ the committed results give.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -163,6 +164,17 @@ def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
         axes.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=6)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def with_table(path: Path, module: str, lines: str) -> str:
+    """The page with `lines` between its two marks, of which the first names the module that measures them."""
+    marks = f"<!-- python -m {module} -->\n", "<!-- end -->\n"
+    return re.sub(
+        f"{re.escape(marks[0])}.*?{re.escape(marks[1])}",
+        lambda _: f"{marks[0]}{lines}{marks[1]}",
+        path.read_text(),
+        flags=re.DOTALL,
+    )
 
 
 def page() -> str:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"trl_step"})
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report, selection_over_ranks  # noqa: E402
+from benchmarks import gradient_error, report, selection_over_ranks  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,9 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
         assert f"| {ranks} | ours, topk |" in selection_over_ranks.table(result)
 
 
-def test_docs_have_the_measured_table() -> None:
-    result = json.loads(selection_over_ranks.RESULT.read_text())
-    page = selection_over_ranks.PAGE.read_text()
-    assert selection_over_ranks.page(result) == page, "run python -m benchmarks.selection_over_ranks"
-    assert selection_over_ranks.table(result) in page
+@pytest.mark.parametrize("module", [selection_over_ranks, gradient_error])
+def test_docs_have_the_measured_table(module: ModuleType) -> None:
+    result = json.loads(module.RESULT.read_text())
+    page = module.PAGE.read_text()
+    assert module.page(result) == page, f"run python -m {module.__name__}"
+    assert module.table(result) in page

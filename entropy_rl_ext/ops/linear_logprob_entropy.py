@@ -221,7 +221,8 @@ class _Head:
             yield slice(start, min(start + self.chunk_rows, rows))
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        shape = min(self.chunk_rows, rows), self.chunk_vocab
+        # Rows begin where four elements are read or written at once.
+        shape = min(self.chunk_rows, rows), -(-self.chunk_vocab // 4) * 4
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
 
