@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+PICTURE = ROOT / "docs" / "images" / "lm-head.svg"
 DEVICES = ("cpu", "cuda")
 
 HEAD = """# Performance
@@ -131,21 +132,27 @@ def _executed(op: str, results: list[dict[str, Any]]) -> str:
     return "; ".join(f"benchmark run on {name} at commit {commit}" for name, commit in runs)
 
 
-def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times ours each peer takes, the widest run (most threads) of each op."""
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "entropy_rl_ext"  # the same file from the same results
     from matplotlib import pyplot
 
-    widest: dict[str, dict[str, Any]] = {}
-    for result in results:
-        if result["op"] not in widest or (result["threads"] or 0) > (widest[result["op"]]["threads"] or 0):
-            widest[result["op"]] = result
+    return pyplot
+
+
+def _widest(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each op the run with most threads."""
+    return {result["op"]: result for result in sorted(results, key=lambda result: result["threads"] or 0)}
+
+
+def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
+    """Bars: how many times ours each peer takes, the widest run (most threads) of each op."""
+    pyplot = _pyplot()
     bars = [
         (f"{op}: {run['case']}\n{name}", _median(record) / _median(run["contenders"]["ours"]))
-        for op, result in sorted(widest.items())
+        for op, result in sorted(_widest(results).items())
         for run in result["runs"]
         for name, record in run["contenders"].items()
         if name != "ours" and record.get("seconds")
@@ -177,6 +184,34 @@ def with_table(path: Path, module: str, lines: str) -> str:
     )
 
 
+def picture(results: list[dict[str, Any]], path: Path) -> None:
+    """The README's: seconds of the LM head, forward and backward, of ours and of each peer as it is installed."""
+    pyplot = _pyplot()
+    result = _widest(results)["linear_logprob_entropy"]
+    runs = [run for run in result["runs"] if ", float32 " in run["case"]]
+    figure, panels = pyplot.subplots(1, len(runs), figsize=(10, 2.5), layout="constrained", sharex=True)
+    for axes, run in zip(panels, runs, strict=True):
+        records = {
+            name: record
+            for name, record in reversed(run["contenders"].items())
+            if record.get("seconds") and "by hand" not in name
+        }
+        times = [_median(record) for record in records.values()]
+        axes.barh(list(records), times, color=["#b1341a" if name == "ours" else "#b9b4ab" for name in records])
+        for y, seconds in enumerate(times):
+            axes.text(seconds, y, f" {_time(seconds)}", va="center", fontsize=8)
+        work, size = run["case"].split(", float32 ")
+        axes.set_title(work.replace(", ", ",\n"), fontsize=9, loc="left")
+        axes.set_xticks([])
+        axes.tick_params(axis="y", length=0, labelsize=8)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.margins(x=0.25)  # room for the figures behind the bars
+    where = f"{result['device_name']}, {result['threads']} threads" if result["threads"] else result["device_name"]
+    figure.supxlabel(f"{size}, float32, {where}, {result['date']}", fontsize=7, color="#666666")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def page() -> str:
     results = {device: load(device) for device in DEVICES}
     # Not what is measured of the trainers, which have no kernels.
@@ -202,6 +237,7 @@ def main() -> None:
     for device in DEVICES:
         if results := load(device):
             chart(device, results, PAGE.parent / f"performance-{device}.svg")
+    picture(load("cpu"), PICTURE)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,18 @@ def test_page_is_what_the_results_give() -> None:
     assert report.PAGE.read_text() == report.page(), "run make performance"
 
 
+def test_charts_are_what_the_results_give(tmp_path: Path) -> None:
+    """Byte by byte: the same results give the same file."""
+    report.picture(report.load("cpu"), tmp_path / report.PICTURE.name)
+    assert (tmp_path / report.PICTURE.name).read_bytes() == report.PICTURE.read_bytes(), "run make performance"
+    for device in report.DEVICES:
+        path = report.PAGE.with_name(f"performance-{device}.svg")
+        assert path.exists() == bool(report.load(device))
+        if path.exists():
+            report.chart(device, report.load(device), tmp_path / path.name)
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes(), "run make performance"
+
+
 # ---- Over ranks
 
 

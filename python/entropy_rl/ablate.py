@@ -27,7 +27,6 @@ from entropy_rl.cli import ARMS
 from entropy_rl.errors import UserError
 
 _ACTOR = "actor_rollout_ref.actor"
-_STEPS = 120
 _CONFIDENCE = 0.95
 
 Result = dict[str, Any]
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace, seed: int, arm: str) -> Run:
     """A run and its command line: the task, the user's keys, and what makes the arm, which wins over both."""
     of_seed: Path = arguments.output / f"seed_{seed}"
-    steps = arguments.steps or _STEPS
+    steps = arguments.steps or demo.STEPS
     if _own_task(arguments):
         task = [f"trainer.total_training_steps={steps}"] if arguments.steps else []
     else:
@@ -125,7 +124,7 @@ def _own_task(arguments: argparse.Namespace) -> bool:
 def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {"task": "the command line's", "steps": arguments.steps, "overrides": arguments.overrides}
     if not _own_task(arguments):
-        settings |= {"task": "demo", "steps": arguments.steps or _STEPS, "warmup_steps": arguments.warmup_steps}
+        settings |= {"task": "demo", "steps": arguments.steps or demo.STEPS, "warmup_steps": arguments.warmup_steps}
     return settings
 
 

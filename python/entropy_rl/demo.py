@@ -30,6 +30,7 @@ from entropy_rl.selection import select_tokens
 TOP_RATIO = 0.2
 TRAIN_PROBLEMS = 16384
 VALIDATION_PROBLEMS = 512
+STEPS = 120
 # So many of the warm-up's traces reach the target; the others are correct arithmetic towards some other number.
 SOLVED_SHARE = 0.3
 SELECTED, PLAIN = "\033[1;30;43m", "\033[0m"  # black on yellow
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything is written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warmup-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=120, help="steps of reinforcement learning")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of reinforcement learning")
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     start = time.perf_counter()

@@ -185,3 +185,19 @@ def test_differences_are_taken_seed_by_seed() -> None:
         for seed in range(3)
     ]
     assert "| +0.100 ± 0.000 |" in ablate.table(results)
+
+
+def test_the_page_has_what_the_committed_results_give(tmp_path: Path) -> None:
+    """The table and the picture of docs/ablation.md; every run of the paper's comparison is among them."""
+    root = Path(__file__).parents[2]
+    directory = root / "benchmarks/results/ablation"
+    results = [json.loads(path.read_text()) for path in sorted((directory / "results").iterdir())]
+    assert {(r["arm"], r["seed"]) for r in results} == {(arm, seed) for arm in cli.ARMS for seed in range(3)}
+    table = ablate.table(results)
+    assert table == (directory / "table.md").read_text()
+    page = (root / "docs/ablation.md").read_text()
+    assert page.count("| trained on |") == 1 and table in page
+    steps = json.loads((directory / "settings.json").read_text())["steps"]
+    assert f"task for {steps} steps" in page and all(len(r["training_reward"]) == steps for r in results)
+    ablate.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == (root / "docs/images/ablation.png").read_bytes()

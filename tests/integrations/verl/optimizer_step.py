@@ -16,46 +16,56 @@ MINI_BATCH = {"actor.entropy_top_scope": "mini_batch", "actor.entropy_top_ranks"
 OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
 FUSED = {"model.use_fused_kernels": True}
 
-# The overrides of a case under actor_rollout_ref., and the micro-batches per rank.
-CASES: dict[str, tuple[dict[str, Any], int]] = {
+REMOVE_PADDING = {"model.use_remove_padding": True}
+VERLS_KERNEL = {"actor.entropy_top_kernel": "verl"}
+
+# What policy_loss.loss_mode can be where a token's loss depends on that token alone, with what else a mode needs.
+TOKEN_MODES: dict[str, dict[str, Any]] = {mode: {} for mode in ("gpg", "dppo_tv", "dppo_kl", "sapo", "cispo")} | {
+    "dro": {"actor.policy_loss.dro_beta": 0.1}
+}
+
+# The overrides of a case under actor_rollout_ref., and how many micro-batches a rank runs (0: verl's dynamic batch
+# size decides). verl's kernel comes first: nothing takes ours out of the engine's class again.
+CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "kernel-verl": (VERLS_KERNEL, (2, 0)),
+    "remove-padding-verl": (REMOVE_PADDING | VERLS_KERNEL, (2,)),
+    "vanilla": ({}, (1, 2, 4, 0)),
+    "gpg": ({"actor.policy_loss.loss_mode": "gpg"}, (1, 2, 4)),
+    "remove-padding": (REMOVE_PADDING, (2, 0)),
+    "normalize-response": ({"actor.entropy_top_normalize": "response"}, (2,)),
+    "threshold": ({"actor.entropy_top_rule": "threshold"}, (2,)),
+    "seq-mean-token-sum": ({"actor.loss_agg_mode": "seq-mean-token-sum"}, (2,)),
+    "weights": ({"weights": True}, (2,)),
+    "bonus": ({"actor.entropy_coeff": 0.01}, (2,)),
+    "kl": ({"actor.use_kl_loss": True, "actor.kl_loss_coef": 0.1, "actor.kl_loss_type": "k2"}, (2,)),
+    "global": ({"actor.entropy_top_ranks": "global"}, (2,)),
+    "mini-batch": (MINI_BATCH, (1, 2, 4, 0)),
     **{
-        f"{mode}-{count}": ({"actor.policy_loss.loss_mode": mode}, count)
-        for mode in ("vanilla", "gpg")
-        for count in (1, 2, 4)
+        f"mini-batch-{mode}": (MINI_BATCH | {"actor.policy_loss.loss_mode": mode} | others, (1, 2, 4))
+        for mode, others in TOKEN_MODES.items()
     },
-    "kernel-verl": ({"actor.entropy_top_kernel": "verl"}, 2),
-    "remove-padding": ({"model.use_remove_padding": True}, 2),
-    "remove-padding-verl": ({"model.use_remove_padding": True, "actor.entropy_top_kernel": "verl"}, 2),
-    "dynamic": ({"actor.use_dynamic_bsz": True}, 0),
-    "normalize-response": ({"actor.entropy_top_normalize": "response"}, 2),
-    "threshold": ({"actor.entropy_top_rule": "threshold"}, 2),
-    "seq-mean-token-sum": ({"actor.loss_agg_mode": "seq-mean-token-sum"}, 2),
-    "weights": ({"weights": True}, 2),
-    "bonus": ({"actor.entropy_coeff": 0.01}, 2),
-    "global": ({"actor.entropy_top_ranks": "global"}, 2),
-    **{f"mini-batch-{count}": (MINI_BATCH, count) for count in (1, 2, 4)},
-    "mini-batch-dynamic": (MINI_BATCH | {"actor.use_dynamic_bsz": True}, 0),
-    "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, 2),
-    **{f"old-policy-{count}": (OLD_POLICY, count) for count in (1, 2, 4)},
-    "fused": (FUSED, 2),
-    "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, 2),
-    "fused-mini-batch": (FUSED | MINI_BATCH, 2),
-    "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, 2),
-    **{f"fused-old-policy-{count}": (FUSED | OLD_POLICY, count) for count in (1, 2, 4)},
-    "fused-remove-padding": (FUSED | OLD_POLICY | {"model.use_remove_padding": True}, 2),
-    "kl": ({"actor.use_kl_loss": True, "actor.kl_loss_coef": 0.1, "actor.kl_loss_type": "k2"}, 2),
+    "mini-batch-weights": (MINI_BATCH | {"weights": True}, (1, 4)),
+    "mini-batch-remove-padding": (MINI_BATCH | REMOVE_PADDING | {"weights": True}, (2, 0)),
+    "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),
+    "old-policy": (OLD_POLICY, (1, 2, 4)),
+    "fused": (FUSED, (2,)),
+    "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, (2,)),
+    "fused-mini-batch": (FUSED | MINI_BATCH, (2,)),
+    "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, (2,)),
+    "fused-old-policy": (FUSED | OLD_POLICY, (1, 2, 4)),
+    "fused-remove-padding": (FUSED | OLD_POLICY | REMOVE_PADDING, (2, 0)),
 }
 
 # All tokens train: with this package in its place, and with verl's own configuration alone.
-NULL = {
-    "null": ({"actor.entropy_top_ratio": "null"}, 2),
+NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "null": ({"actor.entropy_top_ratio": "null"}, (2,)),
     "stock": (
         {"actor._target_": "verl.workers.config.FSDPActorConfig"}
         | {
             f"~actor.entropy_top_{key}": None
             for key in ("ratio", "rule", "scope", "source", "ranks", "normalize", "kernel")
         },
-        2,
+        (2,),
     ),
 }
 
@@ -84,8 +94,8 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return result
 
 
-def batch(indices: list[int], case: dict[str, Any], micro_batch_size: int) -> Any:
-    """The rows as verl's trainer hands them to an engine."""
+def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
+    """The rows as verl's trainer hands them to an engine, for `count` micro-batches."""
     from verl.utils import tensordict_utils as tu
 
     part = [rows()[index] for index in indices]
@@ -114,8 +124,8 @@ def batch(indices: list[int], case: dict[str, Any], micro_batch_size: int) -> An
         non_tensor_dict={
             "temperature": TEMPERATURE,
             "global_batch_size": ROWS,
-            "micro_batch_size_per_gpu": micro_batch_size,
-            "use_dynamic_bsz": case.get("actor.use_dynamic_bsz", False),
+            "micro_batch_size_per_gpu": len(indices) // max(1, count),
+            "use_dynamic_bsz": count == 0,
             "max_token_len_per_gpu": 80,
             "use_remove_padding": case.get("model.use_remove_padding", False),
             "use_fused_kernels": case.get("model.use_fused_kernels", False),
@@ -124,17 +134,16 @@ def batch(indices: list[int], case: dict[str, Any], micro_batch_size: int) -> An
     )
 
 
-def run(model: str, name: str) -> dict[str, Any]:
+def run(model: str, name: str) -> dict[int, dict[str, Any]]:
+    """What comes of a step, for each number of micro-batches."""
     import torch.distributed as dist
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
-    from torch.distributed.tensor import DTensor
     from transformers import Qwen3ForCausalLM
-    from verl.utils.metric import Metric
-    from verl.workers.engine.fsdp import transformer_impl
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    case, count = (CASES | NULL)[name]
+    case, counts = (CASES | NULL)[name]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
             "ppo_trainer",
@@ -156,12 +165,24 @@ def run(model: str, name: str) -> dict[str, Any]:
     forward = Qwen3ForCausalLM.forward
     worker = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
     worker.init_model()
-    engine = worker.actor.engine
+    ours = hasattr(FSDPEngineWithLMHead.prepare_model_outputs, "__wrapped__")
+    assert ours == (name in CASES and case.get("actor.entropy_top_kernel") != "verl")
+    share = ROWS // dist.get_world_size()
+    mine = list(range(dist.get_rank() * share, (dist.get_rank() + 1) * share))
+    try:
+        return {count: step(worker, batch(mine, case, count)) for count in counts}
+    finally:
+        Qwen3ForCausalLM.forward = forward  # verl sets a fused one for the whole process
 
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    share = ROWS // ranks
-    mine = list(range(rank * share, (rank + 1) * share))
-    data = batch(mine, case, share // count if count else share)
+
+def step(worker: Any, data: Any) -> dict[str, Any]:
+    """One optimizer step's gradients and metrics, with the rows of each micro-batch of each rank."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+    from verl.utils.metric import Metric
+    from verl.workers.engine.fsdp import transformer_impl
+
+    engine = worker.actor.engine
     partition: list[list[int]] = []
     prepare = transformer_impl.prepare_micro_batches
 
@@ -173,6 +194,7 @@ def run(model: str, name: str) -> dict[str, Any]:
     transformer_impl.prepare_micro_batches = watch
     try:
         with engine.train_mode():
+            engine.optimizer_zero_grad()
             output = engine.forward_backward_batch(data, worker.loss_fn)
             gradients = {
                 name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
@@ -180,8 +202,7 @@ def run(model: str, name: str) -> dict[str, Any]:
             }
     finally:
         transformer_impl.prepare_micro_batches = prepare
-        Qwen3ForCausalLM.forward = forward  # verl sets a fused one for the whole process
-    everyone: list[Any] = [None] * ranks
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (partition, output["metrics"]))
     metrics = [metrics for _, metrics in everyone]
     return {

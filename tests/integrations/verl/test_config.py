@@ -1,5 +1,6 @@
 """The entropy_top_* keys: they compose, and a mistake stops the driver before anything starts."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
 from entropy_rl.integrations.verl import plugin
@@ -30,20 +32,25 @@ def test_the_bare_key_composes(engine: str) -> None:
     assert actor.entropy_top_ratio == 0.2
 
 
-@pytest.mark.parametrize("engine", ["dp", "megatron"])
-def test_everything_else_is_verls(engine: str, tmp_path: Path) -> None:
-    """Key by key against the configuration that verl composes where this package's plugin does not take part."""
+@pytest.fixture(scope="module")
+def verls_own() -> dict[str, str]:
+    """The configuration that verl composes for each engine where this package's plugin does not take part."""
     code = (
+        "import json\n"
         "from hydra import compose, initialize_config_module\n"
         "from omegaconf import OmegaConf\n"
         "with initialize_config_module('verl.trainer.config', version_base=None):\n"
-        f"    print(OmegaConf.to_yaml(compose('ppo_trainer', overrides=['model_engine={engine}'])))\n"
+        "    composed = {e: compose('ppo_trainer', overrides=['model_engine=' + e]) for e in ('dp', 'megatron')}\n"
+        "print(json.dumps({engine: OmegaConf.to_yaml(config) for engine, config in composed.items()}))\n"
     )
     # Without verl imported the plugin keeps out.
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    ours = subprocess.run(
-        [sys.executable, "-c", "import verl\n" + code], capture_output=True, text=True, check=True
-    ).stdout
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron"])
+def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> None:
+    ours, theirs = OmegaConf.to_yaml(composed(f"model_engine={engine}")), verls_own[engine]
     extra = re.compile(r"^    (entropy_top_\w+|_target_): .*\n", re.MULTILINE)
     assert "entropy_top_ratio" in ours and "entropy_top_ratio" not in theirs
     assert extra.sub("", ours[ours.index("actor_rollout_ref:") :]) == extra.sub(
@@ -56,7 +63,10 @@ def test_everything_else_is_verls(engine: str, tmp_path: Path) -> None:
     [
         ("entropy_top_ratio", "1.5", "above 0 and at most 1, or null"),
         ("entropy_top_ratio", "0", "above 0 and at most 1, or null"),
+        ("entropy_top_ratio", "-1", "above 0 and at most 1, or null"),
         ("entropy_top_ratio", "nan", "above 0 and at most 1, or null"),
+        ("entropy_top_ratio", "True", "above 0 and at most 1, or null"),
+        ("entropy_top_ratio", "20%", "above 0 and at most 1, or null"),
         ("entropy_top_rule", "top", "one of topk, threshold, quantile"),
         ("entropy_top_scope", "sequence", "one of micro_batch, mini_batch"),
         ("entropy_top_source", "rollout", "one of prepass, old_policy"),
@@ -70,6 +80,11 @@ def test_a_wrong_value_names_what_is_allowed(key: str, value: str, allowed: str)
     overrides = [f"{RATIO}=0.2", MICRO_BATCH, f"actor_rollout_ref.actor.{key}={value}"]
     with pytest.raises(Exception, match=re.escape(f"actor_rollout_ref.actor.{key}={value}") + f".*{allowed}"):
         omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+def test_a_key_that_does_not_exist_does_not_compose() -> None:
+    with pytest.raises(ConfigCompositionException, match="entropy_top_ration"):
+        composed("actor_rollout_ref.actor.entropy_top_ration=0.2")
 
 
 def test_megatron_selects_a_mini_batch_by_the_old_policy_alone() -> None:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import task
 import torch
 from optimizer_step import CASES, TEMPERATURE
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 RATIO = 0.2
@@ -55,24 +58,87 @@ def competitors(micro_batches: list[list[list[int]]], case: dict[str, Any]) -> l
     return [rows for of_rank in micro_batches for rows in of_rank]
 
 
-def statement(model_path: Path, micro_batches: list[list[list[int]]], case: dict[str, Any]) -> dict[str, Any]:
-    """In float64, a row at a time, without padding, and without anything of this package or of verl."""
+@dataclass
+class Row:
+    """What the policy says of a response, float64 [S], with the graph of its gradients."""
+
+    log_prob: Tensor
+    entropy: Tensor
+
+
+@dataclass
+class Policy:
+    model: Any
+    rows: list[Row]
+
+
+@pytest.fixture(scope="module")
+def policy(model_path: Path) -> Policy:
+    """A row at a time, without padding."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
+    rows = []
+    for row in optimizer_step.rows():
+        tokens = torch.cat([row["prompt"], row["response"]])
+        log_p = (model(tokens[None]).logits[0, len(row["prompt"]) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        rows.append(
+            Row(log_p.gather(-1, row["response"][:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)),
+        )
+    return Policy(model, rows)
+
+
+def token_losses(
+    mode: str, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each token, and what its metrics are means of, with verl's default constants."""
+    d = log_prob - old_log_prob
+    ratio, p, q = d.exp(), log_prob.exp(), old_log_prob.exp()
+    none = torch.zeros_like(d)
+    moved = {"actor/ppo_kl": -d}
+    match mode:
+        case "gpg":
+            return -log_prob * advantage, {}
+        case "dro":
+            return -(log_prob * advantage - 0.1 / 2 * d**2), moved
+        case "cispo":
+            bounded = ratio.clamp(0.8, 1.2)
+            clipped, lower = ratio != bounded, none
+            loss = -bounded.detach() * advantage * log_prob
+        case "sapo":
+            tau = torch.where(advantage > 0, 1.0, 1.05)
+            clipped = lower = none
+            loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+        case "dppo_tv" | "dppo_kl":
+            if mode == "dppo_tv":
+                inside = torch.where(advantage > 0, p - q <= 0.2, p - q >= -0.2)
+            else:
+                divergence = q * -d + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+                inside = (divergence <= 0.2) | torch.where(advantage > 0, p <= q, p >= q)
+            clipped, lower = ~inside, inside & (ratio > 3)
+            loss = torch.where(inside, -advantage * ratio.clamp(max=3).detach() * log_prob, 0.0)
+        case _:
+            unclipped, bounded = -ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage
+            loss = torch.maximum(unclipped, bounded)
+            clipped, lower = bounded > unclipped, (advantage < 0) & (loss > -3 * advantage)
+            loss = torch.where(lower, -3 * advantage, loss)
+    return loss, moved | {"actor/pg_clipfrac": clipped.double(), "actor/pg_clipfrac_lower": lower.double()}
+
+
+def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[str, Any]) -> dict[str, Any]:
+    """In float64, and without anything of this package or of verl."""
     rows = optimizer_step.rows()
-    policy, bonus, kl, moved, clipped_tokens = [], [], [], [], []
+    losses, bonus, kl = [], [], []
+    means: dict[str, list[Tensor]] = defaultdict(list)
     selected_tokens, response_tokens, thresholds = 0, 0, 0.0
+    mode = case.get("actor.policy_loss.loss_mode", "vanilla")
     old_policy = case.get("actor.entropy_top_source") == "old_policy"
-    preselected = old_policy and case.get("model.use_fused_kernels") and "actor.entropy_coeff" not in case
+    needs_all = "actor.entropy_coeff" in case
+    preselected = case.get("model.use_fused_kernels") and "actor.entropy_top_scope" in case and not needs_all
+    suffix = "_selected" if preselected and old_policy else ""
     for indices in competitors(micro_batches, case):
-        log_prob, entropy, score = {}, {}, {}
-        for index in indices:
-            row = rows[index]
-            tokens = torch.cat([row["prompt"], row["response"]])
-            begin = len(row["prompt"]) - 1
-            log_p = (model(tokens[None]).logits[0, begin:-1] / TEMPERATURE).log_softmax(-1)
-            log_prob[index] = log_p.gather(-1, row["response"][:, None])[:, 0]
-            entropy[index] = -(log_p.exp() * log_p).sum(-1)
-            score[index] = row["old_entropy"].double() if old_policy else entropy[index].detach()
+        score = {
+            index: rows[index]["old_entropy"].double() if old_policy else policy.rows[index].entropy.detach()
+            for index in indices
+        }
         mask = torch.cat([rows[index]["mask"] for index in indices])
         scores = torch.cat([score[index] for index in indices])
         n = int(mask.sum())
@@ -82,79 +148,72 @@ def statement(model_path: Path, micro_batches: list[list[list[int]]], case: dict
         thresholds += threshold.item() * n
 
         for index in indices:
-            row = rows[index]
+            row, log_prob = rows[index], policy.rows[index].log_prob
             chosen = row["mask"] & (score[index] >= threshold)
-            advantage = row["advantage"].double()
-            if case.get("actor.policy_loss.loss_mode") == "gpg":
-                token_loss = -log_prob[index] * advantage
-            else:
-                ratio = torch.exp(log_prob[index] - row["old_log_prob"])
-                clipped = ratio.clamp(0.8, 1.2)
-                seen = chosen if preselected else row["mask"]
-                moved.append((row["old_log_prob"] - log_prob[index].detach())[seen])
-                clipped_tokens.append((-clipped * advantage > -ratio * advantage).double()[seen])
-                token_loss = -torch.minimum(ratio * advantage, clipped * advantage)
-                # Dual clip, for negative advantages.
-                token_loss = torch.where(advantage < 0, torch.minimum(token_loss, -3 * advantage), token_loss)
+            token_loss, metrics = token_losses(mode, log_prob, row["old_log_prob"].double(), row["advantage"].double())
+            for name, values in metrics.items():
+                means[name + suffix].append(values.detach()[chosen if suffix else row["mask"]])
             if case.get("weights"):
                 token_loss = token_loss * row["weight"]
-            policy.append(token_loss[chosen].sum())
-            bonus.append(entropy[index][row["mask"]].sum())
-            kl.append(((log_prob[index] - row["ref_log_prob"])[row["mask"]] ** 2 / 2).sum())
+            loss = token_loss[chosen].sum()
+            losses.append(loss / chosen.sum().clamp(min=1) if mode == "sapo" else loss)
+            bonus.append(policy.rows[index].entropy[row["mask"]].sum())
+            kl.append(((log_prob - row["ref_log_prob"])[row["mask"]] ** 2 / 2).sum())
     divisor, whole_divisor = selected_tokens, response_tokens
     if case.get("actor.entropy_top_normalize") == "response":
         divisor = response_tokens
     if case.get("actor.loss_agg_mode") == "seq-mean-token-sum":
         divisor = whole_divisor = optimizer_step.ROWS
-    loss = sum(policy) / divisor
+    if mode == "sapo":
+        divisor = optimizer_step.ROWS
+    policy_loss = torch.stack(losses).sum() / divisor
+    entropy, penalty = torch.stack(bonus).sum() / whole_divisor, torch.stack(kl).sum() / whole_divisor
+    loss = policy_loss
     if "actor.entropy_coeff" in case:
-        loss = loss - case["actor.entropy_coeff"] * sum(bonus) / whole_divisor
+        loss = loss - case["actor.entropy_coeff"] * entropy
     if case.get("actor.use_kl_loss"):
-        loss = loss + case["actor.kl_loss_coef"] * sum(kl) / whole_divisor
-    loss.backward()
-    result = {
-        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
-        "actor/pg_loss": sum(policy).item() / divisor,
-        "actor/entropy_token_ratio": selected_tokens / response_tokens,
-        "actor/entropy_threshold": thresholds / response_tokens,
+        loss = loss + case["actor.kl_loss_coef"] * penalty
+    parameters = dict(policy.model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+    return {
+        "gradients": dict(zip(parameters, gradients, strict=True)),
+        "metrics": {
+            "actor/pg_loss": policy_loss.item(),
+            "actor/entropy_token_ratio": selected_tokens / response_tokens,
+            "actor/entropy_threshold": thresholds / response_tokens,
+        }
+        | {name: torch.cat(values).mean().item() for name, values in means.items()}
+        | ({} if preselected else {"actor/entropy_loss": entropy.item()})
+        | ({"kl_loss": penalty.item()} if case.get("actor.use_kl_loss") else {}),
     }
-    if moved:
-        suffix = "_selected" if preselected else ""
-        result[f"actor/ppo_kl{suffix}"] = torch.cat(moved).mean().item()
-        result[f"actor/pg_clipfrac{suffix}"] = torch.cat(clipped_tokens).mean().item()
-    if (
-        not (case.get("model.use_fused_kernels") and case.get("actor.entropy_top_scope"))
-        or "actor.entropy_coeff" in case
-    ):
-        result["actor/entropy_loss"] = sum(bonus).item() / whole_divisor
-    return result
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gradients_and_metrics(results: Any, model_path: Path, name: str) -> None:
-    case, count = CASES[name]
-    result = results[name]
+@pytest.mark.parametrize(
+    "name, count",
+    [pytest.param(name, n, id=f"{name}-{n or 'dynamic'}") for name, (_, counts) in CASES.items() for n in counts],
+)
+def test_gradients_and_metrics(results: Any, policy: Policy, name: str, count: int) -> None:
+    result = results[name][count]
     micro_batches = result["micro_batches"]
     assert sorted(index for rank in micro_batches for rows in rank for index in rows) == list(
         range(optimizer_step.ROWS)
     )
     assert all(len(rank) == count if count else len(rank) > 1 for rank in micro_batches)
 
-    expected = statement(model_path, micro_batches, case)
-    gradients, wanted = result["gradients"], expected.pop("gradients")
+    expected = statement(policy, micro_batches, CASES[name][0])
+    gradients, wanted = result["gradients"], expected["gradients"]
     assert gradients.keys() == wanted.keys()
     norm = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
     assert norm > 0.01
     for parameter, gradient in wanted.items():
         difference = (gradients[parameter].double() - gradient).norm()
         assert difference <= 1e-6 * norm, f"{parameter}: {difference / norm:.1e}"
-    for metric, value in expected.items():
-        assert result["metrics"][metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
 
 
 def test_null_is_bit_identical_to_verl_without_the_plugin(model_path: Path, tmp_path: Path) -> None:
-    ours = run(1, model_path, tmp_path / "ours.pt", "null")["null"]
-    verls = run(1, model_path, tmp_path / "verls.pt", "stock", VERL_USE_EXTERNAL_PLUGINS="none")["stock"]
+    ours = run(1, model_path, tmp_path / "ours.pt", "null")["null"][2]
+    verls = run(1, model_path, tmp_path / "verls.pt", "stock", VERL_USE_EXTERNAL_PLUGINS="none")["stock"][2]
     assert ours["metrics"] == verls["metrics"]
     assert "actor/pg_loss" in ours["metrics"] and "actor/entropy_token_ratio" not in ours["metrics"]
     assert ours["gradients"].keys() == verls["gradients"].keys()

@@ -127,8 +127,8 @@ def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any
     data[loss.SELECTED] = selected
     if preselects:
         data[loss.KNOWN_LOG_PROBS] = log_prob.to(mask.device)
-    scalars = {loss.SELECTED_TOKENS: count.item(), loss.THRESHOLD: metrics["actor/entropy_threshold"].item()}
-    tu.assign_non_tensor(data, **scalars)
+    # A field of the batch has a row for each of its own; these two are single numbers, and stay on the device.
+    tu.assign_non_tensor(data, **{loss.SELECTED_TOKENS: count, loss.THRESHOLD: metrics["actor/entropy_threshold"]})
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
     index = torch.arange(len(mask.values()), device=shift.device) + shift.repeat_interleave(mask.offsets().diff())
     rows = torch.zeros(len(input_ids.values()), dtype=torch.bool, device=shift.device)
     rows[index] = mask.values().bool()
-    count = int(rows.sum())
+    count = int(rows.sum())  # verl moves a micro-batch to the device later: nothing waits for it
     if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
         rows = rows[None]
     else:

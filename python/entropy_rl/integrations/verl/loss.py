@@ -21,11 +21,11 @@ from entropy_rl_ext import aggregate, kl_loss, policy_loss
 
 verl_ppo_loss = losses.ppo_loss
 
-# Fields of a micro-batch. Of every one, no tensor: the response tokens of each micro-batch of the optimizer step, first
-# rank first.
+# Fields of a micro-batch. Of every one: how many response tokens each micro-batch of the optimizer step has, a tuple,
+# first rank first.
 MICRO_BATCH_TOKENS = "entropy_top_micro_batch_tokens"
-# With the scope mini_batch: its slice of the step's selection, [B, S] as response_mask, and for the step as a whole,
-# no tensors, the selected tokens of all ranks and the lowest entropy that this rank's were selected by.
+# With the scope mini_batch: its slice of the step's selection, [B, S] as response_mask; and of the step as a whole, []
+# and on the device, the selected tokens of all ranks and the lowest entropy that this rank's were selected by.
 SELECTED = "entropy_top_selected"
 SELECTED_TOKENS = "entropy_top_selected_tokens"
 THRESHOLD = "entropy_top_threshold"
@@ -88,7 +88,7 @@ def ppo_loss(
     whole_step = config.entropy_top_scope == "mini_batch"
     if whole_step:
         selected_tokens = data[SELECTED_TOKENS]
-        means = {"actor/entropy_threshold": torch.tensor(data[THRESHOLD], device=log_prob.device)}
+        means = {"actor/entropy_threshold": data[THRESHOLD]}
     tensors = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob")
     data = data.select(*tensors, SELECTED, KNOWN_LOG_PROBS, strict=False).to_padded_tensor()
     response_mask = data["response_mask"].bool()
@@ -160,7 +160,7 @@ def ppo_loss(
         total = response_tokens
         if preselected and config.entropy_top_source == "old_policy" and name in PROBABILITY_RATIO_METRICS:
             # What the policy, which may have moved since, does to the others is not known: they entered as unmoved.
-            name, total = f"{name}_selected", torch.tensor(selected_tokens)
+            name, total = f"{name}_selected", selected_tokens
         sums[name] = value * tokens / total.clamp(min=1)
     return loss, metrics | Metric.from_dict(sums, aggregation=AggregationType.SUM)
 
