@@ -10,17 +10,12 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;
 
 template <class Element>
-ENTROPY_RL_SIMD_CLONES void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/,
-                                       int64_t n,
-                                       selection_key_t<accumulate_t<Element>>* keys /*[n]*/) {
-  using Key = selection_key_t<accumulate_t<Element>>;
-  // Made for every token and then selected, so that the loop has no branch; a mask read as bool
-  // would keep it from vectorising all the same.
-  for (int64_t i = 0; i < n; ++i) {
-    const Key key = selection_key(load_value(entropy[i]));
-    keys[i] = mask[i] != 0 ? key : kIneligibleKey<Key>;
-  }
+void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int64_t n,
+                selection_key_t<accumulate_t<Element>>* keys /*[n]*/) {
+  ENTROPY_RL_SIMD_CALL(write_keys(entropy, mask, n, keys));
 }
+
+int count_nonzero(const uint8_t* mask, int n) { ENTROPY_RL_SIMD_CALL(count_nonzero(mask, n)); }
 
 // Keys made of entropies as they are read.
 template <class Element>
@@ -34,12 +29,6 @@ struct EntropyKeys {
     return buffer;
   }
 };
-
-ENTROPY_RL_SIMD_CLONES int count_nonzero(const uint8_t* mask, int n) {
-  int count = 0;
-  for (int i = 0; i < n; ++i) count += mask[i] != 0;
-  return count;
-}
 
 int64_t count_eligible(const uint8_t* mask /*[n]*/, int64_t n) {
   constexpr int64_t kBlock = 1 << 12;
@@ -109,6 +98,7 @@ void for_each_segment(int64_t segments, const F& f) {
 template <class Element>
 void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
   using Key = selection_key_t<accumulate_t<Element>>;
+  simd();
   const Element* entropy = const_data<Element>(in.entropy);
   const uint8_t* mask = const_data<uint8_t>(in.mask);
   const int64_t columns = in.columns;

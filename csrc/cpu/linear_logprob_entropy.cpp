@@ -7,77 +7,25 @@
 #include "simd.h"
 #include "softmax_rows.h"
 
+#define ENTROPY_RL_LOOPS "linear_logprob_entropy_loops.h"
+#include "each_simd.h"
+
 namespace entropy_rl::cpu {
-
-template <class Acc>
-__attribute__((always_inline)) inline void transform_of(const Acc* x, int count,
-                                                        const LogitTransform<Acc>& transform,
-                                                        int64_t column, Acc* z) {
-  const Acc scale = transform.scale;
-  if (transform.bias) {
-    for (int i = 0; i < count; ++i) z[i] = scale * (x[i] + transform.bias[column + i]);
-  } else {
-    for (int i = 0; i < count; ++i) z[i] = scale * x[i];
-  }
-  if (!(transform.softcap > 0)) return;
-  const Acc softcap = transform.softcap;
-  for (int i = 0; i < count; ++i) z[i] = softcap * tanh_vectorizable(z[i] / softcap);
-}
-
-template <class Acc>
-__attribute__((always_inline)) inline void slope_of(const Acc* z, int count,
-                                                    const LogitTransform<Acc>& transform,
-                                                    Acc* gradient) {
-  for (int i = 0; i < count; ++i) gradient[i] *= transform.slope(z[i]);
-}
-
-template <class Acc>
-__attribute__((always_inline)) inline Acc squares_of(const Acc* z, int count, Acc shift,
-                                                     Acc inverse_temperature) {
-  Acc lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const Acc e = exp_vectorizable(clamp_exponent((z[i + j] - shift) * inverse_temperature));
-      lanes[j] += e * e;
-    }
-  }
-  for (int j = 0; i < count; ++i, ++j) {
-    const Acc e = exp_vectorizable(clamp_exponent((z[i] - shift) * inverse_temperature));
-    lanes[j] += e * e;
-  }
-  for (int j = 1; j < kLanes; ++j) lanes[0] += lanes[j];
-  return lanes[0];
-}
-
-ENTROPY_RL_SIMD_CLONES void chunk_transform(const float* x, int count,
-                                            const LogitTransform<float>& transform, int64_t column,
-                                            float* z) {
-  transform_of(x, count, transform, column, z);
-}
-ENTROPY_RL_SIMD_CLONES void chunk_transform(const double* x, int count,
-                                            const LogitTransform<double>& transform, int64_t column,
-                                            double* z) {
-  transform_of(x, count, transform, column, z);
-}
-ENTROPY_RL_SIMD_CLONES void chunk_slope(const float* z, int count,
-                                        const LogitTransform<float>& transform, float* gradient) {
-  slope_of(z, count, transform, gradient);
-}
-ENTROPY_RL_SIMD_CLONES void chunk_slope(const double* z, int count,
-                                        const LogitTransform<double>& transform, double* gradient) {
-  slope_of(z, count, transform, gradient);
-}
-ENTROPY_RL_SIMD_CLONES float chunk_squares(const float* z, int count, float shift,
-                                           float inverse_temperature) {
-  return squares_of(z, count, shift, inverse_temperature);
-}
-ENTROPY_RL_SIMD_CLONES double chunk_squares(const double* z, int count, double shift,
-                                            double inverse_temperature) {
-  return squares_of(z, count, shift, inverse_temperature);
-}
-
 namespace {
+
+template <class Acc>
+void chunk_transform(const Acc* x, int count, const LogitTransform<Acc>& transform, int64_t column,
+                     Acc* z) {
+  ENTROPY_RL_SIMD_CALL(transform_of(x, count, transform, column, z));
+}
+template <class Acc>
+void chunk_slope(const Acc* z, int count, const LogitTransform<Acc>& transform, Acc* gradient) {
+  ENTROPY_RL_SIMD_CALL(slope_of(z, count, transform, gradient));
+}
+template <class Acc>
+Acc chunk_squares(const Acc* z, int count, Acc shift, Acc inverse_temperature) {
+  ENTROPY_RL_SIMD_CALL(squares_of(z, count, shift, inverse_temperature));
+}
 
 struct Tiles {
   template <class Fn>

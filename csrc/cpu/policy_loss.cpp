@@ -7,40 +7,15 @@ namespace entropy_rl::cpu {
 namespace {
 
 template <class T>
-ENTROPY_RL_SIMD_CLONES Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row, int64_t begin,
-                                               int64_t end) {
-  Moments<T> sums{};
-  alignas(64) T log_ratio[kChunkTokens], log_prob[kChunkTokens], advantage[kChunkTokens];
-  for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, row, begin, end);
-    for (int i = 0; i < chunk.count; ++i) {
-      const bool is_response = chunk.response[i] != 0;
-      log_ratio[i] = is_response ? chunk.log_prob[i] - chunk.old_log_prob[i] : T(0);
-      log_prob[i] = is_response ? chunk.log_prob[i] : T(0);
-      advantage[i] = is_response ? chunk.advantage[i] : T(0);
-    }
-    sums.response += sum_of(chunk.response, chunk.count);
-    sums.log_ratio += sum_of(log_ratio, chunk.count);
-    sums.log_prob += sum_of(log_prob, chunk.count);
-    sums.advantage += sum_of(advantage, chunk.count);
-  }
-  return sums;
+Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end) {
+  ENTROPY_RL_SIMD_CALL(tile_moments(in, row, begin, end));
 }
 
 template <class T, class CovarianceKey>
-ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) void tile_keys(
-    CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments moments, uint64_t seed,
-    int64_t row, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
-  using Key = typename CovarianceKey::Key;
-  for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, row, begin, end);
-    for (int i = 0; i < chunk.count; ++i) {
-      // Made for every token and then selected: without a branch, kl_cov's loop vectorises.
-      // clip_cov's hash multiplies 64-bit words, and its loop stays scalar.
-      const Key made = key(chunk.token(i), moments, seed, begin + i);
-      keys[begin + i] = chunk.response[i] != 0 ? made : kIneligibleKey<Key>;
-    }
-  }
+void tile_keys(const CovarianceKey& key, const TokenInputs<T>& in, const CovarianceMoments& moments,
+               uint64_t seed, int64_t row, int64_t begin, int64_t end,
+               typename CovarianceKey::Key* keys) {
+  ENTROPY_RL_SIMD_CALL(tile_keys(key, in, moments, seed, row, begin, end, keys));
 }
 
 template <class T>

@@ -15,6 +15,9 @@
 #include "../kernels/selection.h"
 #include "simd.h"
 
+#define ENTROPY_RL_LOOPS "selection_loops.h"
+#include "each_simd.h"
+
 namespace entropy_rl::cpu {
 
 // 2048 counters of 4 bytes: a thread's histogram stays in its L1 cache.
@@ -40,6 +43,7 @@ struct Ranges {
   // itself.
   template <class F>
   void for_each(const F& f) const {
+    simd();
     torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       for (int64_t range = first; range < last; ++range) f(range, begin(range), end(range));
     });
@@ -181,8 +185,8 @@ KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, in
 }
 
 template <class Key>
-ENTROPY_RL_SIMD_CLONES void write_at_least(const Key* keys, int count, Key key, uint8_t* mask) {
-  for (int i = 0; i < count; ++i) mask[i] = keys[i] >= key;
+void write_at_least(const Key* keys, int count, Key key, uint8_t* mask) {
+  ENTROPY_RL_SIMD_CALL(write_at_least(keys, count, key, mask));
 }
 
 // mask[i] = keys[i] >= key

@@ -1,7 +1,6 @@
-// The loops of softmax_rows.h for one instruction set: softmax_rows.cpp includes this text once in
-// a namespace for each, with kVectorBytes and the compiler's target set. Float loops are written on
-// vectors of that width, in base 2: t = d log2(e), e^d = 2^t, so that the range reduction is one
-// rounding and sum e^d d needs one factor at the end.
+// The loops of softmax_rows.h (see each_simd.h). Those over floats are written on vectors of
+// kVectorBytes, in base 2: t = d log2(e), e^d = 2^t, so that the range reduction is one rounding
+// and sum e^d d needs one factor at the end.
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));

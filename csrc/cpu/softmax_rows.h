@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "../kernels/dtypes.h"
-#include "../kernels/exp.h"
+#include "../kernels/exp_log.h"
 #include "../kernels/online_softmax.h"
 #include "simd.h"
 

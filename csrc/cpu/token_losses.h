@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../aggregate_op.h"
+#include "../kernels/policy_loss.h"
 #include "simd.h"
 
 namespace entropy_rl::cpu {
@@ -63,6 +64,7 @@ struct Chunk {
 // Calls fn(tile, row, first token, end) for every tile.
 template <class T, class Fn>
 void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
+  simd();
   const int64_t tokens_per_tile = std::max<int64_t>(1, std::min(in.cols, kTileTokens));
   const int64_t tiles_per_task = std::max<int64_t>(1, kTokensPerTask / tokens_per_tile);
   torch::stable::parallel_for(0, in.tiles(), tiles_per_task, [&](int64_t begin, int64_t end) {
@@ -75,66 +77,24 @@ void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
   });
 }
 
-template <class T>
-__attribute__((always_inline)) inline T sum_of(const T* x, int count) {
-  T lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
-  }
-  for (int j = 0; i < count; ++i, ++j) lanes[j] += x[i];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
-}
+}  // namespace entropy_rl::cpu
 
-// Gradient and sums of the tokens [begin, end), all of one row. The loop over a token loss
-// vectorises only without a call, hence `flatten`, and with its constants in registers, hence by
-// value.
+#define ENTROPY_RL_LOOPS "token_loops.h"
+#include "each_simd.h"
+
+namespace entropy_rl::cpu {
+
+// Gradient and sums of the tokens [begin, end), all of one row.
 template <class T, class TokenLoss>
-ENTROPY_RL_SIMD_CLONES __attribute__((flatten)) LossSums<T> tile_loss(
-    TokenLoss token_loss, const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end,
-    T* __restrict__ gradient /*[rows, cols]*/) {
-  LossSums<T> sums{};
-  alignas(64) T loss[kChunkTokens], clipped[kChunkTokens], clipped_lower[kChunkTokens],
-      kl[kChunkTokens], advantage[kChunkTokens], log_weight[kChunkTokens];
-  for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, row, begin, end);
-    for (int i = 0; i < chunk.count; ++i) {
-      const TokenResult<T> result = token_loss(chunk.token(i));
-      const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weight[i];
-      // A token that is out may hold NaN: select, where multiplying by 0 would keep it.
-      loss[i] = chunk.selected[i] != 0 ? result.loss * weight : T(0);
-      gradient[begin + i] = chunk.selected[i] != 0 ? result.gradient * weight : T(0);
-      clipped[i] = chunk.response[i] != 0 ? result.clipped : T(0);
-      clipped_lower[i] = chunk.response[i] != 0 ? result.clipped_lower : T(0);
-      kl[i] = chunk.response[i] != 0 ? result.kl : T(0);
-    }
-    sums.loss += sum_of(loss, chunk.count);
-    sums.selected += sum_of(chunk.selected, chunk.count);
-    sums.response += sum_of(chunk.response, chunk.count);
-    sums.clipped += sum_of(clipped, chunk.count);
-    sums.clipped_lower += sum_of(clipped_lower, chunk.count);
-    sums.kl += sum_of(kl, chunk.count);
-    if constexpr (kIsSequenceLoss<TokenLoss>) {
-      for (int i = 0; i < chunk.count; ++i) {
-        advantage[i] = chunk.response[i] != 0 ? chunk.advantage[i] : T(0);
-      }
-      sums.advantage += sum_of(advantage, chunk.count);
-      for (int i = 0; i < chunk.count && in.weights; ++i) {
-        log_weight[i] = chunk.response[i] != 0 ? log_of_weight(chunk.weight[i]) : T(0);
-      }
-      if (in.weights) sums.log_weight += sum_of(log_weight, chunk.count);
-    }
-  }
-  return sums;
+LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row,
+                      int64_t begin, int64_t end, T* gradient /*[rows, cols]*/) {
+  ENTROPY_RL_SIMD_CALL(tile_loss(token_loss, in, row, begin, end, gradient));
 }
 
 template <class T>
-ENTROPY_RL_SIMD_CLONES void scale_row(const accumulate_t<T>* gradient /*[cols]*/,
-                                      accumulate_t<T> scale, int64_t cols, T* out /*[cols]*/) {
-  for (int64_t i = 0; i < cols; ++i) store_value(token_gradient(gradient[i], scale), out + i);
+void scale_row(const accumulate_t<T>* gradient /*[cols]*/, accumulate_t<T> scale, int64_t cols,
+               T* out /*[cols]*/) {
+  ENTROPY_RL_SIMD_CALL(scale_row(gradient, scale, cols, out));
 }
 
 struct TokenLosses {
@@ -171,6 +131,7 @@ struct TokenLosses {
     const Acc* gradient = const_data<Acc>(in.gradient);
     const Acc* row_scale = const_data<Acc>(in.row_scale);
     T* result = mutable_data<T>(out);
+    simd();
     const int64_t rows_per_task =
         std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, in.cols));
     torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {

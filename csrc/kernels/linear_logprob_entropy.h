@@ -6,7 +6,7 @@
 // for double), the state is double: its roundings would add up over tiles and vocabulary shards.
 #pragma once
 
-#include "exp.h"
+#include "exp_log.h"
 #include "online_softmax.h"
 
 namespace entropy_rl {

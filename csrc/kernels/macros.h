@@ -4,8 +4,8 @@
 #if defined(__CUDACC__)
 #define ENTROPY_RL_HD __host__ __device__
 #elif defined(__GNUC__)
-// GCC inlines a function into one compiled for another instruction set (csrc/cpu/simd.h) only when
-// it must, and a loop with a call left in it does not vectorise.
+// A loop with a call left in it does not vectorise (csrc/cpu/each_simd.h), and GCC would leave a
+// call to a function as long as some are here.
 #define ENTROPY_RL_HD __attribute__((always_inline))
 #else
 #define ENTROPY_RL_HD

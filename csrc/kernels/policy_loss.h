@@ -187,7 +187,7 @@ struct DppoKlLoss {
     const T q = ratio_exp(token.old_log_prob);
     const T epsilon = T(1e-8);
     const T moved = q * (token.old_log_prob - token.log_prob) +
-                    (T(1) - q) * log((T(1) - q + epsilon) / (T(1) - p + epsilon));
+                    (T(1) - q) * ratio_log((T(1) - q + epsilon) / (T(1) - p + epsilon));
     const bool up = token.advantage > 0;
     const bool down = !up;
     const bool valid = (up & ((moved <= high) | (p <= q))) | (down & ((moved <= low) | (p >= q)));
@@ -324,8 +324,10 @@ struct ClipCovKey {
         clipped_surrogate(token.advantage, ratio, ratio, loss.low, loss.high).clipped != T(0);
     const T covariance = moments.covariance(token.log_prob, token.advantage);
     const bool eligible = !clipped & (covariance > lower) & (covariance < upper);
-    const Key key = static_cast<Key>(mixed(mixed(seed) + static_cast<uint64_t>(index)) >> 32);
-    return eligible ? (key == kIneligibleKey<Key> ? Key{1} : key) : kIneligibleKey<Key>;
+    const Key drawn = static_cast<Key>(mixed(mixed(seed) + static_cast<uint64_t>(index)) >> 32);
+    // A product: around the draw a selection would become a branch.
+    static_assert(kIneligibleKey<Key> == 0);
+    return static_cast<Key>(eligible) * (drawn + static_cast<Key>(drawn == 0));
   }
 };
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "aggregate.h"
-#include "exp.h"
+#include "exp_log.h"
 
 namespace entropy_rl {
 
@@ -16,6 +16,15 @@ ENTROPY_RL_HD inline float ratio_exp(float x) {
 #endif
 }
 ENTROPY_RL_HD inline double ratio_exp(double x) { return exp(x); }
+
+ENTROPY_RL_HD inline float ratio_log(float x) {
+#if defined(__CUDA_ARCH__)
+  return logf(x);
+#else
+  return log_vectorizable(x);
+#endif
+}
+ENTROPY_RL_HD inline double ratio_log(double x) { return log(x); }
 
 // Comparisons with NaN are false, so that NaN stays.
 template <class T>

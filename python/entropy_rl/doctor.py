@@ -4,6 +4,7 @@ import argparse
 import glob
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +29,10 @@ class Finding(NamedTuple):
 def run(arguments: argparse.Namespace) -> int:
     """Prints what it finds. Returns 1 where anything is wrong, else 0."""
     wrong = 0
-    for title, check in CHECKS.items():
+    for title, checks in CHECKS.items():
         print(title)
-        for finding in _guarded(check):
-            print(f"  {MARKS[finding.state]} {finding.name:22} {finding.text}")
+        for finding in (finding for check in checks for finding in _guarded(check)):
+            print(f"  {MARKS[finding.state]} {finding.name:34} {finding.text}")
             if finding.mend:
                 print(f"      mend: {finding.mend}")
             wrong += finding.state == "wrong"
@@ -89,6 +90,9 @@ def check_torch() -> Iterator[Finding]:
 
 
 def check_library() -> Iterator[Finding]:
+    if not _torch_is_there():
+        yield Finding("off", "entropy_rl_ext", "not looked at, for it needs torch")
+        return
     try:
         import torch
 
@@ -98,8 +102,10 @@ def check_library() -> Iterator[Finding]:
         return
     info = entropy_rl_ext.build_info()
     yield Finding("ok", "entropy_rl_ext", f"{info['version']}, in {Path(entropy_rl_ext.__file__).parent}")
-    yield Finding("ok", "built with", f"torch {info['torch']}, {info['compiler']}")
-    if installed_version(DISTRIBUTION) not in (None, info["version"]):
+    yield Finding("ok", "built with", f"torch {info['torch']}, C++ compiler {info['compiler']}")
+    if installed_version(DISTRIBUTION) is None:
+        yield Finding("off", "installed as", "nothing: it was found on the search path (PYTHONPATH)")
+    elif installed_version(DISTRIBUTION) != info["version"]:
         yield Finding(
             "wrong",
             "installed as",
@@ -116,6 +122,14 @@ def check_library() -> Iterator[Finding]:
             "unset ENTROPY_RL_SIMD, or set it to portable, avx2 or avx512",
         )
     yield from _cuda_kernels(torch, info)
+
+
+def _torch_is_there() -> bool:
+    try:
+        import torch  # noqa: F401
+    except Exception:  # check_torch tells it
+        return False
+    return True
 
 
 def _cuda_kernels(torch: Any, info: dict[str, str]) -> Iterator[Finding]:
@@ -162,10 +176,17 @@ def _has_kernel(torch: Any, op: str, key: str) -> bool:
 
 def check_ops() -> Iterator[Finding]:
     """Each op's values and gradients against `reference`, on each device that is there."""
-    import torch
+    try:
+        import torch
 
-    import entropy_rl_ext
+        import entropy_rl_ext
 
+        works = bool(entropy_rl_ext.build_info()["simd"])
+    except Exception:  # check_library tells it
+        works = False
+    if not works:
+        yield Finding("off", "every op", "not tested, for what they need is wrong (above)")
+        return
     devices = ["cpu"]
     if torch.version.cuda is not None and torch.cuda.is_available() and entropy_rl_ext.build_info()["cuda"]:
         devices.append("cuda")
@@ -244,25 +265,51 @@ def _tensors(torch: Any, result: Any) -> list[Any]:
 
 def check_training() -> Iterator[Finding]:
     """The trainer and `inspect` need the packages of the extra `train`."""
+    if installed_version(DISTRIBUTION) is None:
+        yield Finding("off", "entropy_rl.train", "what it needs is known of an installed package alone")
+        return
     wanted = [
         name.split(";")[0].strip()
         for name in requires(DISTRIBUTION) or ()
         if "extra == 'train'" in name.replace('"', "'")
     ]
-    names = {requirement: requirement.split(">")[0].split("=")[0].split("<")[0] for requirement in wanted}
-    missing = [requirement for requirement, name in names.items() if installed_version(name) is None]
-    if len(missing) == len(wanted):
-        yield Finding("off", "entropy_rl.train", f"not installed: pip install '{DISTRIBUTION}[train]'")
+    mend = f"pip install '{DISTRIBUTION}[train]'"
+    missing = [text for requirement in wanted if (text := _lacking(requirement))]
+    if all(installed_version(_name_of(requirement)) is None for requirement in wanted):
+        yield Finding("off", "entropy_rl.train", f"not installed: {mend}")
     elif missing:
-        mend = f"pip install '{DISTRIBUTION}[train]', or train with verl or TRL, which do not need it"
+        mend += ", or train with verl or TRL, which do not need it"
         yield Finding("off", "entropy_rl.train", f"lacks {', '.join(missing)}: {mend}")
     else:
         yield Finding("ok", "entropy_rl.train", f"transformers {version('transformers')}")
 
 
+def _name_of(requirement: str) -> str:
+    return re.split(r"[<>=!~ ]", requirement)[0]
+
+
+def _lacking(requirement: str) -> str | None:
+    """None where a requirement such as transformers>=5.5.3,<6 is met, else what to say of it."""
+    installed = installed_version(_name_of(requirement))
+    if installed is None:
+        return requirement
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:  # nothing that torch requires brings it
+        return None
+    met = Requirement(requirement).specifier.contains(installed, prereleases=True)
+    return None if met else f"{requirement} (it has {installed})"
+
+
+# The versions that the integrations name; here, too, because importing them fails with others.
+SUPPORTED = {"verl": "0.9", "trl": "1.16"}
+
 # Run in processes of their own: these imports are slow, change global state, and may fail in any way.
 VERL = """
+import sys
 import verl
+if "entropy_rl.integrations.verl.plugin" not in sys.modules:
+    raise RuntimeError("verl did not load the plug-in entropy_rl of this package")
 from entropy_rl.integrations.verl import plugin
 plugin.require()
 from hydra import compose, initialize_config_module
@@ -280,6 +327,7 @@ assert issubclass(EntropyGRPOTrainer, GRPOTrainer)
 
 
 def check_integrations() -> Iterator[Finding]:
+    plugins = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     for name, package, program, active in (
         ("verl", "verl", VERL, "actor_rollout_ref.actor.entropy_top_ratio composes, and its loss is installed"),
         ("TRL", "trl", TRL, "EntropyGRPOTrainer is there"),
@@ -287,15 +335,18 @@ def check_integrations() -> Iterator[Finding]:
         installed = installed_version(package)
         if installed is None:
             yield Finding("off", name, "not installed")
+        elif installed.split(".")[:2] != SUPPORTED[package].split("."):
+            text = f"{installed}; {SUPPORTED[package]} is supported"
+            yield Finding("wrong", name, text, f"pip install '{package}=={SUPPORTED[package]}.*'")
         elif _module_is_missing(f"entropy_rl.integrations.{package}"):
             yield Finding("wrong", name, f"{installed}; this installation lacks its integration", REINSTALL)
+        elif (failure := _run(program)) is None:
+            yield Finding("ok", name, f"{installed}; {active}")
+        elif package == "verl" and plugins != "auto" and "entropy_rl" not in plugins.split(","):
+            mend = "unset VERL_USE_EXTERNAL_PLUGINS, or name entropy_rl in it"
+            yield Finding("wrong", name, f"{installed}; {failure}: VERL_USE_EXTERNAL_PLUGINS={plugins}", mend)
         else:
-            failure = _run(program)
-            mend = f"{REINSTALL}; entropy_rl.integrations.{package} names the versions that it supports"
-            if failure is None:
-                yield Finding("ok", name, f"{installed}; {active}")
-            else:
-                yield Finding("wrong", name, f"{installed}; {failure}", mend)
+            yield Finding("wrong", name, f"{installed}; {failure}", REINSTALL)
 
 
 def _module_is_missing(name: str) -> bool:
@@ -324,9 +375,9 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "PyTorch": check_torch,
-    "Op library": check_library,
-    "Ops against entropy_rl_ext.reference": check_ops,
-    "Around it": lambda: (finding for check in (check_training, check_integrations) for finding in check()),
+CHECKS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
+    "PyTorch": (check_torch,),
+    "Op library": (check_library,),
+    "Ops against entropy_rl_ext.reference": (check_ops,),
+    "Around it": (check_training, check_integrations),
 }

@@ -215,6 +215,26 @@ TEST(RatioExp, IsExpOverItsWholeRange) {
   EXPECT_TRUE(std::isnan(ratio_exp(std::numeric_limits<float>::quiet_NaN())));
 }
 
+TEST(RatioLog, IsLogOverItsWholeRange) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto expect_log = [](float x) {
+    const double expected = std::log(double(x));
+    EXPECT_NEAR(ratio_log(x), expected, 1.2e-7 * std::abs(expected)) << x;
+  };
+  for (float x = std::numeric_limits<float>::min(); x < kInfinity; x *= 1.0037f) expect_log(x);
+  // Around 1 the logarithm is close to 0, and its relative error at stake.
+  float below = 1, above = 1;
+  for (int i = 0; i < 2000; ++i) {
+    expect_log(below = std::nextafter(below, 0.0f));
+    expect_log(above = std::nextafter(above, 2.0f));
+  }
+  EXPECT_EQ(ratio_log(1.0f), 0.0f);
+  EXPECT_EQ(ratio_log(0.0f), -kInfinity);
+  EXPECT_EQ(ratio_log(kInfinity), kInfinity);
+  EXPECT_TRUE(std::isnan(ratio_log(-1.0f)));
+  EXPECT_TRUE(std::isnan(ratio_log(std::numeric_limits<float>::quiet_NaN())));
+}
+
 TEST(Mixed, IsSplitmix64) {
   // The first outputs of the generator with seed 1234567, from its author's reference code.
   EXPECT_EQ(mixed(1234567), 6457827717110365317u);

@@ -1,7 +1,13 @@
 """`entropy-rl doctor`: what it finds in this environment, and in ones where something is wrong."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,16 +120,79 @@ def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are options: nothing is wrong without them."""
-    monkeypatch.setattr(doctor, "installed_version", lambda _: None)
+    own = doctor.installed_version(doctor.DISTRIBUTION)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: own if name == doctor.DISTRIBUTION else None)
     states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
     assert states == ["off", "off", "off"]
 
 
+def test_packages_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "4.57.1" if name == "transformers" else real(name))
+    (found,) = doctor.check_training()
+    assert found.state == "off" and re.search(r"lacks transformers\S+ \(it has 4.57.1\): pip install", found.text)
+
+
 def test_an_integration_that_is_not_really_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_version", lambda _: "0.9.1")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: {"verl": "0.9.1", "trl": "1.16.0"}[name])
     monkeypatch.setattr(doctor, "_module_is_missing", lambda _: False)
     monkeypatch.setattr(doctor, "VERL", "raise RuntimeError('its loss could not be installed')")
     monkeypatch.setattr(doctor, "TRL", "pass")
     found = findings(doctor.check_integrations)
     assert (found["verl"].state, found["TRL"].state) == ("wrong", "ok")
     assert found["verl"].text == "0.9.1; RuntimeError: its loss could not be installed" and found["verl"].mend
+
+
+def test_an_integration_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_version", lambda name: {"verl": "0.8.0", "trl": "2.1"}[name])
+    found = findings(doctor.check_integrations)
+    assert found["verl"] == ("wrong", "verl", "0.8.0; 0.9 is supported", "pip install 'verl==0.9.*'")
+    assert found["TRL"] == ("wrong", "TRL", "2.1; 1.16 is supported", "pip install 'trl==1.16.*'")
+
+
+def in_its_own_process(**environment: str) -> tuple[int, str]:
+    result = subprocess.run(
+        [Path(sys.executable).with_name("entropy-rl"), "doctor"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert not result.stderr
+    return result.returncode, result.stdout
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    """One finding, although none of the ops works."""
+    status, shown = in_its_own_process(ENTROPY_RL_SIMD="sse9")
+    assert status == 1 and shown.endswith("1 thing wrong\n")
+    assert re.search(r"✗ CPU kernels +ENTROPY_RL_SIMD=sse9 names no.*\n      mend: unset ENTROPY_RL_SIMD", shown)
+    status, shown = in_its_own_process(ENTROPY_RL_SIMD="portable")
+    assert status == 0 and re.search(r"✓ CPU kernels +SIMD: portable", shown)
+
+
+def test_a_package_that_was_not_built(tmp_path: Path) -> None:
+    unbuilt = tmp_path / "entropy_rl_ext"
+    shutil.copytree(Path(entropy_rl_ext.__file__).parent, unbuilt, ignore=shutil.ignore_patterns("*.so"))
+    status, shown = in_its_own_process(PYTHONPATH=str(tmp_path))
+    assert status == 1 and shown.endswith("1 thing wrong\n")
+    assert re.search(r"✗ entropy_rl_ext +cannot be imported: .*is not built.*\n      mend: pip install", shown)
+
+
+def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    status, shown = in_its_own_process(PYTHONPATH=str(tmp_path))
+    assert status == 1 and shown.endswith("1 thing wrong\n")
+    assert re.search(r"✗ torch +cannot be imported: libcudart.so.13: .*\n      mend: pip install 'torch>=2.11'", shown)
+
+
+def test_a_package_found_on_the_search_path_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the metadata of an installation."""
+
+    def nothing(name: str) -> Any:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", nothing)
+    monkeypatch.setattr(doctor, "requires", nothing)
+    assert findings(doctor.check_library)["installed as"].state == "off"
+    states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
+    assert states == ["off", "off", "off"]

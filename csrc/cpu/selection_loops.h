@@ -1,0 +1,25 @@
+// The loops of selection.h and global_top_mask.cpp (see each_simd.h).
+
+template <class Element>
+void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int64_t n,
+                selection_key_t<accumulate_t<Element>>* keys /*[n]*/) {
+  using Key = selection_key_t<accumulate_t<Element>>;
+  // Made for every token and then selected, so that the loop has no branch; a mask read as bool
+  // would keep it from vectorising all the same.
+  for (int64_t i = 0; i < n; ++i) {
+    const Key key = selection_key(load_value(entropy[i]));
+    keys[i] = mask[i] != 0 ? key : kIneligibleKey<Key>;
+  }
+}
+
+inline int count_nonzero(const uint8_t* mask, int n) {
+  int count = 0;
+  for (int i = 0; i < n; ++i) count += mask[i] != 0;
+  return count;
+}
+
+// mask[i] = keys[i] >= key
+template <class Key>
+void write_at_least(const Key* keys /*[count]*/, int count, Key key, uint8_t* mask /*[count]*/) {
+  for (int i = 0; i < count; ++i) mask[i] = keys[i] >= key;
+}

@@ -1,0 +1,24 @@
+"""`entropy-rl doctor` where TRL is installed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from entropy_rl import cli, doctor
+from entropy_rl.integrations import trl as integration
+
+
+def test_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """The package is on the search path, not installed: that is told, and no fault."""
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"✓ TRL +1\.16\.\S+; EntropyGRPOTrainer is there", shown)
+    assert doctor.SUPPORTED["trl"] == integration.SUPPORTED
+
+
+def test_an_integration_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trl.py").write_text("__version__ = '1.16.0'")
+    monkeypatch.chdir(tmp_path)  # where `python -c` looks first
+    found = next(finding for finding in doctor.check_integrations() if finding.name == "TRL")
+    assert found.state == "wrong" and "No module named 'trl.trainer'" in found.text and found.mend == doctor.REINSTALL
