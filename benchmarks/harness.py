@@ -42,6 +42,7 @@ class Case:
     bytes: int  # the least that must be read from and written to memory
     # Least ratio of a peer's time to ours; "copy": least share of a copy's bandwidth; "seconds": most time of ours.
     goals: dict[str, float] = field(default_factory=dict)
+    backward: bool = False  # whether contenders run the backward, too
     graph: bool = False  # on CUDA: captured once, and timed in replay
     # Each contender's memory is that of its second call in a process of its own, where no other has left any behind;
     # `inputs` and contenders must be picklable.
@@ -180,7 +181,13 @@ def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], No
         order = order[1:] + order[:1]  # nobody always follows the same neighbour
         for name in order:
             records[name]["seconds"].append(_timed(calls[name](**inputs), device))
-    return {"case": case.name, "bytes": case.bytes, "goals": case.goals, "contenders": records}
+    return {
+        "case": case.name,
+        "backward": case.backward,
+        "bytes": case.bytes,
+        "goals": case.goals,
+        "contenders": records,
+    }
 
 
 # --- where it ran ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "images" / "lm-head.svg"
 DEVICES = ("cpu", "cuda")
+SIMD = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable"}
 
 HEAD = """# Performance
 
@@ -81,13 +82,19 @@ def _goal(name: str, least: float, run: dict[str, Any], copy: float) -> tuple[st
     return text, f"{measured}, {'met' if ratio >= least else '**missed**'}"
 
 
+def _path(result: dict[str, Any]) -> str:
+    """Threads and instruction set of a CPU run, "" of another."""
+    if not result["threads"]:
+        return ""
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    return f"{threads}, {SIMD[result['simd']]}" if result.get("simd") else threads
+
+
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown."""
     copy = result["copy_bytes_per_second"]
-    threads = f", {result['threads']} thread{'s' if result['threads'] > 1 else ''}" if result["threads"] else ""
-    simd = f", {result['simd']}" if result.get("simd") else ""
     lines = [
-        f"### {result['op']}{threads}{simd}",
+        f"### {result['op']}{', ' if _path(result) else ''}{_path(result)}",
         "",
         f"{result['device_name']}, commit {(result['commit'] or 'unknown')[:10]}"
         f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {result['versions']['torch']}; "
@@ -96,7 +103,6 @@ def table(result: dict[str, Any]) -> str:
         "| work | who | time | quartiles | against ours | GB/s | of a copy | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    goals = []
     for run in result["runs"]:
         ours = _median(run["contenders"]["ours"])
         for name, record in run["contenders"].items():
@@ -110,10 +116,23 @@ def table(result: dict[str, Any]) -> str:
                 f"| {run['case']} | {who} | {_time(seconds)} | {_spread(record)} | {seconds / ours:.2f} "
                 f"| {rate / 1e9:.1f} | {rate / copy:.0%} | {_memory(record)} |"
             )
-        goals += [(run["case"], *_goal(name, least, run, copy)) for name, least in run["goals"].items()]
-    if goals:
-        lines += ["", "| work | goal | measured |", "|---|---|---|"]
-        lines += [f"| {case} | {goal} | {measured} |" for case, goal, measured in goals]
+    return "\n".join(lines) + "\n"
+
+
+def goal_table(results: list[dict[str, Any]]) -> str:
+    """The goals of these runs as Markdown, with a column for each path that ran."""
+    paths = list(dict.fromkeys(_path(result) for result in results))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for result in results:
+        for run in result["runs"]:
+            for name, least in run["goals"].items():
+                goal, measured = _goal(name, least, run, result["copy_bytes_per_second"])
+                rows.setdefault((result["op"], run["case"], goal), {})[_path(result)] = measured
+    if not rows:
+        return ""
+    lines = [f"| op | work | goal | {' | '.join(paths)} |", "|---" * (3 + len(paths)) + "|"]
+    for (op, case, goal), measured in rows.items():
+        lines.append(f"| {op} | {case} | {goal} | {' | '.join(measured.get(path, '') for path in paths)} |")
     return "\n".join(lines) + "\n"
 
 
