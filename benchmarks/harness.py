@@ -211,6 +211,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "versions": versions,
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),  # of the peers on the CPU; ATEN_CPU_CAPABILITY chooses
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", "csrc", "entropy_rl_ext", "setup.py", "benchmarks/*.py")),
         "date": time.strftime("%Y-%m-%d"),

@@ -25,7 +25,8 @@ file is not quoted anywhere. `make bench` measures: ours and each installed peer
 process, in turns, with caches swept before every call. Times are medians with their quartiles. "GB/s" counts the
 least bytes that the work must read and write, and is set against a copy on the same device, reads and writes counted;
 what only reads can pass 100 %. Memory is the most that a call holds beside its inputs. The CPU kernels take the widest
-instruction set of the processor; a narrower one, asked for with `ENTROPY_RL_SIMD`, is named in the heading.
+instruction set of the processor; a narrower one, asked for with `ENTROPY_RL_SIMD`, is named in the heading. Which one
+torch, and so the peers, had, stands behind its version.
 """
 RUN_HEAD = """
 ## Which kernels have run where
@@ -96,12 +97,15 @@ def _where(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown."""
     copy = result["copy_bytes_per_second"]
+    torch = result["versions"]["torch"]
+    if result["threads"] and "torch_simd" in result:
+        torch += f" ({result['torch_simd']})"
     narrow = SIMD[result["simd"]] if result.get("simd") not in (None, "avx512") else ""
     lines = [
         "### " + ", ".join(filter(None, (result["op"], _threads(result), narrow))),
         "",
         f"{result['device_name']}, commit {(result['commit'] or 'unknown')[:10]}"
-        f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {result['versions']['torch']}; "
+        f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {torch}; "
         f"a copy moves {copy / 1e9:.1f} GB/s.",
         "",
         "| work | who | time | quartiles | against ours | GB/s | of a copy | memory |",
