@@ -4,18 +4,18 @@ The ops are `torch.ops.entropy_rl.*`; the functions here are their typed wrapper
 plain-torch oracle of each.
 """
 
-from entropy_rl_ext._library import build_info, load_libraries
+from ._library import build_info, load_libraries
 
 load_libraries()
 
-from entropy_rl_ext import reference  # noqa: E402
-from entropy_rl_ext.ops.aggregate import aggregate  # noqa: E402
-from entropy_rl_ext.ops.global_top_mask import get_global_entropy_top_mask, global_top_mask  # noqa: E402
-from entropy_rl_ext.ops.kl_loss import kl_loss  # noqa: E402
-from entropy_rl_ext.ops.linear_logprob_entropy import linear_logprob_entropy  # noqa: E402
-from entropy_rl_ext.ops.logprob_entropy import logprob_entropy  # noqa: E402
-from entropy_rl_ext.ops.policy_loss import policy_loss  # noqa: E402
-from entropy_rl_ext.ops.token_entropy import token_entropy  # noqa: E402
+from . import reference  # noqa: E402
+from .ops.aggregate import aggregate  # noqa: E402
+from .ops.global_top_mask import get_global_entropy_top_mask, global_top_mask  # noqa: E402
+from .ops.kl_loss import kl_loss  # noqa: E402
+from .ops.linear_logprob_entropy import linear_logprob_entropy  # noqa: E402
+from .ops.logprob_entropy import logprob_entropy  # noqa: E402
+from .ops.policy_loss import policy_loss  # noqa: E402
+from .ops.token_entropy import token_entropy  # noqa: E402
 
 __version__: str = build_info()["version"]
 __all__ = [

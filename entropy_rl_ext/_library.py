@@ -39,7 +39,7 @@ def build_info() -> dict[str, str]:
         "portable"; the environment variable ENTROPY_RL_SIMD chooses a narrower one than the processor has.
     """
     try:
-        from entropy_rl_ext import _bindings  # type: ignore[attr-defined]
+        from . import _bindings  # type: ignore[attr-defined]
 
         text: str = _bindings.build_info_json()
     except ImportError:  # an abi3 wheel has no pybind11 module

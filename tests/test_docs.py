@@ -50,6 +50,8 @@ MADE_BY = {
     "test": "CI",
     "test-trl": "CI",
     "lint": "CI",
+    "test-wheel": "CI",
+    "wheel": "CI, for test-wheel",
     "cuda-build": "CI",
     "format": "a developer",
     "test-gpu": "a developer with a GPU",

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._autograd import register_no_derivative
-from entropy_rl_ext.ops._fakes import check_same_device
+from ._autograd import register_no_derivative
+from ._fakes import check_same_device
 
 # Its registrations live as long as it.
 _LIBRARY = torch.library.Library("entropy_rl", "FRAGMENT")  # type: ignore[no-untyped-call]

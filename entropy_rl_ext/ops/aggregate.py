@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._loss import register_loss, scalar_tensor
+from ._loss import register_loss, scalar_tensor
 
 
 def aggregate(

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._autograd import register_no_derivative
-from entropy_rl_ext.ops._fakes import check_same_device
+from ._autograd import register_no_derivative
+from ._fakes import check_same_device
 
 
 def global_top_mask(

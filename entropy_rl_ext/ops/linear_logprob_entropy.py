@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from entropy_rl_ext.ops._autograd import register_no_derivative
-from entropy_rl_ext.ops._fakes import check_same_device
-from entropy_rl_ext.ops._temperature import split_temperature, temperature_tensor
+from ._autograd import register_no_derivative
+from ._fakes import check_same_device
+from ._temperature import split_temperature, temperature_tensor
 
 # Rows and vocabulary of a tile, and so the memory that it takes. On the CPU a tile stays in the last-level cache
 # between its GEMM and its kernel; on a GPU it is as large as its GEMM needs to fill the device.

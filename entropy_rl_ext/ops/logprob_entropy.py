@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._autograd import register_no_derivative
-from entropy_rl_ext.ops._fakes import check_same_device
-from entropy_rl_ext.ops._temperature import split_temperature, temperature_tensor
+from ._autograd import register_no_derivative
+from ._fakes import check_same_device
+from ._temperature import split_temperature, temperature_tensor
 
 
 def logprob_entropy(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_rl_ext.ops._loss import register_loss, scalar_tensor
+from ._loss import register_loss, scalar_tensor
 
 # The op gives all metrics; each loss reports those that mean something for it.
 _METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower", "actor/entropy_token_ratio")
