@@ -89,6 +89,11 @@ def _threads(result: dict[str, Any]) -> str:
     return f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}" if result["threads"] else ""
 
 
+def _width(result: dict[str, Any]) -> tuple[int, int]:
+    """Orders runs by threads, then by instruction set, where none is told the last."""
+    return result["threads"] or 0, list(SIMD).index(result["simd"]) if result.get("simd") else len(SIMD)
+
+
 def _where(result: dict[str, Any]) -> str:
     """Threads and instruction set of a CPU run, the device of another."""
     return ", ".join(filter(None, (_threads(result), SIMD.get(result.get("simd"))))) or result["device_name"]
@@ -129,7 +134,8 @@ def table(result: dict[str, Any]) -> str:
 
 def goal_table(results: list[dict[str, Any]]) -> str:
     """The goals of these runs as Markdown, with a column for each way in which they ran."""
-    places = list(dict.fromkeys(_where(result) for result in results if any(run["goals"] for run in result["runs"])))
+    with_goals = [result for result in results if any(run["goals"] for run in result["runs"])]
+    places = list(dict.fromkeys(map(_where, sorted(with_goals, key=_width, reverse=True))))
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for result in results:
         for run in result["runs"]:
@@ -198,13 +204,7 @@ def _pyplot() -> Any:
 
 def _widest(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each op the run with most threads, of these the one on the widest instruction set."""
-    order = list(SIMD)
-
-    def width(result: dict[str, Any]) -> tuple[int, int]:
-        simd = result.get("simd")
-        return result["threads"] or 0, order.index(simd) if simd else len(order)
-
-    return {result["op"]: result for result in sorted(results, key=width)}
+    return {result["op"]: result for result in sorted(results, key=_width)}
 
 
 def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
