@@ -25,8 +25,9 @@ file is not quoted anywhere. `make bench` measures: ours and each installed peer
 process, in turns, with caches swept before every call. Times are medians with their quartiles. "GB/s" counts the
 least bytes that the work must read and write, and is set against a copy on the same device, reads and writes counted;
 what only reads can pass 100 %. Memory is the most that a call holds beside its inputs. The CPU kernels take the widest
-instruction set of the processor; a narrower one, asked for with `ENTROPY_RL_SIMD`, is named in the heading. Which one
-torch, and so the peers, had, stands behind its version.
+instruction set of the processor; a narrower one is named in the heading, and behind torch's version the one that torch,
+and so the peers, had: `ENTROPY_RL_SIMD=avx2 ATEN_CPU_CAPABILITY=avx2` makes both sides those of a processor without
+AVX-512.
 """
 RUN_HEAD = """
 ## Which kernels have run where
