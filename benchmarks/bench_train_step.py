@@ -102,6 +102,7 @@ def case(shape: Shape, selection: str, device: torch.device) -> Case:
         peers={"plain head, logits held": partial(contender, False)},
         # Two forwards and a backward read the parameters; the gradient is written; AdamW reads four, writes three.
         bytes=(2 + 1 + 1 + 4 + 3) * 4 * parameters,
+        backward=True,
         peak_in_own_process=True,
     )
 

@@ -4,7 +4,7 @@ For one call the head answers with log-probabilities and entropies in place of l
 whatever its forward does around the head still happens, and so do the hooks by which FSDP and DDP see a forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -38,7 +38,7 @@ def _why_not(model: nn.Module) -> str | None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _answering(head, lambda hidden: marker):
+        with torch.no_grad(), answering(head, lambda hidden: marker):
             logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
     finally:
         model.train(training)
@@ -80,12 +80,13 @@ def scoring(
         )
         return torch.stack(outputs, -1)
 
-    with _answering(head, score):
+    with answering(head, score):
         yield
 
 
 @contextmanager
-def _answering(head: nn.Linear, forward: object) -> Iterator[None]:
+def answering(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open, `head` computes `forward`, with the hooks around it as ever."""
     head.forward = forward
     try:
         yield
