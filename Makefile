@@ -11,7 +11,8 @@
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
 # make lint        formatting and types; make format mends the formatting
 #
-# Each target makes the virtual environment it needs. PYTHON chooses the interpreter.
+# Each target makes the virtual environment it needs. PYTHON chooses the interpreter, ENTROPY_RL_SIMD (avx512, avx2,
+# portable) the instruction set of the CPU kernels, by default the widest that the processor has.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

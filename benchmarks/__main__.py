@@ -3,13 +3,16 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.harness import environment, measure_copy, run_case
-from benchmarks.report import table
+from benchmarks.report import goal_table, table
+from entropy_rl_ext import build_info
 
 HERE = Path(__file__).parent
 OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -19,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Every op against its peers.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, metavar="OP", help=", ".join(OPS))
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument(
+        "--case", default="", help="only cases whose name contains this; a result file keeps its others"
+    )
     parser.add_argument("--threads", nargs="+", type=int, help="CPU threads, a run each; default: as torch has it")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where results go; default: benchmarks/results/<device>")
@@ -40,21 +45,38 @@ def main() -> None:
         copy = measure_copy(arguments.device)
         for op in arguments.op:
             torch.manual_seed(0)
-            cases = importlib.import_module(f"benchmarks.bench_{op}").cases(size, torch.device(arguments.device))
+            cases = list(importlib.import_module(f"benchmarks.bench_{op}").cases(size, torch.device(arguments.device)))
             runs = [run_case(c, arguments.device, repetitions, tick) for c in cases if arguments.case in c.name]
-            result = {
+            result: dict[str, Any] = {
                 "op": op,
                 **environment(arguments.device),
                 "threads": threads if arguments.device == "cpu" else None,
+                "simd": build_info()["simd"] if arguments.device == "cpu" else None,
                 "copy_bytes_per_second": copy,
                 "runs": runs,
             }
             tick("")
-            print(table(result), flush=True)
+            print(table(result), goal_table([result]), sep="\n", flush=True)
             if directory:
                 directory.mkdir(parents=True, exist_ok=True)
                 suffix = f".threads{threads}" if arguments.device == "cpu" else ""
-                (directory / f"{op}{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
+                # The name tells a path that was asked for from the one that the processor gives.
+                chosen = os.environ.get("ENTROPY_RL_SIMD")
+                suffix += f".{chosen}" if chosen and arguments.device == "cpu" else ""
+                path = directory / f"{op}{suffix}.json"
+                result["runs"] = with_kept_runs(result, path, [c.name for c in cases])
+                path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def with_kept_runs(result: dict[str, Any], path: Path, order: list[str]) -> list[dict[str, Any]]:
+    """The runs of a result, and of the file that it replaces those of other cases, where all else is the same."""
+    runs = {run["case"]: run for run in result["runs"]}
+    if path.exists():
+        old = json.loads(path.read_text())
+        varying = {"copy_bytes_per_second", "runs", "date"}
+        if all(old.get(key) == value for key, value in result.items() if key not in varying):
+            runs = {run["case"]: run for run in old["runs"]} | runs
+    return [runs[case] for case in order if case in runs]
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def case(size: str, device: torch.device, mode: str) -> Case:
             "verl": forward_backward(verl),
         },
         bytes=rows * tokens * (4 + 1 + 4),
+        backward=True,
     )
 
 

@@ -102,6 +102,7 @@ def case(
         peers=peers,
         # The weight is read in the forward and the backward, and its gradient written; so are the hidden states.
         bytes=3 * (vocab + rows) * width * kind.itemsize,
+        backward=True,
         goals=GOALS.get((size, selection), {}),
     )
 

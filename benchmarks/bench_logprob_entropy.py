@@ -108,6 +108,7 @@ def case(size: str, device: torch.device, dtype: str, rows: int, vocab: int, sha
         ours=partial(run, logprob_entropy),
         peers=peers,
         bytes=moved,
+        backward=share is not None,
         goals=GOALS.get((size, dtype, share), {}),
     )
 

@@ -61,6 +61,7 @@ def case(size: str, device: torch.device, mode: str) -> Case:
         peers=peers,
         # Log-probs, advantages and mask in, one gradient out.
         bytes=rows * tokens * (3 * 4 + 1 + 4),
+        backward=True,
         goals=goals,
     )
 

@@ -1,6 +1,7 @@
 """The trainer's own step on a small Qwen3: old log-probabilities and one optimizer step, with our head and a plain one.
 
-Sampling is left out: it is the same for both. The head has the share of the parameters that it has in Qwen3-0.6B.
+Sampling is left out: it is the same for both. One model's head has the share of the parameters that it has in
+Qwen3-0.6B; the other is the demo's, with its batch (python/entropy_rl/demo.py).
 """
 
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ from benchmarks.harness import Case, Inputs
 from entropy_rl import config, train
 
 # layers, hidden size H, vocabulary V, responses, prompt tokens, response tokens
-SHAPES = {
-    "quick": (1, 32, 300, 4, 3, 5),
-    "cpu": (15, 512, 32768, 8, 16, 128),
-    "cuda": (28, 1024, 151936, 16, 128, 1024),
+Shape = tuple[int, int, int, int, int, int]
+SHAPES: dict[str, list[Shape]] = {
+    "quick": [(1, 32, 300, 4, 3, 5)],
+    "cpu": [(15, 512, 32768, 8, 16, 128), (3, 128, 108, 1024, 6, 12)],
+    "cuda": [(28, 1024, 151936, 16, 128, 1024)],
 }
 ACTOR = "actor_rollout_ref.actor"
 # What selects, and from what is known when: docs/training.md.
@@ -35,9 +37,9 @@ SELECTIONS = {
 
 
 @cache
-def model_and_optimizer(size: str, device: torch.device) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
-    layers, width, vocab, *_ = SHAPES[size]
-    shape = Qwen3Config(
+def model_and_optimizer(shape: Shape, device: torch.device) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    layers, width, vocab, *_ = shape
+    settings = Qwen3Config(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=3 * width,
@@ -47,7 +49,7 @@ def model_and_optimizer(size: str, device: torch.device) -> tuple[PreTrainedMode
         head_dim=32,
         tie_word_embeddings=True,
     )
-    model = Qwen3ForCausalLM(shape).to(device)
+    model = Qwen3ForCausalLM(settings).to(device)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-6)
 
 
@@ -67,9 +69,9 @@ def settings(responses: int, selection: str, fused: bool) -> DictConfig:
 
 
 def step(
-    size: str, selection: str, fused: bool, tokens: Tensor, response_mask: Tensor, advantages: Tensor
+    shape: Shape, selection: str, fused: bool, tokens: Tensor, response_mask: Tensor, advantages: Tensor
 ) -> dict[str, float]:
-    model, optimizer = model_and_optimizer(size, tokens.device)
+    model, optimizer = model_and_optimizer(shape, tokens.device)
     chosen = settings(len(tokens), selection, fused)
     batch = train.Batch(tokens, torch.ones_like(tokens), response_mask)
     old_log_prob, entropy = train.compute_log_prob(model, batch, chosen)
@@ -80,8 +82,8 @@ def step(
     return metrics
 
 
-def inputs(size: str, device: torch.device) -> Inputs:
-    _, _, vocab, responses, prompt, length = SHAPES[size]
+def inputs(shape: Shape, device: torch.device) -> Inputs:
+    _, _, vocab, responses, prompt, length = shape
     return {
         "tokens": torch.randint(vocab, (responses, prompt + length), device=device),
         "response_mask": torch.ones(responses, length, dtype=torch.bool, device=device),
@@ -89,17 +91,21 @@ def inputs(size: str, device: torch.device) -> Inputs:
     }
 
 
+def case(shape: Shape, selection: str, device: torch.device) -> Case:
+    layers, width, vocab, responses, _, length = shape
+    parameters = sum(p.numel() for p in model_and_optimizer(shape, device)[0].parameters())
+    contender: Any = partial(step, shape, selection)
+    return Case(
+        name=f"{selection}: {responses} x {length} tokens, {layers} layers, H = {width}, V = {vocab}, float32",
+        inputs=partial(inputs, shape, device),
+        ours=partial(contender, True),
+        peers={"plain head, logits held": partial(contender, False)},
+        # Two forwards and a backward read the parameters; the gradient is written; AdamW reads four, writes three.
+        bytes=(2 + 1 + 1 + 4 + 3) * 4 * parameters,
+        backward=True,
+        peak_in_own_process=True,
+    )
+
+
 def cases(size: str, device: torch.device) -> Iterator[Case]:
-    layers, width, vocab, responses, _, length = SHAPES[size]
-    parameters = sum(p.numel() for p in model_and_optimizer(size, device)[0].parameters())
-    for selection in SELECTIONS:
-        contender: Any = partial(step, size, selection)
-        yield Case(
-            name=f"{selection}: {responses} x {length} tokens, {layers} layers, H = {width}, V = {vocab}, float32",
-            inputs=partial(inputs, size, device),
-            ours=partial(contender, True),
-            peers={"plain head, logits held": partial(contender, False)},
-            # Two forwards and a backward read the parameters; the gradient is written; AdamW reads four, writes three.
-            bytes=(2 + 1 + 1 + 4 + 3) * 4 * parameters,
-            peak_in_own_process=True,
-        )
+    return (case(shape, selection, device) for shape in SHAPES[size] for selection in SELECTIONS)

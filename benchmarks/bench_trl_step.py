@@ -113,6 +113,7 @@ def case(device: torch.device, *shape: int) -> Case:
         },
         # The embeddings and AdamW's two moments read and written, their gradient written and read.
         bytes=vocab * hidden * 4 * 8,
+        backward=True,
     )
 
 

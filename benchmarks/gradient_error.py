@@ -2,19 +2,27 @@
 
     python -m benchmarks.gradient_error
 
-Prints docs/linear_logprob_entropy.md's table; fails where a peer's error is smaller than ours by more than 1 %.
+Writes benchmarks/results/gradient_error/bfloat16.json and, from it, the table of docs/linear_logprob_entropy.md; fails
+where a peer's error is smaller than ours by more than 1 %.
 """
 
+import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.bench_linear_logprob_entropy import Head, liger, torch_dense, trl, verl
+from benchmarks.harness import ROOT, environment
+from benchmarks.report import with_table
 from entropy_rl_ext import linear_logprob_entropy
 
+RESULT = ROOT / "benchmarks" / "results" / "gradient_error" / "bfloat16.json"
+PAGE = ROOT / "docs" / "linear_logprob_entropy.md"
 ROWS, WIDTH, VOCAB = 1024, 512, 16384
+SHARES = (1.0, 0.2)  # of the rows that train
 HEADS: dict[str, Head] = {
     "**ours**": linear_logprob_entropy,
     "TRL, `ChunkedLogProbFunction`": trl,
@@ -50,23 +58,45 @@ def errors(head: Callable[..., tuple[Tensor, ...]], share: float) -> list[float]
     return [((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True)]
 
 
+def table(result: dict[str, Any]) -> str:
+    """A result file as Markdown."""
+    names, versions = ("torch", "trl", "verl", "liger-kernel"), result["versions"]
+    columns = [f"{what}, {share:.0%} of the rows" for share in SHARES for what in ("hidden", "weight")]
+    lines = [
+        f"{ROWS} rows, H = {WIDTH}, V = {VOCAB}, {result['device_name']}, "
+        f"{', '.join(f'{name} {versions[name]}' for name in names)}, commit {(result['commit'] or 'unknown')[:10]}"
+        f"{' with changes' if result['modified'] else ''}, {result['date']}.",
+        "",
+        f"| | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for name, found in result["errors"].items():
+        cells = found if isinstance(found, str) else " | ".join(f"{error:.2e}" for error in found)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(result: dict[str, Any]) -> str:
+    """docs/linear_logprob_entropy.md with the table of `result`."""
+    return with_table(PAGE, __spec__.name, table(result))
+
+
 def main() -> None:
-    shares = (1.0, 0.2)
-    columns = [f"{what}, {share:.0%} of the rows" for share in shares for what in ("hidden", "weight")]
-    print("| | " + " | ".join(columns) + " |")
-    print("|---" * (1 + 2 * len(shares)) + "|")
-    table = {}
+    found: dict[str, list[float] | str] = {}
     for name, head in {**HEADS, "the exact gradient, rounded to bfloat16": exact}.items():
         try:
-            table[name] = [error for share in shares for error in errors(head, share)]
+            found[name] = [error for share in SHARES for error in errors(head, share)]
         except Exception as error:
-            print(f"| {name} | failed: {type(error).__name__}: {str(error).splitlines()[0]} |")
-            continue
-        print(f"| {name} | " + " | ".join(f"{error:.2e}" for error in table[name]) + " |")
-    rows = {name: row for name, row in table.items() if name in HEADS}
+            found[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+    result = {**environment("cpu"), "errors": found}
+    print(table(result))
+    rows = {name: row for name, row in found.items() if name in HEADS and not isinstance(row, str)}
     best = [min(column) for column in zip(*rows.values(), strict=True)]
     if any(ours > 1.01 * least for ours, least in zip(rows["**ours**"], best, strict=True)):
         sys.exit("a peer's gradient is nearer")
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    PAGE.write_text(page(result))
 
 
 if __name__ == "__main__":

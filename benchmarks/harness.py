@@ -42,6 +42,7 @@ class Case:
     bytes: int  # the least that must be read from and written to memory
     # Least ratio of a peer's time to ours; "copy": least share of a copy's bandwidth; "seconds": most time of ours.
     goals: dict[str, float] = field(default_factory=dict)
+    backward: bool = False  # whether contenders run the backward, too
     graph: bool = False  # on CUDA: captured once, and timed in replay
     # Each contender's memory is that of its second call in a process of its own, where no other has left any behind;
     # `inputs` and contenders must be picklable.
@@ -98,7 +99,7 @@ def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would not count again
         Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
+        before = _resident("VmRSS") - _lazily_freed()  # ours keeps such memory for its next gradient
         call()
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
@@ -123,6 +124,12 @@ def _peak_bytes_in_own_process(case: Case, contender: Callable[..., Any], device
 def _resident(name: str) -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) << 10
+
+
+def _lazily_freed() -> int:
+    """Resident memory that the system may take at any time (MADV_FREE)."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(rollup.split("LazyFree:")[1].split()[0]) << 10
 
 
 def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., Any]:
@@ -180,7 +187,13 @@ def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], No
         order = order[1:] + order[:1]  # nobody always follows the same neighbour
         for name in order:
             records[name]["seconds"].append(_timed(calls[name](**inputs), device))
-    return {"case": case.name, "bytes": case.bytes, "goals": case.goals, "contenders": records}
+    return {
+        "case": case.name,
+        "backward": case.backward,
+        "bytes": case.bytes,
+        "goals": case.goals,
+        "contenders": records,
+    }
 
 
 # --- where it ran ---------------------------------------------------------------------------------
@@ -198,6 +211,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "versions": versions,
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),  # of the peers on the CPU; ATEN_CPU_CAPABILITY chooses
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", "csrc", "entropy_rl_ext", "setup.py", "benchmarks/*.py")),
         "date": time.strftime("%Y-%m-%d"),

@@ -5,6 +5,7 @@ the committed results give.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "images" / "lm-head.svg"
 DEVICES = ("cpu", "cuda")
+SIMD = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
+WITHOUT_BACKWARD = {"global_top_mask"}
 
 HEAD = """# Performance
 
@@ -22,7 +25,10 @@ Made from the files under [benchmarks/results](../benchmarks/results) by `make p
 file is not quoted anywhere. `make bench` measures: ours and each installed peer on the same fresh random inputs, in one
 process, in turns, with caches swept before every call. Times are medians with their quartiles. "GB/s" counts the
 least bytes that the work must read and write, and is set against a copy on the same device, reads and writes counted;
-what only reads can pass 100 %. Memory is the most that a call holds beside its inputs.
+what only reads can pass 100 %. Memory is the most that a call holds beside its inputs. The CPU kernels take the widest
+instruction set of the processor; a narrower one is named in the heading, and behind torch's version the one that torch,
+and so the peers, had: `ENTROPY_RL_SIMD=avx2 ATEN_CPU_CAPABILITY=avx2` makes both sides those of a processor without
+AVX-512.
 """
 RUN_HEAD = """
 ## Which kernels have run where
@@ -81,22 +87,37 @@ def _goal(name: str, least: float, run: dict[str, Any], copy: float) -> tuple[st
     return text, f"{measured}, {'met' if ratio >= least else '**missed**'}"
 
 
+def _threads(result: dict[str, Any]) -> str:
+    return f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}" if result["threads"] else ""
+
+
+def _width(result: dict[str, Any]) -> tuple[int, int]:
+    """Orders runs by threads, then by instruction set, where none is told the last."""
+    return result["threads"] or 0, list(SIMD).index(result["simd"]) if result.get("simd") else len(SIMD)
+
+
+def _where(result: dict[str, Any]) -> str:
+    """Threads and instruction set of a CPU run, the device of another."""
+    return ", ".join(filter(None, (_threads(result), SIMD.get(result.get("simd"))))) or result["device_name"]
+
+
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown."""
     copy = result["copy_bytes_per_second"]
-    threads = f", {result['threads']} thread{'s' if result['threads'] > 1 else ''}" if result["threads"] else ""
-    simd = f", {result['simd']}" if result.get("simd") else ""
+    torch = result["versions"]["torch"]
+    if result["threads"] and "torch_simd" in result:
+        torch += f" ({result['torch_simd']})"
+    narrow = SIMD[result["simd"]] if result.get("simd") not in (None, "avx512") else ""
     lines = [
-        f"### {result['op']}{threads}{simd}",
+        "### " + ", ".join(filter(None, (result["op"], _threads(result), narrow))),
         "",
         f"{result['device_name']}, commit {(result['commit'] or 'unknown')[:10]}"
-        f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {result['versions']['torch']}; "
+        f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {torch}; "
         f"a copy moves {copy / 1e9:.1f} GB/s.",
         "",
         "| work | who | time | quartiles | against ours | GB/s | of a copy | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    goals = []
     for run in result["runs"]:
         ours = _median(run["contenders"]["ours"])
         for name, record in run["contenders"].items():
@@ -110,25 +131,67 @@ def table(result: dict[str, Any]) -> str:
                 f"| {run['case']} | {who} | {_time(seconds)} | {_spread(record)} | {seconds / ours:.2f} "
                 f"| {rate / 1e9:.1f} | {rate / copy:.0%} | {_memory(record)} |"
             )
-        goals += [(run["case"], *_goal(name, least, run, copy)) for name, least in run["goals"].items()]
-    if goals:
-        lines += ["", "| work | goal | measured |", "|---|---|---|"]
-        lines += [f"| {case} | {goal} | {measured} |" for case, goal, measured in goals]
+    return "\n".join(lines) + "\n"
+
+
+def goal_table(results: list[dict[str, Any]]) -> str:
+    """The goals of these runs as Markdown, with a column for each way in which they ran."""
+    with_goals = [result for result in results if any(run["goals"] for run in result["runs"])]
+    places = list(dict.fromkeys(map(_where, sorted(with_goals, key=_width, reverse=True))))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for result in results:
+        for run in result["runs"]:
+            for name, least in run["goals"].items():
+                goal, measured = _goal(name, least, run, result["copy_bytes_per_second"])
+                rows.setdefault((result["op"], run["case"], goal), {})[_where(result)] = measured
+    if not rows:
+        return ""
+    lines = [f"| op | work | goal | {' | '.join(places)} |", "|---" * (3 + len(places)) + "|"]
+    for (op, case, goal), measured in rows.items():
+        lines.append(f"| {op} | {case} | {goal} | {' | '.join(measured.get(place, '') for place in places)} |")
+    return "\n".join(lines) + "\n"
+
+
+def thread_table(results: list[dict[str, Any]]) -> str:
+    """Our time by the number of threads as Markdown, on the widest instruction set, beside the copy's."""
+    threads = sorted({result["threads"] for result in results})
+    times: dict[tuple[str, str], dict[int, float]] = {}
+    for result in results:
+        if result.get("simd") == "avx512":
+            for run in result["runs"]:
+                work = times.setdefault((result["op"], run["case"]), {})
+                work[result["threads"]] = _median(run["contenders"]["ours"])
+    scaled = {work: by_threads for work, by_threads in times.items() if len(by_threads) == len(threads) > 1}
+    if not scaled:
+        return ""
+    heads = " | ".join(f"{n} thread{'s' if n > 1 else ''}" for n in threads)
+    lines = [f"| op | work | {heads} | speed-up |", "|---" * (3 + len(threads)) + "|"]
+    for (op, case), by_threads in scaled.items():
+        cells = " | ".join(_time(by_threads[n]) for n in threads)
+        lines.append(f"| {op} | {case} | {cells} | {by_threads[threads[0]] / by_threads[threads[-1]]:.2f} |")
     return "\n".join(lines) + "\n"
 
 
 def _executed(op: str, results: list[dict[str, Any]]) -> str:
-    """Where an op's benchmark has run on a GPU. It need not have met every kernel of the op: the tests do."""
-    runs = sorted(
-        {
-            (r["device_name"], (r["commit"] or "unknown")[:10] + (" with changes" if r["modified"] else ""))
-            for r in results
-            if r["op"] == op
-        }
-    )
-    if not runs:
+    """What of an op its benchmark has run on a GPU, and where. It need not have met every kernel: the tests do."""
+    backward: dict[tuple[str, str], bool] = {}
+    for result in results:
+        if result["op"] == op:
+            commit = (result["commit"] or "unknown")[:10] + (" with changes" if result["modified"] else "")
+            place = (result["device_name"], commit)
+            backward[place] = backward.get(place, False) or any(run["backward"] for run in result["runs"])
+    if not backward:
         return "compiled for sm_80 and sm_90; **never executed on a GPU**"
-    return "; ".join(f"benchmark run on {name} at commit {commit}" for name, commit in runs)
+    return "; ".join(
+        f"{_parts(op, ran_backward)}benchmark run on {name} at commit {commit}"
+        for (name, commit), ran_backward in sorted(backward.items())
+    )
+
+
+def _parts(op: str, backward: bool) -> str:
+    if op in WITHOUT_BACKWARD:
+        return ""
+    return "forward and backward: " if backward else "forward alone: "
 
 
 def _pyplot() -> Any:
@@ -142,8 +205,8 @@ def _pyplot() -> Any:
 
 
 def _widest(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each op the run with most threads."""
-    return {result["op"]: result for result in sorted(results, key=lambda result: result["threads"] or 0)}
+    """Of each op the run with most threads, of these the one on the widest instruction set."""
+    return {result["op"]: result for result in sorted(results, key=_width)}
 
 
 def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
@@ -170,6 +233,17 @@ def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
         axes.text(ratio, y, f" {ratio:.1f}", va="center", fontsize=6)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def with_table(path: Path, module: str, lines: str) -> str:
+    """The page with `lines` between its two marks, of which the first names the module that measures them."""
+    marks = f"<!-- python -m {module} -->\n", "<!-- end -->\n"
+    return re.sub(
+        f"{re.escape(marks[0])}.*?{re.escape(marks[1])}",
+        lambda _: f"{marks[0]}{lines}{marks[1]}",
+        path.read_text(),
+        flags=re.DOTALL,
+    )
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:
@@ -205,15 +279,21 @@ def page() -> str:
     # Not what is measured of the trainers, which have no kernels.
     ops = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     parts = [HEAD, RUN_HEAD]
-    parts += [f"| `{op}`, forward and backward | tested | {_executed(op, results['cuda'])} |\n" for op in ops]
+    for op in ops:
+        kernels = f"`{op}`" if op in WITHOUT_BACKWARD else f"`{op}`, forward and backward"
+        parts.append(f"| {kernels} | tested | {_executed(op, results['cuda'])} |\n")
     parts += [RUN_FOOT]
     for device, files in results.items():
         if not files:
             parts.append(f"\n## {device.upper()}\n\nNothing has been measured.\n")
             continue
         parts.append(f"\n## {device.upper()}\n\n![Each peer's time against ours](performance-{device}.svg)\n")
+        if goals := goal_table(files):
+            parts.append(f"\n### Goals\n\n{goals}")
+        if device == "cpu" and (scaling := thread_table(files)):
+            parts.append(f"\n### Threads\n\nOurs, {SIMD['avx512']}.\n\n{scaling}")
         parts += ["\n" + table(result) for result in files]
-    return "".join(parts).replace("`global_top_mask`, forward and backward", "`global_top_mask`")
+    return "".join(parts)
 
 
 def main() -> None:

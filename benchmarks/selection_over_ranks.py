@@ -10,7 +10,6 @@ crosses the loopback interface, whose own counters give the bytes: nothing else 
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.harness import ROOT, environment
-from benchmarks.report import _median, _spread, _time
+from benchmarks.report import _median, _spread, _time, with_table
 from entropy_rl.selection import select_tokens
 from entropy_rl_ext import global_top_mask
 
@@ -145,14 +144,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def page(result: dict[str, Any]) -> str:
-    """docs/distributed.md with the table of `result` between its two marks."""
-    marks = "<!-- python -m benchmarks.selection_over_ranks -->\n", "<!-- end -->\n"
-    return re.sub(
-        f"{re.escape(marks[0])}.*?{re.escape(marks[1])}",
-        lambda _: f"{marks[0]}{table(result)}{marks[1]}",
-        PAGE.read_text(),
-        flags=re.DOTALL,
-    )
+    """docs/distributed.md with the table of `result`."""
+    return with_table(PAGE, __spec__.name, table(result))
 
 
 def main() -> None:

@@ -4,15 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+
+import entropy_rl_ext
 
 ROOT = Path(__file__).parent.parent
 # tests/integrations/trl has the one that needs TRL.
 OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"trl_step"})
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report, selection_over_ranks  # noqa: E402
+from benchmarks import gradient_error, report, selection_over_ranks  # noqa: E402
+from benchmarks.__main__ import with_kept_runs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_contender_has_samples_or_an_error(results: Path, op: str) -> None:
     result = json.loads((results / f"{op}.threads1.json").read_text())
     assert result["threads"] == 1 and result["copy_bytes_per_second"] > 0
+    assert result["simd"] == entropy_rl_ext.build_info()["simd"]
     for run in result["runs"]:
         assert len(run["contenders"]["ours"]["seconds"]) == 2
         assert len(run["contenders"]) > 1
@@ -42,6 +48,51 @@ def test_a_missed_goal_is_told() -> None:
     assert report._goal("peer", 9, run, 1.0)[1] == "9×, met"
     assert report._goal("gone", 2, run, 1.0)[1] == "the peer did not run"
     assert report._goal("copy", 0.9, run, 100.0)[1] == "100%, met"
+
+
+def made_result(seconds: float, **head: object) -> dict[str, Any]:
+    """One case, whose peer takes 12 s."""
+    contenders = {"ours": {"seconds": [seconds]}, "peer": {"seconds": [12.0]}}
+    run = {"case": "work", "backward": False, "bytes": 1, "goals": {"peer": 5}, "contenders": contenders}
+    head = {"op": "token_entropy", "device_name": "a GPU", "commit": "c" * 40, "modified": False, "simd": None} | head
+    return {"threads": None, "copy_bytes_per_second": 1.0, "runs": [run], **head}
+
+
+def test_goals_have_a_column_for_each_instruction_set() -> None:
+    results = [made_result(2.0, threads=2, simd="avx512"), made_result(3.0, threads=2, simd="avx2")]
+    assert report.goal_table(results).splitlines() == [
+        "| op | work | goal | 2 threads, AVX-512 | 2 threads, AVX2 |",
+        "|---|---|---|---|---|",
+        "| token_entropy | work | at least 5× peer | 6×, met | 4×, **missed** |",
+    ]
+
+
+def test_threads_are_compared_where_all_numbers_of_them_ran() -> None:
+    results = [made_result(3.0, threads=1, simd="avx512"), made_result(2.0, threads=2, simd="avx512")]
+    narrower = made_result(9.0, threads=2, simd="avx2")
+    table = report.thread_table([*results, narrower]).splitlines()
+    assert table[0] == "| op | work | 1 thread | 2 threads | speed-up |"
+    assert table[2:] == ["| token_entropy | work | 3 s | 2 s | 1.50 |"]
+    assert report.thread_table(results[1:]) == ""
+
+
+def test_what_ran_on_a_gpu_is_told_and_no_more() -> None:
+    result = made_result(1.0)
+    assert report._executed("token_entropy", [result]) == "forward alone: benchmark run on a GPU at commit cccccccccc"
+    assert "never executed" in report._executed("logprob_entropy", [result])
+    result["runs"][0]["backward"] = True
+    assert report._executed("token_entropy", [result]).startswith("forward and backward: ")
+
+
+def test_a_run_of_some_cases_keeps_the_others_of_the_same_commit(tmp_path: Path) -> None:
+    path = tmp_path / "token_entropy.json"
+    old, new = made_result(1.0), made_result(2.0)
+    old["runs"] = [{"case": "first"}, {"case": "work"}]
+    path.write_text(json.dumps(old))
+    assert [run["case"] for run in with_kept_runs(new, path, ["first", "work"])] == ["first", "work"]
+    assert with_kept_runs(new, path, ["first", "work"])[1] == new["runs"][0]
+    path.write_text(json.dumps(old | {"commit": "d" * 40}))
+    assert with_kept_runs(new, path, ["first", "work"]) == new["runs"]
 
 
 def test_page_is_what_the_results_give() -> None:
@@ -78,8 +129,9 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
         assert f"| {ranks} | ours, topk |" in selection_over_ranks.table(result)
 
 
-def test_docs_have_the_measured_table() -> None:
-    result = json.loads(selection_over_ranks.RESULT.read_text())
-    page = selection_over_ranks.PAGE.read_text()
-    assert selection_over_ranks.page(result) == page, "run python -m benchmarks.selection_over_ranks"
-    assert selection_over_ranks.table(result) in page
+@pytest.mark.parametrize("module", [selection_over_ranks, gradient_error])
+def test_docs_have_the_measured_table(module: ModuleType) -> None:
+    result = json.loads(module.RESULT.read_text())
+    page = module.PAGE.read_text()
+    assert module.page(result) == page, f"run python -m {module.__name__}"
+    assert module.table(result) in page

@@ -64,6 +64,13 @@ def test_op_library_never_imports_training_layer(source: Path) -> None:
     assert "entropy_rl" not in imported(source)
 
 
+def test_instruction_sets_are_chosen_in_one_place() -> None:
+    """A loop compiled for an instruction set by other means would not follow ENTROPY_RL_SIMD."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    named = {path.name for path in sources if re.search(r"\btarget(_clones)?\s*\(", path.read_text())}
+    assert named == {"each_simd.h"}
+
+
 def test_schema_block_is_found() -> None:
     assert "token_entropy" in ops()
 

@@ -1,7 +1,9 @@
-// Output tensors that mostly stay zero.
+// Output tensors of the size of the logits, parts of which may stay zero.
 #pragma once
 
 #include <cstring>
+#include <mutex>
+#include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -11,42 +13,102 @@
 
 namespace entropy_rl::cpu {
 
+// Memory straight from the system, at addresses of whole pages. Null where the system has no such
+// call or no memory.
+struct Mapping {
+  void* memory = nullptr;
+  size_t bytes = 0;
+
+  static Mapping fresh([[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory != MAP_FAILED) return {memory, bytes};
+#endif
+    return {};
+  }
+  void unmap() const {
+#if defined(__linux__)
+    if (memory) munmap(memory, bytes);
+#endif
+  }
+  // The content may be lost from now on: the system takes the pages where it needs them, and until
+  // then a write finds them in place. False where it does not offer that.
+  bool release_pages() const {
+#if defined(MADV_FREE)
+    return madvise(memory, bytes, MADV_FREE) == 0;
+#else
+    return false;
+#endif
+  }
+};
+
+// The last mapping that was given back, for the next tensor of nearly its size. Training makes and
+// drops a gradient of the logits at every step, and the first write of a fresh page, which the
+// system has to find and to clear, costs more than what is written to it.
+class SpareMapping {
+ public:
+  static Mapping take(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (spare_.bytes < bytes || spare_.bytes / 2 > bytes) return {};
+    return std::exchange(spare_, {});
+  }
+  static void give(Mapping mapping) {
+    if (mapping.release_pages()) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      std::swap(spare_, mapping);
+    }
+    mapping.unmap();
+  }
+
+ private:
+  static inline std::mutex mutex_;
+  static inline Mapping spare_;
+};
+
 // A contiguous tensor whose parts are either set to zero or written, once.
 //
-// A large one is mapped from the system here: such memory is zero, and takes space and time only
-// where it is written, so that setting a part to zero is nothing to do. torch's allocator does not
-// promise zeros, and would have to be written over. What remains is the system's work at the first
-// write of each page, in small pages more than the writing itself: where most of the tensor will be
-// written, huge pages are asked for; elsewhere they would take memory for the zeros between, and
-// the small pages of a part are had in one call.
+// A large one is mapped from the system: fresh memory is zero, and takes space and time only where
+// it is written, so that setting a part to zero is nothing to do. Where most of the tensor will be
+// written, the spare mapping is taken, or huge pages are asked for; elsewhere they would take
+// memory for the zeros between, and the small pages of a part are had in one call.
 class ZeroedTensor {
  public:
   ZeroedTensor(const Tensor& like, const std::vector<int64_t>& shape, bool mostly_written)
       : mostly_written_(mostly_written) {
     size_t bytes = static_cast<size_t>(like.element_size());
     for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-    void* memory = bytes >= kLeastMapped ? map(bytes, mostly_written) : nullptr;
-    is_mapped_ = memory != nullptr;
-    if (!is_mapped_) {
+    Mapping mapping;
+    if (bytes >= kLeastMapped) {
+      if (mostly_written) mapping = SpareMapping::take(bytes);
+      if (!mapping.memory) {
+        mapping = Mapping::fresh(bytes);
+        is_zero_ = mapping.memory != nullptr;
+        if (mostly_written) ask_for_huge_pages(mapping);
+      }
+    }
+    if (!mapping.memory) {  // small, or for torch's allocator to tell the user
       tensor_ = torch::stable::new_empty(like, shape);
       return;
     }
     std::vector<int64_t> strides(shape.size(), 1);
     for (size_t i = shape.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * shape[i];
-    tensor_ = torch::stable::from_blob(memory, shape, strides, like.device(), like.scalar_type(),
-                                       [bytes](void* data) { unmap(data, bytes); });
+    const auto give_back = [mapping, mostly_written](void*) {
+      mostly_written ? SpareMapping::give(mapping) : mapping.unmap();
+    };
+    tensor_ = torch::stable::from_blob(mapping.memory, shape, strides, like.device(),
+                                       like.scalar_type(), give_back);
   }
 
   const Tensor& tensor() const { return tensor_; }
 
   void set_zero(void* part, size_t bytes) const {
-    if (!is_mapped_) memset(part, 0, bytes);
+    if (!is_zero_) memset(part, 0, bytes);
   }
 
   // To be called before a part is written.
   void prepare_write([[maybe_unused]] void* part, [[maybe_unused]] size_t bytes) const {
 #if defined(MADV_POPULATE_WRITE)
-    if (!is_mapped_ || mostly_written_) return;
+    if (!is_zero_ || mostly_written_) return;
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t address = reinterpret_cast<uintptr_t>(part);
     const uintptr_t begin = address & ~(page - 1);
@@ -59,26 +121,15 @@ class ZeroedTensor {
   // recycles none.
   static constexpr size_t kLeastMapped = size_t{32} << 20;
 
-  // Null where the system has no such call or no memory: torch's allocator then tells the user.
-  // Both hints, this one and the other above, may be refused without harm.
-  static void* map([[maybe_unused]] size_t bytes, [[maybe_unused]] bool huge_pages) {
-#if defined(__linux__)
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) return nullptr;
-    if (huge_pages) madvise(memory, bytes, MADV_HUGEPAGE);
-    return memory;
-#else
-    return nullptr;
-#endif
-  }
-  static void unmap([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-    munmap(memory, bytes);
+  // A hint, as is the one above: either may be refused without harm.
+  static void ask_for_huge_pages([[maybe_unused]] const Mapping& mapping) {
+#if defined(MADV_HUGEPAGE)
+    if (mapping.memory) madvise(mapping.memory, mapping.bytes, MADV_HUGEPAGE);
 #endif
   }
 
   bool mostly_written_;
-  bool is_mapped_;
+  bool is_zero_ = false;
   Tensor tensor_;
 };
 

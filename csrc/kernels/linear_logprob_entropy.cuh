@@ -10,6 +10,7 @@
 
 #include "dtypes.h"
 #include "linear_logprob_entropy.h"
+#include "quad.cuh"
 #include "softmax_rows.cuh"
 #include "warp.cuh"
 
@@ -137,7 +138,6 @@ __global__ void __launch_bounds__(kMaxRowThreads) linear_logprob_entropy_tile_ba
     LogitTile<Acc> tile, const Acc* grad_log_prob /*[rows]*/, const Acc* grad_entropy /*[rows]*/,
     const Acc* entropy /*[rows]*/, const Acc* statistics /*[rows, 2]*/,
     Out* gradient /*[rows, width]*/, int64_t gradient_stride) {
-  constexpr int kCount = Pack<Acc>::kCount;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   for (int64_t row = blockIdx.x; row < tile.rows; row += gridDim.x) {
@@ -150,29 +150,28 @@ __global__ void __launch_bounds__(kMaxRowThreads) linear_logprob_entropy_tile_ba
       continue;
     }
     const int64_t target = tile.target_column(row);
-    const SoftmaxGradient<Acc> at = {shift_of(statistics[2 * row]),
-                                     statistics[2 * row + 1],
-                                     entropy[row],
-                                     tile.inverse_temperature(row),
-                                     g_log_prob,
-                                     g_entropy};
-    const auto gradient_of = [&](Acc x, int64_t column) {
+    const RowGradient<Acc> at(
+        SoftmaxGradient<Acc>{shift_of(statistics[2 * row]), statistics[2 * row + 1], entropy[row],
+                             tile.inverse_temperature(row), g_log_prob, g_entropy});
+    const auto gradient_of = [&](Acc x, int column) {
       const Acc z = tile.transform(x, column);
-      return tile.transform.slope(z) * at(z, column == target);
+      return tile.transform.slope(z) * (at(z) + (column == target ? at.pull : Acc(0)));
     };
-    const int head = elements_before_boundary(products, tile.width);
-    const int packs = (tile.width - head) / kCount;
-    if (thread < head) store_value(gradient_of(products[thread], thread), out + thread);
-    for (int pack = thread; pack < packs; pack += threads) {
-      const int column = head + pack * kCount;
-      const Pack<Acc> loaded = Pack<Acc>::load(products + column);
+    // Of doubles, four at a time would spill.
+    const bool by_quads = sizeof(Acc) == sizeof(float) && is_quad(products) && is_quad(out);
+    const int quads = by_quads ? tile.width / kQuad : 0;
+    for (int quad = thread; quad < quads; quad += threads) {
+      const int column = quad * kQuad;
+      Acc x[kQuad];
+      Out written[kQuad];
+      load_quad(products + column, x);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        store_value(gradient_of(loaded.values[j], column + j), out + column + j);
-      }
+      for (int j = 0; j < kQuad; ++j) store_value(gradient_of(x[j], column + j), &written[j]);
+      store_quad(written, out + column);
     }
-    const int tail = head + packs * kCount + thread;
-    if (tail < tile.width) store_value(gradient_of(products[tail], tail), out + tail);
+    for (int j = quads * kQuad + thread; j < tile.width; j += threads) {
+      store_value(gradient_of(products[j], j), out + j);
+    }
   }
 }
 

@@ -178,7 +178,7 @@ ENTROPY_RL_HD inline Acc entropy(const OnlineSoftmax<Acc>& row) {
   return h < Acc(0) ? Acc(0) : h;
 }
 
-// What the backward needs of one row, and its gradient:
+// What the backward needs of one row:
 //   dL/dx_j = (1/T) [ g_lp 1[j = y] - p_j (g_lp + g_H (log p_j + H)) ]
 template <class Acc>
 struct SoftmaxGradient {
@@ -188,18 +188,10 @@ struct SoftmaxGradient {
   Acc inverse_temperature;
   Acc grad_log_prob;
   Acc grad_entropy;
-
-  ENTROPY_RL_HD Acc operator()(Acc x, bool is_target) const {
-    const Acc log_p = (x - shift) * inverse_temperature - log_sum;
-    const Acc p = exp_shifted(log_p);
-    const Acc pull = is_target ? grad_log_prob : Acc(0);
-    const Acc push = grad_log_prob + grad_entropy * (clamp_exponent(log_p) + entropy);
-    return inverse_temperature * (pull - p * push);
-  }
 };
 
-// The same with all that a row's elements share multiplied out: an element other than the target is
-// p (slope log p + offset), the target `pull` more.
+// The gradient, with all that a row's elements share multiplied out: an element other than the
+// target is p (slope log p + offset), the target `pull` more.
 template <class Acc>
 struct RowGradient {
   Acc shift;

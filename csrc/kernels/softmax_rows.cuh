@@ -65,8 +65,9 @@ struct Pack {
     memcpy(&pack, &raw, kPackBytes);
     return pack;
   }
+  // By an intrinsic: a plain load whose elements are used one by one comes out as loads of one.
   __device__ __forceinline__ static Pack load(const T* from) {
-    return of(*reinterpret_cast<const uint4*>(from));
+    return of(__ldcs(reinterpret_cast<const uint4*>(from)));
   }
   __device__ __forceinline__ static Pack filled(float value) {
     Pack pack;

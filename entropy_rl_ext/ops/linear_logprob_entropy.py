@@ -18,8 +18,8 @@ from ._autograd import register_no_derivative
 from ._fakes import check_same_device
 from ._temperature import split_temperature, temperature_tensor
 
-# Rows and vocabulary of a tile, and so the memory that it takes. On the CPU a tile stays in the last-level cache
-# between its GEMM and its kernel; on a GPU it is as large as its GEMM needs to fill the device.
+# Rows and vocabulary of a tile, and so the memory that it takes, whatever its shape. On the CPU a tile stays in the
+# last-level cache between its GEMM and its kernel; on a GPU it is as large as its GEMM needs to fill the device.
 _TILE = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 
 # The columns of the state of a row: csrc/kernels/linear_logprob_entropy.h.
@@ -62,8 +62,8 @@ def linear_logprob_entropy(
         mask: [...], any dtype, nonzero = in. Rows left out are not read; they give 0 and a zero gradient.
         temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
         entropy_grad: whether the entropy carries a gradient: selection needs none, an entropy bonus does.
-        chunk_rows: rows of a tile; None chooses. A tile takes chunk_rows * 2048 * 4 bytes on the CPU and
-            chunk_rows * 8192 * 4 on CUDA (8 instead of 4 for float64).
+        chunk_rows: rows of a tile; None chooses. A tile takes chunk_rows * min(V, 2048) * 4 bytes on the CPU and
+            chunk_rows * min(V, 8192) * 4 on CUDA (8 instead of 4 for float64).
         max_grad_rows: a bound on the rows that will have a non-zero gradient: then the backward does not wait for
             the device to count them, which on CUDA it otherwise does, once.
         max_mask_rows: the same for the rows of the mask, in the forward.
@@ -150,9 +150,24 @@ def _linear_logprob_entropy(
 # ---- The loops over tiles
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Options:
+    """The keyword arguments that forward and backward share, as the schemas have them."""
+
+    chunk_rows: int | None = None
+    max_grad_rows: int | None = None
+    max_mask_rows: int | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_start: int = 0
+    vocab_size: int | None = None
+    group: str | None = None
+    compute_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
 class _Head:
-    """The arguments that describe the LM head, checked."""
+    """The LM head of a call, and how it is cut into tiles."""
 
     weight: Tensor  # [valid, H]: this rank's rows, without padding
     bias: Tensor | None  # [valid], accumulate dtype
@@ -167,45 +182,37 @@ class _Head:
     group: dist.ProcessGroup | None
 
     @staticmethod
-    def of(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        chunk_rows: int | None,
-        logit_scale: float,
-        softcap: float | None,
-        vocab_start: int,
-        vocab_size: int | None,
-        group: str | None,
-        compute_dtype: torch.dtype | None,
-    ) -> "_Head":
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> "_Head":
         accumulate = _accumulate_dtype(hidden)
         # A CPU has no GEMM of 16-bit inputs that leaves its result in float32.
         narrow = hidden.is_cuda and accumulate == torch.float32
-        rows, vocab = _TILE["cuda" if hidden.is_cuda else "cpu"]
+        vocab_size = options.vocab_size
         if vocab_size is None:
-            if group is not None:
+            if options.group is not None:
                 raise ValueError("vocab_size is None; with group it must be the size of the whole vocabulary")
-            vocab_size = vocab_start + weight.shape[0]
-        valid = min(max(vocab_size - vocab_start, 0), weight.shape[0])
+            vocab_size = weight.shape[0]
+        valid = min(max(vocab_size - options.vocab_start, 0), weight.shape[0])
+        rows, chunk_vocab = _TILE["cuda" if hidden.is_cuda else "cpu"]
+        if valid < chunk_vocab:  # more rows of a small vocabulary make a tile of the same size
+            rows, chunk_vocab = rows * chunk_vocab // max(valid, 1), valid
         return _Head(
             weight[:valid],
             None if bias is None else bias[:valid].to(accumulate).contiguous(),
-            vocab_start,
+            options.vocab_start,
             vocab_size,
-            logit_scale,
-            softcap or 0.0,
-            (compute_dtype or hidden.dtype) if narrow else accumulate,
+            options.logit_scale,
+            options.softcap or 0.0,
+            (options.compute_dtype or hidden.dtype) if narrow else accumulate,
             accumulate,
-            rows if chunk_rows is None else chunk_rows,
-            vocab,
-            None if group is None else dist.distributed_c10d._resolve_process_group(group),  # type: ignore[attr-defined,arg-type]
+            options.chunk_rows or rows,
+            chunk_vocab,
+            None if options.group is None else dist.distributed_c10d._resolve_process_group(options.group),  # type: ignore[attr-defined,arg-type]
         )
 
     def vocab_tiles(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(columns, weight [width, H] in the GEMMs' dtype, bias [width]) of each tile."""
         valid = self.weight.shape[0]
-        for start in range(0, valid, self.chunk_vocab):
+        for start in range(0, valid, max(self.chunk_vocab, 1)):
             columns = slice(start, min(start + self.chunk_vocab, valid))
             yield columns, self.weight[columns].to(self.dtype), None if self.bias is None else self.bias[columns]
 
@@ -214,7 +221,8 @@ class _Head:
             yield slice(start, min(start + self.chunk_rows, rows))
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        shape = min(self.chunk_rows, rows), self.chunk_vocab
+        # Rows begin where four elements are read or written at once.
+        shape = min(self.chunk_rows, rows), -(-self.chunk_vocab // 4) * 4
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
 
@@ -229,15 +237,7 @@ def _check(
     bias: Tensor | None,
     mask: Tensor | None,
     temperature: Tensor,
-    chunk_rows: int | None,
-    max_grad_rows: int | None,
-    max_mask_rows: int | None,
-    logit_scale: float,
-    softcap: float | None,
-    vocab_start: int,
-    vocab_size: int | None,
-    group: str | None,
-    compute_dtype: torch.dtype | None,
+    options: _Options,
 ) -> None:
     """Raises ValueError for all that can be seen without looking at device values."""
     floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -251,9 +251,9 @@ def _check(
         raise ValueError(
             f"weight has shape {list(weight.shape)}; it must be [V, {hidden.shape[-1]}], the last dimension of hidden"
         )
-    if weight.shape[0] == 0 and group is None:
+    if weight.shape[0] == 0 and options.group is None:
         raise ValueError(f"weight has shape {list(weight.shape)}; the vocabulary must hold at least one entry")
-    if compute_dtype is None and weight.dtype != hidden.dtype:
+    if options.compute_dtype is None and weight.dtype != hidden.dtype:
         raise ValueError(
             f"weight is {_name(weight.dtype)} and hidden {_name(hidden.dtype)}; outside autocast they must have the "
             "same dtype"
@@ -276,21 +276,19 @@ def _check(
             f"temperature is {_name(temperature.dtype)} of shape {list(temperature.shape)}; it must be a number, or "
             f"floating and of shape {list(rows)}, one value for each row"
         )
-    for name, bound, least in (
-        ("chunk_rows", chunk_rows, 1),
-        ("max_grad_rows", max_grad_rows, 0),
-        ("max_mask_rows", max_mask_rows, 0),
-    ):
+    for name, least in {"chunk_rows": 1, "max_grad_rows": 0, "max_mask_rows": 0}.items():
+        bound = getattr(options, name)
         if bound is not None and bound < least:
             raise ValueError(f"{name} is {bound}; it must be {least} or above, or None")
-    if not 0 < logit_scale < torch.inf:
-        raise ValueError(f"logit_scale is {logit_scale}; it must be a finite number above 0")
-    if softcap is not None and not 0 < softcap < torch.inf:
-        raise ValueError(f"softcap is {softcap}; it must be a finite number above 0, or None")
-    if vocab_start < 0 or (vocab_start > 0 and group is None):
+    if not 0 < options.logit_scale < torch.inf:
+        raise ValueError(f"logit_scale is {options.logit_scale}; it must be a finite number above 0")
+    if options.softcap is not None and not 0 < options.softcap < torch.inf:
+        raise ValueError(f"softcap is {options.softcap}; it must be a finite number above 0, or None")
+    vocab_start, vocab_size, whole = options.vocab_start, options.vocab_size, options.group is None
+    if vocab_start < 0 or (vocab_start > 0 and whole):
         raise ValueError(f"vocab_start is {vocab_start}; it must be 0, or with group 0 or above")
-    if vocab_size is not None and (vocab_size < 1 or (group is None and vocab_size > weight.shape[0])):
-        allowed = "1 or above" if group is not None else f"in [1, {weight.shape[0]}], the rows of weight"
+    if vocab_size is not None and (vocab_size < 1 or (whole and vocab_size > weight.shape[0])):
+        allowed = f"in [1, {weight.shape[0]}], the rows of weight" if whole else "1 or above"
         raise ValueError(f"vocab_size is {vocab_size}; it must be {allowed}")
 
 
@@ -386,7 +384,8 @@ class _Index:
         """[total, ...] -> [n, ...]"""
         if self.index is None:
             return values
-        return values[self.index if self.overflow is None else self.index.clamp(max=max(self.total - 1, 0))]
+        index = self.index if self.overflow is None else self.index.clamp(max=max(self.total - 1, 0))
+        return values.index_select(0, index)
 
     def put(self, values: Tensor) -> Tensor:
         """[n, ...] -> [total, ...], 0 in the other rows, NaN everywhere after an overflow."""
@@ -419,25 +418,13 @@ def _forward(
     mask: Tensor | None,
     temperature: Tensor,
     *,
-    chunk_rows: int | None = None,
-    max_grad_rows: int | None = None,
-    max_mask_rows: int | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    group: str | None = None,
-    compute_dtype: torch.dtype | None = None,
     token_statistics: bool = False,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(
-        hidden, weight, targets, bias, mask, temperature, chunk_rows, max_grad_rows, max_mask_rows, logit_scale,
-        softcap, vocab_start, vocab_size, group, compute_dtype,
-    )  # fmt: skip
+    options = _Options(**keywords)
+    _check(hidden, weight, targets, bias, mask, temperature, options)
     _raise_overflow(wait=False)
-    head = _Head.of(
-        hidden, weight, bias, chunk_rows, logit_scale, softcap, vocab_start, vocab_size, group, compute_dtype
-    )
+    head = _Head.of(hidden, weight, bias, options)
     shape = hidden.shape[:-1]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     inside = None if mask is None else mask.reshape(-1) != 0
@@ -446,7 +433,9 @@ def _forward(
     if not hidden.is_cuda:
         _check_values(targets, inside, temperature, head.vocab_size)
 
-    rows = _Index(hidden.shape[0], None) if inside is None else _Index.of(inside, "max_mask_rows", max_mask_rows)
+    rows = (
+        _Index(hidden.shape[0], None) if inside is None else _Index.of(inside, "max_mask_rows", options.max_mask_rows)
+    )
     hidden, targets = rows.take(hidden).to(head.dtype), rows.take(targets)
     temperature = rows.take(temperature) if temperature.dim() else temperature
     state = torch.tensor(_NEUTRAL, dtype=torch.float64, device=hidden.device).repeat(rows.count, 1)
@@ -525,22 +514,12 @@ def _backward(
     entropy: Tensor,
     statistics: Tensor,
     needs: list[bool],
-    *,
-    chunk_rows: int | None = None,
-    max_grad_rows: int | None = None,
-    max_mask_rows: int | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    group: str | None = None,
-    compute_dtype: torch.dtype | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = _Options(**keywords)
     needs_hidden, needs_weight, needs_bias = needs[0], needs[1], needs[2] and bias is not None
     _raise_overflow(wait=True)
-    head = _Head.of(
-        hidden, weight, bias, chunk_rows, logit_scale, softcap, vocab_start, vocab_size, group, compute_dtype
-    )
+    head = _Head.of(hidden, weight, bias, options)
     valid = head.weight.shape[0]
     shape, hidden_dtype = hidden.shape, hidden.dtype
 
@@ -555,7 +534,8 @@ def _backward(
             active |= gradient != 0
     if mask is not None:
         active &= mask.reshape(-1) != 0
-    rows = _Index.of(active, "max_grad_rows", max_grad_rows if max_grad_rows is not None else max_mask_rows)
+    bound = options.max_mask_rows if options.max_grad_rows is None else options.max_grad_rows
+    rows = _Index.of(active, "max_grad_rows", bound)
 
     hidden, targets = rows.take(hidden).to(head.dtype), rows.take(targets.reshape(-1).long())
     if not _is_number(temperature):

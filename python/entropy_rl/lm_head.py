@@ -4,7 +4,7 @@ For one call the head answers with log-probabilities and entropies in place of l
 whatever its forward does around the head still happens, and so do the hooks by which FSDP and DDP see a forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -38,7 +38,7 @@ def _why_not(model: nn.Module) -> str | None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _answering(head, lambda hidden: marker):
+        with torch.no_grad(), answering(head, lambda hidden: marker):
             logits = model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits
     finally:
         model.train(training)
@@ -56,19 +56,21 @@ def _head(model: nn.Module) -> nn.Linear | None:
 def scoring(
     model: nn.Module, targets: Tensor, mask: Tensor, temperature: float, *, entropy_grad: bool = False
 ) -> Iterator[None]:
-    """While it is open, the model's `logits` are [B, S, 2]: log-probability of the target, and entropy.
+    """While it is open, the model's `logits` are [B, S + 1, 2]: log-probability of the target, and entropy.
 
     Args:
         model: one of which `why_not` is None. Its forward must keep S + 1 positions (`logits_to_keep`): each but the
-            last scores the target that follows it.
+            last scores the target that follows it, and the last gives 0.
         targets, mask: [B, S], as in `linear_logprob_entropy`.
     """
     head = _head(model)
     assert head is not None
+    # The last position is one that the mask leaves out: cut off, the others would no longer be contiguous.
+    targets, mask = nn.functional.pad(targets, (0, 1)), nn.functional.pad(mask, (0, 1))
 
     def score(hidden: Tensor) -> Tensor:
         outputs = linear_logprob_entropy(
-            hidden[:, :-1],
+            hidden,
             head.weight,
             targets,
             bias=head.bias,
@@ -78,12 +80,13 @@ def scoring(
         )
         return torch.stack(outputs, -1)
 
-    with _answering(head, score):
+    with answering(head, score):
         yield
 
 
 @contextmanager
-def _answering(head: nn.Linear, forward: object) -> Iterator[None]:
+def answering(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open, `head` computes `forward`, with the hooks around it as ever."""
     head.forward = forward
     try:
         yield

@@ -516,12 +516,10 @@ def log_prob_and_entropy(
             use_cache=False,
             # The logits at a position are those of the next token.
             logits_to_keep=length + 1,
-        ).logits
+        ).logits[:, :-1]
     if fused:
         return logits[..., 0], logits[..., 1] if entropy_grad else logits[..., 1].detach()
-    return logprob_entropy(
-        logits[:, :-1], batch.responses, mask=mask, temperature=temperature, entropy_grad=entropy_grad
-    )
+    return logprob_entropy(logits, batch.responses, mask=mask, temperature=temperature, entropy_grad=entropy_grad)
 
 
 @torch.no_grad()

@@ -180,9 +180,13 @@ def test_rows_without_gradient_are_not_read_in_the_backward(device):
         170,  # above
     ],
 )
-@pytest.mark.parametrize("stride", [1, 2, 9], ids=["every row", "half the rows", "few rows"])
+@pytest.mark.parametrize(
+    ("stride", "without"),
+    [(1, slice(0)), (1, slice(1, None, 3)), (2, slice(0)), (9, slice(0))],
+    ids=["every row", "most rows", "half the rows", "few rows"],
+)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
-def test_large_gradient_equals_that_of_each_row_alone(device, rows, stride, layout):
+def test_large_gradient_equals_that_of_each_row_alone(device, rows, stride, without, layout):
     """50257 is odd: rows begin and end within pages, beside rows that stay zero."""
     vocab = 50257
     logits = make_logits((rows, vocab + 3), torch.float32, device)[:, :vocab]
@@ -190,6 +194,7 @@ def test_large_gradient_equals_that_of_each_row_alone(device, rows, stride, layo
     targets = make_targets(logits)
     grad = torch.zeros(rows, device=device)
     grad[::stride] = torch.arange(1, len(grad[::stride]) + 1, device=device)
+    grad[without] = 0
     for _ in range(2):
         torch.full((rows, vocab), torch.nan, device=device)  # memory that the gradient may be given next
         (gradient,) = torch.autograd.grad(logprob_entropy(logits, targets)[0], logits, grad)
@@ -200,6 +205,22 @@ def test_large_gradient_equals_that_of_each_row_alone(device, rows, stride, layo
             (expected,) = torch.autograd.grad(log_prob, one, grad[row : row + 1])
             assert gradient[row].equal(expected[0])
         gradient.fill_(torch.nan)  # it is the caller's, zeros and all
+
+
+def test_large_gradients_that_live_at_once_share_no_memory(device):
+    """The CPU gives the memory of a dropped gradient to the next, of the same size or a smaller one, once."""
+    logits = make_logits((340, 50257), torch.float32, device)
+    targets = make_targets(logits)
+
+    def gradient(rows, scale):
+        leaf = logits[:rows].detach().requires_grad_()
+        log_prob, _ = logprob_entropy(leaf, targets[:rows])
+        return torch.autograd.grad(log_prob, leaf, torch.full_like(log_prob, scale))[0]
+
+    expected = gradient(340, 1.0).clone()  # whose memory is free for the next
+    alive = [gradient(340, 2.0), gradient(340, 3.0), gradient(200, 4.0)]
+    for scale, each in zip([2.0, 3.0, 4.0], alive, strict=True):
+        assert torch.allclose(each, scale * expected[: len(each)], rtol=1e-6)
 
 
 def test_temperature_per_row(device):

@@ -412,29 +412,33 @@ TOKEN_MODES = [
     if mode not in selection.SEQUENCE_MODES and mode not in selection.COVARIANCE_MODES
 ]
 PRESELECTED = [
-    *((mode, "token-mean", "selected", 8) for mode in TOKEN_MODES),
-    *(("vanilla", mode, "selected", 2) for mode in configuration.LOSS_AGG_MODES),
-    ("vanilla", "seq-mean-token-mean", "response", 2),
+    *((mode, "token-mean", "selected", 8, False) for mode in TOKEN_MODES),
+    *(("vanilla", mode, "selected", 2, False) for mode in configuration.LOSS_AGG_MODES),
+    ("vanilla", "seq-mean-token-mean", "response", 2, False),
+    # All but the top fifth.
+    ("vanilla", "token-mean", "selected", 8, True),
+    ("vanilla", "seq-mean-token-mean", "response", 2, True),
 ]
 
 
 @pytest.mark.parametrize("source", ["prepass", "old_policy"])
-@pytest.mark.parametrize(("loss_mode", "loss_agg_mode", "normalize", "size"), PRESELECTED)
+@pytest.mark.parametrize(("loss_mode", "loss_agg_mode", "normalize", "size", "complement"), PRESELECTED)
 def test_selected_tokens_alone_give_the_same_step(
     source: str,
     loss_mode: str,
     loss_agg_mode: str,
     normalize: str,
     size: int,
+    complement: bool,
     model: Any,
     config: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss, gradient and metrics of a step in which a fifth of the tokens meets the LM head, against all of them."""
+    """Loss, gradient and metrics of a step in which the selected tokens alone meet the LM head, against all of them."""
     actor = config.actor_rollout_ref.actor
     actor.entropy_top_scope, actor.entropy_top_source, actor.entropy_top_normalize = "mini_batch", source, normalize
     actor.policy_loss.loss_mode, actor.loss_agg_mode, actor.policy_loss.dro_beta = loss_mode, loss_agg_mode, 0.1
-    actor.ppo_micro_batch_size_per_gpu = size
+    actor.ppo_micro_batch_size_per_gpu, actor.entropy_top_complement = size, complement
     experience = random_experience(model, config)
     experience.ref_log_prob = None
     rows = head_rows(monkeypatch)
@@ -445,7 +449,8 @@ def test_selected_tokens_alone_give_the_same_step(
         results.append((gradients(model), metrics))
     (found, metrics), (expected, all_metrics) = results
     tokens, steps = int(experience.batch.response_mask.sum()), len(rows) // 2
-    assert sum(rows[:steps]) == max(1, int(tokens * 0.2 + 0.9999)) and sum(rows[steps:]) == tokens
+    top = max(1, int(tokens * 0.2 + 0.9999))
+    assert sum(rows[:steps]) == (tokens - top if complement else top) and sum(rows[steps:]) == tokens
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     changed = selection.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()

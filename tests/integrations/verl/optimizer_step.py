@@ -1,6 +1,8 @@
 """Run by torchrun: gradients and metrics of one optimizer step of verl's FSDP2 engine, for each of CASES.
 
-torchrun --nproc-per-node RANKS optimizer_step.py MODEL OUTPUT
+torchrun --nproc-per-node RANKS optimizer_step.py MODELS OUTPUT [CASE...]
+
+MODELS/tied and MODELS/untied are models whose LM head is or is not that of their embeddings.
 """
 
 import sys
@@ -54,6 +56,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, (2,)),
     "fused-old-policy": (FUSED | OLD_POLICY, (1, 2, 4)),
     "fused-remove-padding": (FUSED | OLD_POLICY | REMOVE_PADDING, (2, 0)),
+    # A head that FSDP2 shards by itself.
+    "fused-untied": (FUSED | {"tied": False, "actor.entropy_coeff": 0.01}, (2,)),
+    "fused-untied-old-policy": (FUSED | OLD_POLICY | {"tied": False}, (1, 2)),
 }
 
 # All tokens train: with this package in its place, and with verl's own configuration alone.
@@ -134,7 +139,11 @@ def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
     )
 
 
-def run(model: str, name: str) -> dict[int, dict[str, Any]]:
+def directory(case: dict[str, Any]) -> str:
+    return "tied" if case.get("tied", True) else "untied"
+
+
+def run(models: str, name: str) -> dict[int, dict[str, Any]]:
     """What comes of a step, for each number of micro-batches."""
     import torch.distributed as dist
     from hydra import compose, initialize_config_module
@@ -149,7 +158,7 @@ def run(model: str, name: str) -> dict[int, dict[str, Any]]:
             "ppo_trainer",
             overrides=[
                 "+entropy_rl=cpu",
-                f"actor_rollout_ref.model.path={model}",
+                f"actor_rollout_ref.model.path={models}/{directory(case)}",
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.actor.entropy_top_ratio=0.2",
@@ -216,10 +225,10 @@ def step(worker: Any, data: Any) -> dict[str, Any]:
     }
 
 
-def main(model: str, output: str, *names: str) -> None:
+def main(models: str, output: str, *names: str) -> None:
     import torch.distributed as dist
 
-    results = {name: run(model, name) for name in names or CASES}
+    results = {name: run(models, name) for name in names or CASES}
     if dist.get_rank() == 0:
         torch.save(results, Path(output))
     dist.destroy_process_group()

@@ -15,8 +15,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **ot
 '''
 
 
-def save_model(directory: Path) -> Path:
-    save_tiny_model(directory)
+def save_model(directory: Path, *, tied: bool = True) -> Path:
+    save_tiny_model(directory, tied=tied)
     # verl asks a Qwen3's tokenizer for the id of <|im_end|>; that of the unknown token will do.
     tokenizer = AutoTokenizer.from_pretrained(directory, unk_token="?")
     tokenizer.chat_template = TEMPLATE

@@ -32,6 +32,7 @@ SMALL = [
     f"{ACTOR}optim.lr=1e-3",
     f"{ACTOR}ppo_mini_batch_size=8",
     f"{ACTOR}ppo_micro_batch_size_per_gpu=8",
+    f"{ACTOR}checkpoint.save_contents=[model,optimizer,extra,hf_model]",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
     "trainer.val_before_train=false",
@@ -63,7 +64,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(command: list[str], files: Path, output: Path, *overrides: str, **environment: str) -> list[dict[str, Any]]:
-    """Runs it and returns the metrics of each step. The actors end with the driver, whose Ray is its own."""
+    """Runs it and returns the metrics of each step."""
+    status, log = start(command, files, output, *overrides, **environment)
+    assert status == 0, log[-4000:]
+    assert "generates on the CPU" in log
+    return [json.loads(line)["data"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(command: list[str], files: Path, output: Path, *overrides: str, **environment: str) -> tuple[int, str]:
+    """Its exit status and its output. The actors end with the driver, whose Ray is its own."""
     log = output / "log"
     with log.open("w") as stream:
         run = subprocess.run(
@@ -90,29 +99,25 @@ def train(command: list[str], files: Path, output: Path, *overrides: str, **envi
             stderr=subprocess.STDOUT,
             timeout=280,
         )
-    assert run.returncode == 0, log.read_text()[-4000:]
-    assert "generates on the CPU" in log.read_text()
-    return [json.loads(line)["data"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return run.returncode, log.read_text()
+
+
+def command_line(files: Path, python: str = sys.executable) -> list[str]:
+    return [
+        *(python, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"),
+        *(f"data.train_files={files}/train.parquet", f"data.val_files={files}/train.parquet"),
+        f"actor_rollout_ref.model.path={files}/model",
+    ]
 
 
 def main_ppo(
     files: Path, output: Path, *overrides: str, python: str = sys.executable, **environment: str
 ) -> list[dict[str, Any]]:
-    return train(
-        [
-            *(python, "-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo"),
-            *(f"data.train_files={files}/train.parquet", f"data.val_files={files}/train.parquet"),
-            f"actor_rollout_ref.model.path={files}/model",
-        ],
-        files,
-        output,
-        *overrides,
-        **environment,
-    )
+    return train(command_line(files, python), files, output, *overrides, **environment)
 
 
 def assert_checkpoint_loads(files: Path, output: Path, ranks: int = 1) -> None:
-    """The last step's shards are the weights of the model, and not those of the start."""
+    """The last step's shards are the weights of the model, and not those of the start; the model for users has them."""
     actor = output / "checkpoints/global_step_2/actor"
     model = AutoModelForCausalLM.from_pretrained(files / "model")
     shards = [
@@ -122,6 +127,10 @@ def assert_checkpoint_loads(files: Path, output: Path, ranks: int = 1) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(saved)
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    exported = AutoModelForCausalLM.from_pretrained(actor / "huggingface", dtype=torch.float32).state_dict()
+    assert exported.keys() == saved.keys()
+    for name, value in saved.items():
+        assert torch.equal(exported[name], value), name
 
 
 def assert_trained(steps: list[dict[str, Any]], applied: bool = True) -> None:
@@ -164,7 +173,8 @@ def test_null_is_verl_without_this_package(files: Path, tmp_path: Path) -> None:
     Without it verl trains by its own code alone, on the one file of ours that is put there as a module of its own:
     the platform and rollout for a CPU, without which verl would not start here.
     """
-    # One response a step: verl orders several by random ids, which alone changes the last bits of every sum.
+    # One response a step: verl takes several in an order that differs from run to run, with this package and without,
+    # and that alone changes the last bits of sums.
     fixed = (
         "actor_rollout_ref.rollout.full_determinism=true",
         "data.train_batch_size=1",
@@ -240,6 +250,26 @@ def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path
         assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.02)
         assert "actor/kl_loss" in metrics and "rollout_corr/rollout_is_mean" in metrics
     assert_checkpoint_loads(files, tmp_path, ranks=2)
+
+
+@FULL
+def test_a_run_goes_on_from_its_checkpoint(files: Path, tmp_path: Path) -> None:
+    ratio = f"{ACTOR}entropy_top_ratio=0.2"
+    main_ppo(files, tmp_path, ratio)
+    (third,) = main_ppo(files, tmp_path, ratio, "trainer.resume_mode=auto", "trainer.total_training_steps=3")
+    assert third["training/global_step"] == 3
+    assert third["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.01)
+
+
+@FULL
+def test_a_worker_without_the_plugin_stops_the_run(files: Path, tmp_path: Path) -> None:
+    """The driver has it, and Ray's processes do not."""
+    policy = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_PLUGINS=none"
+    status, log = start(command_line(files), files, tmp_path, f"{ACTOR}entropy_top_ratio=0.2", policy)
+    assert status != 0
+    assert "entropy_top_ratio is set, but its loss could not be installed" in log
+    assert "VERL_USE_EXTERNAL_PLUGINS=none" in log
+    assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()
 
 
 @FULL

@@ -20,16 +20,19 @@ RATIO = 0.2
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return task.save_model(tmp_path_factory.mktemp("model"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    task.save_model(directory / "tied")
+    task.save_model(directory / "untied", tied=False)
+    return directory
 
 
-def run(ranks: int, model_path: Path, output: Path, *cases: str, **environment: str) -> Any:
+def run(ranks: int, models: Path, output: Path, *cases: str, **environment: str) -> Any:
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", optimizer_step.__file__),
-            *(str(model_path), str(output), *cases),
+            *(str(models), str(output), *cases),
         ],
         env=os.environ
         | {
@@ -45,8 +48,8 @@ def run(ranks: int, model_path: Path, output: Path, *cases: str, **environment: 
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
-def results(request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run(request.param, model_path, tmp_path_factory.mktemp("output") / "results.pt")
+def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(request.param, models, tmp_path_factory.mktemp("output") / "results.pt")
 
 
 def competitors(micro_batches: list[list[list[int]]], case: dict[str, Any]) -> list[list[int]]:
@@ -73,7 +76,11 @@ class Policy:
 
 
 @pytest.fixture(scope="module")
-def policy(model_path: Path) -> Policy:
+def policies(models: Path) -> dict[str, Policy]:
+    return {path.name: policy_of(path) for path in models.iterdir()}
+
+
+def policy_of(model_path: Path) -> Policy:
     """A row at a time, without padding."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
     rows = []
@@ -192,15 +199,15 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
     "name, count",
     [pytest.param(name, n, id=f"{name}-{n or 'dynamic'}") for name, (_, counts) in CASES.items() for n in counts],
 )
-def test_gradients_and_metrics(results: Any, policy: Policy, name: str, count: int) -> None:
-    result = results[name][count]
+def test_gradients_and_metrics(results: Any, policies: dict[str, Policy], name: str, count: int) -> None:
+    case, result = CASES[name][0], results[name][count]
     micro_batches = result["micro_batches"]
     assert sorted(index for rank in micro_batches for rows in rank for index in rows) == list(
         range(optimizer_step.ROWS)
     )
     assert all(len(rank) == count if count else len(rank) > 1 for rank in micro_batches)
 
-    expected = statement(policy, micro_batches, CASES[name][0])
+    expected = statement(policies[optimizer_step.directory(case)], micro_batches, case)
     gradients, wanted = result["gradients"], expected["gradients"]
     assert gradients.keys() == wanted.keys()
     norm = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
@@ -211,9 +218,9 @@ def test_gradients_and_metrics(results: Any, policy: Policy, name: str, count: i
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
 
 
-def test_null_is_bit_identical_to_verl_without_the_plugin(model_path: Path, tmp_path: Path) -> None:
-    ours = run(1, model_path, tmp_path / "ours.pt", "null")["null"][2]
-    verls = run(1, model_path, tmp_path / "verls.pt", "stock", VERL_USE_EXTERNAL_PLUGINS="none")["stock"][2]
+def test_null_is_bit_identical_to_verl_without_the_plugin(models: Path, tmp_path: Path) -> None:
+    ours = run(1, models, tmp_path / "ours.pt", "null")["null"][2]
+    verls = run(1, models, tmp_path / "verls.pt", "stock", VERL_USE_EXTERNAL_PLUGINS="none")["stock"][2]
     assert ours["metrics"] == verls["metrics"]
     assert "actor/pg_loss" in ours["metrics"] and "actor/entropy_token_ratio" not in ours["metrics"]
     assert ours["gradients"].keys() == verls["gradients"].keys()

@@ -181,7 +181,9 @@ class Server:
     async def _run(self) -> None:
         """Answers the first request that waits and all others with the same sampling parameters."""
         params = self.waiting[0][1]
-        batch = [request for request in self.waiting if request[1] == params][: self.config.max_num_seqs]
+        # A batch draws from one seed, row by row: what comes of a request would depend on those beside it.
+        size = 1 if self.config.full_determinism else self.config.max_num_seqs
+        batch = [request for request in self.waiting if request[1] == params][:size]
         self.waiting = [request for request in self.waiting if request not in batch]
         futures = [request[3] for request in batch]
         try:

@@ -8,11 +8,11 @@ import functools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
@@ -22,6 +22,7 @@ from verl.workers.engine.fsdp import transformer_impl as fsdp
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from entropy_rl.integrations.verl import loss
+from entropy_rl.lm_head import answering
 from entropy_rl.selection import prepass, select_tokens
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy
 
@@ -42,7 +43,7 @@ def install(kernel: str) -> None:
             _replace(getattr(module, engine), "forward_backward_batch", _with_selection)
     if kernel == "entropy_rl":
         _replace(fsdp.FSDPEngineWithLMHead, "prepare_model_outputs", _with_logprob_entropy)
-        _replace(fsdp.FSDPEngineWithLMHead, "forward_step", _with_head_rows)
+        _replace(fsdp.FSDPEngineWithLMHead, "forward_step", _with_fused_head)
         # What the models' fused forwards call, by impl_backend: torch and liger the first, triton the second.
         _replace(torch_functional.FusedLinearForPPO, "forward", _with_fused_linear)
         _replace(linear_cross_entropy, "linear_cross_entropy", _with_linear_cross_entropy)
@@ -188,23 +189,29 @@ def log_prob_and_entropy(
     return logprob_entropy(logits, targets, mask=mask, temperature=temperature, entropy_grad=torch.is_grad_enabled())
 
 
-# Rows of the LM head whose log-probs and entropies matter, and their number; None: all of them.
-_head_rows: ContextVar[tuple[Tensor, int] | None] = ContextVar("_head_rows", default=None)
+class _FusedHead(NamedTuple):
+    """The LM head of the model that runs."""
+
+    module: nn.Module
+    rows: tuple[Tensor, int] | None  # whose log-probs and entropies matter, and their number; None: all of them
 
 
-def _with_head_rows(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells a fused head, when the actor trains, which rows the loss will look at."""
+_fused_head: ContextVar[_FusedHead | None] = ContextVar("_fused_head", default=None)
+
+
+def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the fused kernels whose head they compute and, when the actor trains, which rows the loss will look at."""
 
     def wrapped(self: Any, micro_batch: TensorDict, *args: Any, **options: Any) -> Any:
-        rows = None
-        fused = tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
-        if fused and "advantages" in micro_batch and not self.use_ulysses_sp:
-            rows = _rows(micro_batch)
-        token = _head_rows.set(rows)
+        if not tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False):
+            return forward_step(self, micro_batch, *args, **options)
+        trains = "advantages" in micro_batch and not self.use_ulysses_sp
+        head = _FusedHead(self.module.get_output_embeddings(), _rows(micro_batch) if trains else None)
+        token = _fused_head.set(head)
         try:
             return forward_step(self, micro_batch, *args, **options)
         finally:
-            _head_rows.reset(token)
+            _fused_head.reset(token)
 
     return wrapped
 
@@ -257,17 +264,27 @@ def fused_log_prob_and_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob_entropy` of [..., H] hidden states, on the rows that matter: both [...], 0 in the others."""
-    rows = _head_rows.get()
-    if rows is not None:
-        mask, count = rows
+    head = _fused_head.get()
+    mask = count = None
+    if head is not None and head.rows is not None:
+        mask, count = head.rows
         # Padding to a fixed length comes last.
-        mask = torch.nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
-    return linear_logprob_entropy(
-        hidden,
-        weight,
-        targets,
-        mask=None if rows is None else mask,
-        max_mask_rows=None if rows is None else count,
-        temperature=temperature,
-        entropy_grad=torch.is_grad_enabled(),
-    )
+        mask = nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
+
+    def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_logprob_entropy(
+            hidden,
+            weight,
+            targets,
+            mask=mask,
+            max_mask_rows=count,
+            temperature=temperature,
+            entropy_grad=torch.is_grad_enabled(),
+        )
+
+    if head is None or not isinstance(weight, DTensor):
+        return score(hidden, weight)
+    # FSDP2 shards a head that is not tied to the embeddings by itself, and gathers it for its own forward alone.
+    with answering(head.module, lambda hidden: torch.stack(score(hidden, head.module.weight), -1)):
+        log_prob, entropy = head.module(hidden).unbind(-1)
+    return log_prob, entropy
