@@ -5,8 +5,10 @@
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(float));
-// Vectors in flight: the polynomial of one hides the latency of another's.
+// Vectors in flight: one hides the latency of another.
 constexpr int kUnroll = 4;
+// Fewer where each has two sums: 16 registers hold them beside the polynomial's constants.
+constexpr int kSumUnroll = 2;
 
 #define ENTROPY_RL_INLINE __attribute__((always_inline)) inline
 
@@ -24,26 +26,40 @@ ENTROPY_RL_INLINE Floats load_tail(const float* x, int count, float fill) {
   return load(padded);
 }
 
-// The larger; x where y is NaN, y where x is.
-ENTROPY_RL_INLINE Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+// x > y ? x : y, also where one is NaN. The compiler makes two instructions of that expression.
+template <class Vector>
+ENTROPY_RL_INLINE Vector larger(Vector x, Vector y) {
+#if defined(ENTROPY_RL_X86_SIMD)
+  if constexpr (sizeof(Vector) == 64) {
+    return _mm512_max_ps(x, y);
+  } else if constexpr (sizeof(Vector) == 32) {
+    return _mm256_max_ps(x, y);
+  } else {
+    return _mm_max_ps(x, y);
+  }
+#else
+  return x > y ? x : y;
+#endif
+}
 
 // 2^t for t in [-127, 127], 0 below -126.5, NaN kept; under 1 ulp. Below -127 `t` must be clamped
 // to it: there the exponent's bits are those of 0, and 2^t * t stays 0 where d was -inf.
 ENTROPY_RL_INLINE Floats exp2_of(Floats t) {
-  const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23 rounds to an integer in the low bits
-  const Floats f = t - (shifted - 12582912.0f);
+  // 1.5 * 2^23 rounds t to an integer in the low bits, here with the exponent's bias.
+  constexpr float kRound = 12582912.0f + 127.0f;
+  const Floats shifted = t + kRound;
+  const Floats f = t - (shifted - kRound);
   Floats p = f * 1.534581243e-4f + 1.339993090e-3f;
   p = p * f + 9.618489072e-3f;
   p = p * f + 5.550328642e-2f;
   p = p * f + 2.402264625e-1f;
   p = p * f + 6.931471825e-1f;
   p = p * f + 1.0f;
-  const Ints exponent = ((Ints)shifted - 0x4b400000 + 127) << 23;
-  return p * (Floats)exponent;
+  return p * (Floats)((Ints)shifted << 23);
 }
 
 // max(t, -127) that keeps NaN.
-ENTROPY_RL_INLINE Floats clamp_power(Floats t) { return t < -127.0f ? Floats{} - 127.0f : t; }
+ENTROPY_RL_INLINE Floats clamp_power(Floats t) { return larger(Floats{} - 127.0f, t); }
 
 float max_of(const float* x, int count) {
   const Floats lowest = Floats{} - INFINITY;
@@ -64,8 +80,8 @@ float max_of(const float* x, int count) {
 void add_sums(const float* x, int count, float shift, float inverse_temperature, float* sum,
               float* dot) {
   const float scale = inverse_temperature * static_cast<float>(M_LOG2E);
-  Floats sums[kUnroll] = {};
-  Floats dots[kUnroll] = {};
+  Floats sums[kSumUnroll] = {};
+  Floats dots[kSumUnroll] = {};
   const auto add = [&](Floats value, int u) __attribute__((always_inline)) {
     const Floats t = clamp_power((value - shift) * scale);
     const Floats e = exp2_of(t);
@@ -73,13 +89,13 @@ void add_sums(const float* x, int count, float shift, float inverse_temperature,
     dots[u] += e * t;
   };
   int i = 0;
-  for (; i + kUnroll * kWidth <= count; i += kUnroll * kWidth) {
-    for (int u = 0; u < kUnroll; ++u) add(load(x + i + u * kWidth), u);
+  for (; i + kSumUnroll * kWidth <= count; i += kSumUnroll * kWidth) {
+    for (int u = 0; u < kSumUnroll; ++u) add(load(x + i + u * kWidth), u);
   }
   for (; i + kWidth <= count; i += kWidth) add(load(x + i), 0);
   if (i < count) add(load_tail(x + i, count - i, -INFINITY), 1);
-  const Floats s = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  const Floats d = (dots[0] + dots[1]) + (dots[2] + dots[3]);
+  const Floats s = sums[0] + sums[1];
+  const Floats d = dots[0] + dots[1];
   float total = 0;
   float total_dot = 0;
   for (int j = 0; j < kWidth; ++j) {

@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <cstring>
+#if defined(ENTROPY_RL_X86_SIMD)
+#include <immintrin.h>
+#endif
 
 namespace entropy_rl::cpu {
 namespace portable {
