@@ -7,6 +7,7 @@ it is the wall. Before every timed call the caches are swept, so that inputs com
 import ctypes
 import multiprocessing
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import entropy_rl_ext
 
 Inputs = dict[str, Tensor]
 ROOT = Path(__file__).parent.parent
+_MADV_PAGEOUT = 21  # of Linux
 PEER_PACKAGES = ("verl", "trl", "liger-kernel", "quack-kernels", "transformers", "triton")
 
 
@@ -98,8 +100,9 @@ def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would not count again
+        _take_lazily_freed()  # ours keeps such memory for its next gradient
         Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS") - _lazily_freed()  # ours keeps such memory for its next gradient
+        before = _resident("VmRSS")
         call()
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
@@ -126,10 +129,13 @@ def _resident(name: str) -> int:
     return int(status.split(f"{name}:")[1].split()[0]) << 10
 
 
-def _lazily_freed() -> int:
-    """Resident memory that the system may take at any time (MADV_FREE)."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return int(rollup.split("LazyFree:")[1].split()[0]) << 10
+def _take_lazily_freed() -> None:
+    """Makes the system take what it may take at any time (MADV_FREE): it is nobody's, and would count for all."""
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
+        if re.search(r"^LazyFree: +[1-9]", mapping, flags=re.MULTILINE):
+            begin, end = (int(address, 16) for address in mapping.split()[0].split("-"))
+            # Pages beside them keep their content.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
 
 
 def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., Any]:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import entropy_rl_ext
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"trl_step"})
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gradient_error, report, selection_over_ranks  # noqa: E402
+from benchmarks import gradient_error, harness, report, selection_over_ranks  # noqa: E402
 from benchmarks.__main__ import with_kept_runs  # noqa: E402
 
 
@@ -48,6 +50,22 @@ def test_a_missed_goal_is_told() -> None:
     assert report._goal("peer", 9, run, 1.0)[1] == "9×, met"
     assert report._goal("gone", 2, run, 1.0)[1] == "the peer did not run"
     assert report._goal("copy", 0.9, run, 100.0)[1] == "100%, met"
+
+
+def test_memory_that_the_op_keeps_counts_for_nobody_else() -> None:
+    """A dropped gradient's pages stay for the next of its size: a call that does not take them has no part in them."""
+    logits = torch.randn(128, 151936)
+    targets = torch.zeros(128, dtype=torch.int64)
+
+    def step(rows: int) -> Any:
+        leaf = logits.detach().requires_grad_()
+        grad = torch.zeros(128).index_fill_(0, torch.arange(rows), 1.0)
+        return torch.autograd.grad(entropy_rl_ext.logprob_entropy(leaf, targets)[0], leaf, grad)
+
+    step(128)
+    size = logits.nbytes
+    for rows, expected in ((26, 26 / 128 * size), (128, size), (26, 26 / 128 * size)):
+        assert harness._peak_bytes(partial(step, rows), "cpu") == pytest.approx(expected, rel=0.1)
 
 
 def made_result(seconds: float, **head: object) -> dict[str, Any]:
