@@ -84,6 +84,18 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
   m.def(
       "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
       "str scope, Tensor? group_ids, str algorithm=\"auto\") -> Tensor");
+  // The same over values that several processes hold, in steps between which they add up what each
+  // has counted: the digits of the keys below a key's first ones, the k-th largest key from those,
+  // the next larger key, the mask from both.
+  m.def("global_top_mask_counts(Tensor values, Tensor mask, Tensor? key, int shift) -> Tensor");
+  m.def(
+      "global_top_mask_key(Tensor counts, Tensor? key, Tensor k, int shift) "
+      "-> (Tensor key, Tensor k)");
+  m.def("global_top_mask_next_key(Tensor values, Tensor mask, Tensor key) -> Tensor");
+  m.def(
+      "global_top_mask_at_key(Tensor values, Tensor mask, Tensor key, Tensor k, "
+      "Tensor? ties=None, int process=0, Tensor? next_key=None, Tensor? weight=None) "
+      "-> (Tensor mask, Tensor lowest)");
 
   // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and
   // the gradient in two factors, one a token and one a row.

@@ -75,4 +75,94 @@ struct TopMaskArguments {
   }
 };
 
+// ---- The steps of global_top_mask for values that several processes hold ----
+
+// The values of one process.
+struct ProcessValues {
+  Tensor values;  // contiguous
+  Tensor mask;    // bool, contiguous, same shape
+
+  ProcessValues(const Tensor& values_in, const Tensor& mask_in) : values(values_in), mask(mask_in) {
+    check_floating("values", values);
+    check_shape("mask", mask, shape_of(values), "the shape of values");
+    check_same_device("mask", mask, "values", values);
+    values = torch::stable::contiguous(values);
+    mask = as_bool_mask(mask);
+  }
+  int key_bits() const { return values.scalar_type() == ScalarType::Double ? 64 : 32; }
+};
+
+inline void check_number(const char* name, const Tensor& tensor, ScalarType dtype,
+                         const char* other_name, const Tensor& other) {
+  check(tensor.scalar_type() == dtype && tensor.dim() == 0, name, " is ",
+        dtype_name(tensor.scalar_type()), " of shape ", shape_name(shape_of(tensor)),
+        "; it must be one ", dtype_name(dtype));
+  check_same_device(name, tensor, other_name, other);
+}
+
+// Which digit is sought, below those that `key` holds.
+struct DigitArguments {
+  int shift;
+  int bits;
+  int pass;  // digits above it
+
+  DigitArguments(int64_t shift_in, int key_bits, const std::optional<Tensor>& key,
+                 const Tensor& values) {
+    const bool valid = shift_in == 0 || (shift_in > 0 && shift_in < key_bits &&
+                                         (key_bits - shift_in) % kDigitBits == 0);
+    check(valid, "shift is ", shift_in, "; it must be 0 or ", key_bits, " less a multiple of ",
+          kDigitBits);
+    shift = static_cast<int>(shift_in);
+    bits = digit_bits(key_bits, shift);
+    pass = (key_bits - shift - bits) / kDigitBits;
+    check(key.has_value() == (pass > 0), "key is ", key ? "given" : "None", " with shift ", shift,
+          "; it must be None for the first digit of a key, and is needed for others");
+    if (key) check_number("key", *key, ScalarType::Long, "values", values);
+  }
+};
+
+// What the processes counted of a digit.
+struct CountsArguments {
+  Tensor counts;  // [digits] int64, contiguous
+  int digits;
+
+  CountsArguments(const Tensor& counts_in, const std::optional<Tensor>& key, const Tensor& k,
+                  int64_t shift)
+      : counts(counts_in) {
+    check(counts.scalar_type() == ScalarType::Long, "counts is ", dtype_name(counts.scalar_type()),
+          "; it must be int64");
+    check(counts.dim() == 1 && counts.numel() >= 1 && counts.numel() <= kDigits,
+          "counts has shape ", shape_name(shape_of(counts)), "; it must be [1] to [", kDigits, "]");
+    check(shift >= 0 && shift < 64, "shift is ", shift, "; it must be in [0, 64)");
+    if (key) check_number("key", *key, ScalarType::Long, "counts", counts);
+    check_number("k", k, ScalarType::Long, "counts", counts);
+    counts = torch::stable::contiguous(counts);
+    digits = static_cast<int>(counts.numel());
+  }
+};
+
+inline void check_found(const ProcessValues& in, const Tensor& key, const Tensor& k,
+                        const std::optional<Tensor>& ties, int64_t process,
+                        const std::optional<Tensor>& next_key,
+                        const std::optional<Tensor>& weight) {
+  check_number("key", key, ScalarType::Long, "values", in.values);
+  check_number("k", k, ScalarType::Long, "values", in.values);
+  if (ties) {
+    check(!next_key, "next_key is given with ties; it must be None with them");
+    check(ties->scalar_type() == ScalarType::Long && ties->dim() == 1, "ties is ",
+          dtype_name(ties->scalar_type()), " of shape ", shape_name(shape_of(*ties)),
+          "; it must be int64, one number a process");
+    check_same_device("ties", *ties, "values", in.values);
+    check(process >= 0 && process < ties->numel(), "process is ", process, "; it must be in [0, ",
+          ties->numel(), "), the processes of ties");
+  }
+  check(next_key.has_value() == weight.has_value(), "next_key is ", next_key ? "given" : "None",
+        " and weight is ", weight ? "given" : "None", "; both are needed for a quantile");
+  if (next_key) {
+    const ScalarType dtype = in.key_bits() == 64 ? ScalarType::Long : ScalarType::Int;
+    check_number("next_key", *next_key, dtype, "values", in.values);
+    check_number("weight", *weight, ScalarType::Double, "values", in.values);
+  }
+}
+
 }  // namespace entropy_rl

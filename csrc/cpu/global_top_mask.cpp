@@ -153,9 +153,113 @@ Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mas
   return result;
 }
 
+// ---- For values that several processes hold ----
+
+Tensor new_number(const Tensor& like, ScalarType dtype) {
+  return torch::stable::new_empty(like, {}, dtype);
+}
+
+Tensor global_top_mask_counts(const Tensor& values, const Tensor& mask, std::optional<Tensor> key,
+                              int64_t shift) {
+  const ProcessValues in(values, mask);
+  const DigitArguments digit(shift, in.key_bits(), key, in.values);
+  const int64_t n = in.values.numel();
+  Tensor result = torch::stable::new_zeros(in.values, {int64_t{1} << digit.bits}, ScalarType::Long);
+  int64_t* counts = mutable_data<int64_t>(result);
+  dispatch_floating(in.values.scalar_type(), [&](auto element) {
+    using Keys = EntropyKeys<decltype(element)>;
+    using Key = typename Keys::Key;
+    const Keys keys{const_data<decltype(element)>(in.values), const_data<uint8_t>(in.mask)};
+    const Key prefix =
+        key ? static_cast<Key>(*const_data<int64_t>(key)) >> (digit.shift + digit.bits) : 0;
+    const Ranges ranges(n);
+    const std::vector<uint32_t> histograms = count_digits(keys, ranges, digit.shift, prefix);
+    for (int64_t range = 0; range < ranges.count; ++range) {
+      for (int64_t i = 0; i < result.numel(); ++i) counts[i] += histograms[range * kDigits + i];
+    }
+    // Among them kIneligibleKey.
+    if (prefix == 0) counts[0] -= n - count_eligible(keys.mask, n);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> global_top_mask_key(const Tensor& counts, std::optional<Tensor> key,
+                                               const Tensor& k, int64_t shift) {
+  const CountsArguments in(counts, key, k, shift);
+  const int64_t* count = const_data<int64_t>(in.counts);
+  Tensor found = new_number(in.counts, ScalarType::Long);
+  Tensor k_left = new_number(in.counts, ScalarType::Long);
+  const int64_t total = std::accumulate(count, count + in.digits, int64_t{0});
+  int64_t left = std::min(*const_data<int64_t>(k), total);
+  uint64_t bits = ~uint64_t{0};
+  if (left <= 0) {
+    left = 0;
+  } else {
+    uint64_t digit = in.digits - 1;
+    for (; left > count[digit]; --digit) left -= count[digit];
+    bits = (key ? *const_data<uint64_t>(key) : 0) | digit << shift;
+  }
+  *mutable_data<uint64_t>(found) = bits;
+  *mutable_data<int64_t>(k_left) = left;
+  return {found, k_left};
+}
+
+Tensor global_top_mask_next_key(const Tensor& values, const Tensor& mask, const Tensor& key) {
+  const ProcessValues in(values, mask);
+  check_number("key", key, ScalarType::Long, "values", in.values);
+  Tensor result = new_number(in.values, in.key_bits() == 64 ? ScalarType::Long : ScalarType::Int);
+  dispatch_floating(in.values.scalar_type(), [&](auto element) {
+    using Keys = EntropyKeys<decltype(element)>;
+    using Key = typename Keys::Key;
+    const Keys keys{const_data<decltype(element)>(in.values), const_data<uint8_t>(in.mask)};
+    *mutable_data<signed_key_t<Key>>(result) =
+        signed_key(next_key(keys, in.values.numel(), static_cast<Key>(*const_data<int64_t>(key))));
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Tensor& mask,
+                                                  const Tensor& key, const Tensor& k,
+                                                  std::optional<Tensor> ties, int64_t process,
+                                                  std::optional<Tensor> next_key,
+                                                  std::optional<Tensor> weight) {
+  const ProcessValues in(values, mask);
+  check_found(in, key, k, ties, process, next_key, weight);
+  const FoundKey found{*const_data<int64_t>(key), *const_data<int64_t>(k)};
+  const int64_t n = in.values.numel();
+  Tensor result = torch::stable::new_empty(in.values, shape_of(in.values), ScalarType::Bool);
+  Tensor lowest = new_number(in.values, accumulate_dtype(in.values.scalar_type()));
+  dispatch_floating(in.values.scalar_type(), [&](auto element) {
+    using Keys = EntropyKeys<decltype(element)>;
+    using Key = typename Keys::Key;
+    ProcessCut<Key> cut = cut_at<Key>(found);
+    if (ties) {
+      const Tensor all = torch::stable::contiguous(*ties);
+      const int64_t* own = const_data<int64_t>(all) + process;
+      cut = cut_ties<Key>(found, std::accumulate(own - process, own, int64_t{0}), *own);
+    } else if (next_key) {
+      const Key next = unsigned_key<Key>(*const_data<signed_key_t<Key>>(next_key));
+      cut = cut_quantile(found, next, *const_data<double>(weight));
+    }
+    *mutable_data<typename KeyTraits<Key>::Value>(lowest) = cut.lowest;
+    const Keys keys{const_data<decltype(element)>(in.values), const_data<uint8_t>(in.mask)};
+    uint8_t* out = mutable_data<uint8_t>(result);
+    if (cut.ties == cut.equal) {
+      threshold_mask(keys, n, cut.key, out);
+    } else {
+      first_ties_mask(keys, n, cut.key, cut.ties, out);
+    }
+  });
+  return {result, lowest};
+}
+
 }  // namespace
 }  // namespace entropy_rl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
   m.impl("global_top_mask_forward", TORCH_BOX(&entropy_rl::cpu::global_top_mask_forward));
+  m.impl("global_top_mask_counts", TORCH_BOX(&entropy_rl::cpu::global_top_mask_counts));
+  m.impl("global_top_mask_key", TORCH_BOX(&entropy_rl::cpu::global_top_mask_key));
+  m.impl("global_top_mask_next_key", TORCH_BOX(&entropy_rl::cpu::global_top_mask_next_key));
+  m.impl("global_top_mask_at_key", TORCH_BOX(&entropy_rl::cpu::global_top_mask_at_key));
 }

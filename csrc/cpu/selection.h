@@ -20,9 +20,6 @@
 
 namespace entropy_rl::cpu {
 
-// 2048 counters of 4 bytes: a thread's histogram stays in its L1 cache.
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
 // Below this many keys a range is not worth a thread of its own.
 constexpr int64_t kKeysPerRange = 1 << 14;
 // No counter of a range overflows.
@@ -82,19 +79,20 @@ void for_each_block(const Source& source, int64_t begin, int64_t end, const F& f
   }
 }
 
-// Counters of one digit. Neighbouring keys are often alike: counted in turn by several histograms,
-// an increment need not wait for the one before.
+// Counters of one digit: 2048 of 4 bytes, so that a thread's histograms stay in its L1 cache.
+// Neighbouring keys are often alike: counted in turn by several histograms, an increment need not
+// wait for the one before.
 struct DigitCounts {
   static constexpr int kHistograms = 4;
   uint32_t counts[kHistograms][kDigits] = {};
 
   template <class Key>
-  void add(const Key* keys, int count, int shift) {
+  void add(const Key* keys, int count, int shift, Key digit_mask) {
     int i = 0;
     for (; i + kHistograms <= count; i += kHistograms) {
-      for (int h = 0; h < kHistograms; ++h) ++counts[h][keys[i + h] >> shift];
+      for (int h = 0; h < kHistograms; ++h) ++counts[h][keys[i + h] >> shift & digit_mask];
     }
-    for (; i < count; ++i) ++counts[0][keys[i] >> shift];
+    for (; i < count; ++i) ++counts[0][keys[i] >> shift & digit_mask];
   }
   void write(uint32_t* histogram /*[kDigits]*/) const {
     for (int digit = 0; digit < kDigits; ++digit) {
@@ -118,13 +116,39 @@ int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, K
   return count;
 }
 
+// For each range, a histogram of the digit at `shift` of those keys whose bits above it are
+// `prefix`.
+template <class Source>
+std::vector<uint32_t> count_digits(const Source& source, const Ranges& ranges, int shift,
+                                   typename Source::Key prefix) {
+  using Key = typename Source::Key;
+  constexpr int kBits = 8 * sizeof(Key);
+  const int unknown_bits = shift + digit_bits(kBits, shift);
+  const Key digit_mask = (Key{1} << (unknown_bits - shift)) - 1;
+  std::vector<uint32_t> histograms(ranges.count * kDigits);
+  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    DigitCounts counts;
+    Key matching[kBlockKeys + 1];
+    for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
+      if (unknown_bits < kBits) {
+        count = static_cast<int>(copy_matching(keys, count, unknown_bits, prefix, matching));
+        keys = matching;
+      }
+      counts.add(keys, count, shift, digit_mask);
+    });
+    counts.write(histograms.data() + range * kDigits);
+  });
+  return histograms;
+}
+
 // Requires 1 <= k <= n.
 template <class Source>
 KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, int64_t k) {
   using Key = typename Source::Key;
   constexpr int kBits = 8 * sizeof(Key);
   const Ranges ranges(n);
-  std::vector<uint32_t> histograms(ranges.count * kDigits);
+  constexpr int kFirstShift = kBits - kDigitBits;
+  std::vector<uint32_t> histograms = count_digits(source, ranges, kFirstShift, Key{0});
   KthLargest<Key> result{0, 0, n};
   const auto descend = [&](int digit_bits) {
     for (Key digit = (Key{1} << digit_bits) - 1;; --digit) {
@@ -139,15 +163,6 @@ KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, in
       result.above += result.equal;
     }
   };
-
-  constexpr int kFirstShift = kBits - kDigitBits;
-  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
-    DigitCounts counts;
-    for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
-      counts.add(keys, count, kFirstShift);
-    });
-    counts.write(histograms.data() + range * kDigits);
-  });
   descend(kDigitBits);
 
   // The keys of a range that share the digits found so far, and room for one more.
@@ -189,12 +204,45 @@ void write_at_least(const Key* keys, int count, Key key, uint8_t* mask) {
   ENTROPY_RL_SIMD_CALL(write_at_least(keys, count, key, mask));
 }
 
+template <class Key>
+Key smallest_above(const Key* keys, int count, Key key) {
+  ENTROPY_RL_SIMD_CALL(smallest_above(keys, count, key));
+}
+
 // mask[i] = keys[i] >= key
 template <class Source, class Key>
 void threshold_mask(const Source& source, int64_t n, Key key, uint8_t* mask /*[n]*/) {
   Ranges(n).for_each([&](int64_t, int64_t begin, int64_t end) {
     for_each_block(source, begin, end, [&](int64_t first, int count, const Key* keys) {
       write_at_least(keys, count, key, mask + first);
+    });
+  });
+}
+
+// Sets mask to 1 for the keys above `key` and the first `ties` that equal it, and to 0 elsewhere.
+template <class Source, class Key>
+void first_ties_mask(const Source& source, int64_t n, Key key, int64_t ties,
+                     uint8_t* mask /*[n]*/) {
+  const Ranges ranges(n);
+  std::vector<int64_t> ties_before(ranges.count + 1, 0);
+  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    int64_t equal = 0;
+    for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
+      equal += std::count(keys, keys + count, key);
+    });
+    ties_before[range + 1] = equal;
+  });
+  for (int64_t range = 0; range < ranges.count; ++range) {
+    ties_before[range + 1] += ties_before[range];
+  }
+  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    int64_t rank = ties_before[range];
+    for_each_block(source, begin, end, [&](int64_t first, int count, const Key* keys) {
+      for (int i = 0; i < count; ++i) {
+        const bool tie = keys[i] == key;
+        mask[first + i] = (keys[i] > key) | (tie & (rank < ties));
+        rank += tie;
+      }
     });
   });
 }
@@ -212,29 +260,20 @@ void top_k_mask(const Source& source, int64_t n, int64_t k, uint8_t* mask /*[n]*
   if (cut.key == kIneligibleKey<Key>) return threshold_mask(source, n, Key{1}, mask);
   const int64_t ties = k - cut.above;
   if (ties == cut.equal) return threshold_mask(source, n, cut.key, mask);
+  first_ties_mask(source, n, cut.key, ties, mask);
+}
 
+// The smallest key above `key`.
+template <class Source, class Key>
+Key next_key(const Source& source, int64_t n, Key key) {
   const Ranges ranges(n);
-  std::vector<int64_t> ties_before(ranges.count + 1, 0);
+  std::vector<Key> smallest(ranges.count, kNaNKey<Key>);
   ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
-    int64_t equal = 0;
     for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
-      equal += std::count(keys, keys + count, cut.key);
-    });
-    ties_before[range + 1] = equal;
-  });
-  for (int64_t range = 0; range < ranges.count; ++range) {
-    ties_before[range + 1] += ties_before[range];
-  }
-  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
-    int64_t rank = ties_before[range];
-    for_each_block(source, begin, end, [&](int64_t first, int count, const Key* keys) {
-      for (int i = 0; i < count; ++i) {
-        const bool tie = keys[i] == cut.key;
-        mask[first + i] = (keys[i] > cut.key) | (tie & (rank < ties));
-        rank += tie;
-      }
+      smallest[range] = std::min(smallest[range], smallest_above(keys, count, key));
     });
   });
+  return *std::min_element(smallest.begin(), smallest.end());
 }
 
 }  // namespace entropy_rl::cpu

@@ -23,3 +23,14 @@ template <class Key>
 void write_at_least(const Key* keys /*[count]*/, int count, Key key, uint8_t* mask /*[count]*/) {
   for (int i = 0; i < count; ++i) mask[i] = keys[i] >= key;
 }
+
+// The smallest of the keys above `key`; kNaNKey where there is none.
+template <class Key>
+Key smallest_above(const Key* keys /*[count]*/, int count, Key key) {
+  Key smallest = kNaNKey<Key>;
+  for (int i = 0; i < count; ++i) {
+    const Key candidate = keys[i] > key ? keys[i] : kNaNKey<Key>;
+    smallest = candidate < smallest ? candidate : smallest;
+  }
+  return smallest;
+}

@@ -103,6 +103,16 @@ void sort_select(const Key* keys /*[rows, columns]*/, const TileLayout& layout,
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+template <class Keys>
+void write_radix_mask(const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state,
+                      uint8_t* mask /*[rows, columns]*/, cudaStream_t stream) {
+  const unsigned blocks = grid_size(in.layout.tiles());
+  radix_ties_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  radix_mask_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, mask);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 // The mask by radix select (../kernels/radix_select.cuh).
 template <class Keys>
 void radix_select(const Keys& keys, int64_t rows, int64_t columns, const Segments& segments,
@@ -130,16 +140,17 @@ void radix_select(const Keys& keys, int64_t rows, int64_t columns, const Segment
     radix_histogram_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, pass);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  radix_ties_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  radix_mask_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, mask);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  write_radix_mask(in, state, mask, stream);
+}
+
+void check_fits_radix(const char* name, int64_t tokens) {
+  check(tokens <= kMaxRadixKeys, name, " has ", tokens, " elements; radix select takes up to ",
+        kMaxRadixKeys);
 }
 
 bool use_radix(TopAlgorithm algorithm, int64_t tokens) {
+  if (algorithm == TopAlgorithm::kRadix) check_fits_radix("entropy", tokens);
   const bool fits = tokens <= kMaxRadixKeys;
-  check(fits || algorithm != TopAlgorithm::kRadix, "entropy has ", tokens,
-        " elements; algorithm 'radix' takes up to ", kMaxRadixKeys);
   return algorithm == TopAlgorithm::kRadix || (algorithm == TopAlgorithm::kAuto && fits);
 }
 
@@ -175,6 +186,110 @@ Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mas
   return result;
 }
 
+// ---- For values that several processes hold ----
+
+TileLayout process_layout(int64_t n) { return TileLayout(1, n, radix_tile_keys(1, n)); }
+
+template <class Element>
+EntropyKeys<Element> process_keys(const ProcessValues& in) {
+  return {const_data<Element>(in.values), const_data<bool>(in.mask)};
+}
+
+Tensor global_top_mask_counts(const Tensor& values, const Tensor& mask, std::optional<Tensor> key,
+                              int64_t shift) {
+  const ProcessValues in(values, mask);
+  const DigitArguments digit(shift, in.key_bits(), key, in.values);
+  const DeviceScope device(in.values);
+  const int64_t n = in.values.numel();
+  check_fits_radix("values", n);
+  Tensor result = torch::stable::new_zeros(in.values, {int64_t{1} << digit.bits}, ScalarType::Long);
+  if (n == 0) return result;
+  const TileLayout layout = process_layout(n);
+  dispatch_floating(in.values.scalar_type(), [&](auto element) {
+    using Keys = EntropyKeys<decltype(element)>;
+    radix_counts_kernel<Keys><<<grid_size(layout.tiles()), kRadixThreads, 0, device.stream()>>>(
+        process_keys<decltype(element)>(in), layout, digit.pass, const_data<int64_t>(key),
+        mutable_data<unsigned long long>(result));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> global_top_mask_key(const Tensor& counts, std::optional<Tensor> key,
+                                               const Tensor& k, int64_t shift) {
+  const CountsArguments in(counts, key, k, shift);
+  const DeviceScope device(in.counts);
+  Tensor found = torch::stable::new_empty(in.counts, {}, ScalarType::Long);
+  Tensor k_left = torch::stable::new_empty(in.counts, {}, ScalarType::Long);
+  radix_key_kernel<int64_t><<<1, kRadixThreads, 0, device.stream()>>>(
+      const_data<int64_t>(in.counts), in.digits, static_cast<int>(shift), const_data<int64_t>(key),
+      const_data<int64_t>(k), mutable_data<int64_t>(found), mutable_data<int64_t>(k_left));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {found, k_left};
+}
+
+Tensor global_top_mask_next_key(const Tensor& values, const Tensor& mask, const Tensor& key) {
+  const ProcessValues in(values, mask);
+  check_number("key", key, ScalarType::Long, "values", in.values);
+  const DeviceScope device(in.values);
+  const int64_t n = in.values.numel();
+  const bool wide = in.key_bits() == 64;
+  Tensor result =
+      torch::stable::new_empty(in.values, {}, wide ? ScalarType::Long : ScalarType::Int);
+  dispatch_floating(in.values.scalar_type(), [&](auto element) {
+    using Keys = EntropyKeys<decltype(element)>;
+    using Key = typename Keys::Key;
+    auto* next = mutable_data<signed_key_t<Key>>(result);
+    set_kernel<<<1, 1, 0, device.stream()>>>(signed_key(kNaNKey<Key>), next);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (n == 0) return;
+    const TileLayout layout = process_layout(n);
+    radix_next_key_kernel<Keys><<<grid_size(layout.tiles()), kRadixThreads, 0, device.stream()>>>(
+        process_keys<decltype(element)>(in), layout, const_data<int64_t>(key), next);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Tensor& mask,
+                                                  const Tensor& key, const Tensor& k,
+                                                  std::optional<Tensor> ties, int64_t process,
+                                                  std::optional<Tensor> next_key,
+                                                  std::optional<Tensor> weight) {
+  const ProcessValues in(values, mask);
+  check_found(in, key, k, ties, process, next_key, weight);
+  const DeviceScope device(in.values);
+  const int64_t n = in.values.numel();
+  check_fits_radix("values", n);
+  if (ties) ties = torch::stable::contiguous(*ties);
+  const FoundOnDevice found{const_data<int64_t>(key),
+                            const_data<int64_t>(k),
+                            const_data<int64_t>(ties),
+                            process,
+                            next_key ? next_key->const_data_ptr() : nullptr,
+                            const_data<double>(weight)};
+  Tensor result = torch::stable::new_empty(in.values, shape_of(in.values), ScalarType::Bool);
+  Tensor lowest =
+      torch::stable::new_empty(in.values, {}, accumulate_dtype(in.values.scalar_type()));
+  dispatch_floating(in.values.scalar_type(), [&](auto element) {
+    using Keys = EntropyKeys<decltype(element)>;
+    using Key = typename Keys::Key;
+    constexpr int kPasses = Digit<Key>::kPasses;
+    const DeviceArray<RadixCut<Key>> cuts(in.values, kPasses);  // the last alone is read
+    radix_process_cut_kernel<Key><<<1, kWarpSize, 0, device.stream()>>>(
+        found, cuts.data() + kPasses - 1, mutable_data<typename KeyTraits<Key>::Value>(lowest));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    if (n == 0) return;
+    const TileLayout layout = process_layout(n);
+    const RadixInputs<Keys> inputs{process_keys<decltype(element)>(in), nullptr, nullptr, layout,
+                                   SelectionRule{TopRule::kTopK, 0.0, nullptr}};
+    const DeviceArray<Key> tile_values(in.values, layout.tiles());
+    const RadixState<Key> state{nullptr, cuts.data(), tile_values.data(), 1};
+    write_radix_mask(inputs, state, mutable_data<uint8_t>(result), device.stream());
+  });
+  return {result, lowest};
+}
+
 }  // namespace
 
 template <class Key>
@@ -199,4 +314,8 @@ template void top_k_mask(const uint64_t*, int64_t, const int64_t*, uint8_t*, con
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CUDA, m) {
   m.impl("global_top_mask_forward", TORCH_BOX(&entropy_rl::cuda::global_top_mask_forward));
+  m.impl("global_top_mask_counts", TORCH_BOX(&entropy_rl::cuda::global_top_mask_counts));
+  m.impl("global_top_mask_key", TORCH_BOX(&entropy_rl::cuda::global_top_mask_key));
+  m.impl("global_top_mask_next_key", TORCH_BOX(&entropy_rl::cuda::global_top_mask_next_key));
+  m.impl("global_top_mask_at_key", TORCH_BOX(&entropy_rl::cuda::global_top_mask_at_key));
 }

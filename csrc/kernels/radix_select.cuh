@@ -79,9 +79,6 @@ __device__ __forceinline__ void for_each_four(const Keys& keys, int64_t begin, i
 
 // ---- Digits ----
 
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
-
 // The digit that a pass finds: the bits [shift, shift + bits) of a key.
 template <class Key>
 struct Digit {
@@ -105,59 +102,57 @@ struct Digit {
 };
 
 // Of a segment, as far as its digits are found.
-template <class Key>
+template <class Key, class Count = uint32_t>
 struct RadixCut {
   Key prefix;    // the digits found; after the last pass the k-th largest key
   Key eligible;  // keys in the segment; a Key, so that the struct has no padding
-  uint32_t
-      rank;  // which of the keys that share the prefix, from the largest, 1 up; 0: none is kept
-  uint32_t equal;  // how many share it
+  Count rank;    // which of the keys that share the prefix, from the largest, 1 up; 0: none is kept
+  Count equal;   // how many share it
 
   __device__ __forceinline__ bool keeps_all_ties() const { return rank == equal; }
 };
 
 // Which key of n, counted from the largest, decides; 0: none.
-__device__ __forceinline__ uint32_t deciding_rank(uint32_t n, const SelectionRule& rule) {
+template <class Count>
+__device__ __forceinline__ Count deciding_rank(Count n, const SelectionRule& rule) {
   if (n == 0) return 0;
   if (rule.rule == TopRule::kQuantile) {
-    return n - static_cast<uint32_t>(quantile_position(n, rule.ratio).lower);
+    return n - static_cast<Count>(quantile_position(n, rule.ratio).lower);
   }
-  if (!rule.count) return static_cast<uint32_t>(top_count(n, rule.ratio));
+  if (!rule.count) return static_cast<Count>(top_count(n, rule.ratio));
   const int64_t count = *rule.count;
-  return count < 0 ? 0 : count < n ? static_cast<uint32_t>(count) : n;
+  return count < 0 ? 0 : count < static_cast<int64_t>(n) ? static_cast<Count>(count) : n;
 }
 
-template <class Key>
+template <class Key, class Count = uint32_t>
 struct RadixShared {
-  uint32_t counts[kMaxWarps];
+  Count counts[kMaxWarps];
   Key keys[kMaxWarps];
-  RadixCut<Key> cut;
+  RadixCut<Key, Count> cut;
 };
 
-// `cut` with the digit of `pass` found in the histogram of the keys that share its prefix. All
-// threads of the block call it; all return it.
-template <class Key>
-__device__ __forceinline__ RadixCut<Key> with_digit(const uint32_t* histogram /*[kDigits]*/,
-                                                    const RadixCut<Key>& cut, int pass,
-                                                    const SelectionRule& rule,
-                                                    RadixShared<Key>* shared) {
+// `cut` with the digit at `shift` found in the histogram of the keys that share its prefix; the
+// rule tells `is_first` which of them decides. All threads of the block call it; all return it.
+template <class Key, class Count>
+__device__ __forceinline__ RadixCut<Key, Count> with_digit(
+    const Count* histogram /*[digits]*/, int digits, const RadixCut<Key, Count>& cut, bool is_first,
+    int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
   // Thread t looks after the t-th run of digits from the highest down.
-  const int run = (kDigits + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
-  const int highest = kDigits - 1 - static_cast<int>(threadIdx.x) * run;
-  uint32_t own = 0;
+  const int run = (digits + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+  const int highest = digits - 1 - static_cast<int>(threadIdx.x) * run;
+  Count own = 0;
   for (int i = 0; i < run && i <= highest; ++i) own += histogram[highest - i];
-  uint32_t total;
-  uint32_t above = block_exclusive_scan(own, &total, shared->counts);
-  const Key eligible = pass == 0 ? total : cut.eligible;
-  const uint32_t rank = pass == 0 ? deciding_rank(total, rule) : cut.rank;
+  Count total;
+  Count above = block_exclusive_scan(own, &total, shared->counts);
+  const Key eligible = is_first ? static_cast<Key>(total) : cut.eligible;
+  const Count rank = is_first ? deciding_rank(total, rule) : cut.rank;
   if (rank == 0) {
     if (threadIdx.x == 0) shared->cut = {kNaNKey<Key>, eligible, 0, 0};
   } else if (above < rank && rank <= above + own) {
     int digit = highest;
     while (above + histogram[digit] < rank) above += histogram[digit--];
-    const Key found = static_cast<Key>(digit) << Digit<Key>(pass).shift;
-    shared->cut = {pass == 0 ? found : cut.prefix | found, eligible, rank - above,
-                   histogram[digit]};
+    const Key found = static_cast<Key>(digit) << shift;
+    shared->cut = {cut.prefix | found, eligible, rank - above, histogram[digit]};
   }
   __syncthreads();
   return shared->cut;
@@ -182,6 +177,23 @@ __device__ __forceinline__ void count_digits(const Keys& keys, int64_t begin, in
 
 __device__ __forceinline__ void clear_digits(uint32_t* histogram /*[kDigits]*/) {
   for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
+}
+
+// Adds them to counts that other blocks add to as well.
+template <class Keys, class Count>
+__device__ __forceinline__ void add_digits(const Keys& keys, int64_t begin, int64_t size, int pass,
+                                           typename Keys::Key prefix,
+                                           uint32_t* histogram /*[kDigits], shared*/,
+                                           Count* sums /*[digits]*/) {
+  clear_digits(histogram);
+  __syncthreads();
+  count_digits(keys, begin, size, pass, prefix, histogram);
+  __syncthreads();
+  for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) {
+    if (histogram[digit] != 0) atomicAdd(&sums[digit], Count{histogram[digit]});
+  }
+  // The next tile's histogram may not be cleared before this one is added.
+  __syncthreads();
 }
 
 // ---- From the last cut to the mask ----
@@ -330,7 +342,8 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
         count_digits(in.keys, in.begin(tile), layout.size(tile), pass, cut.prefix, histogram);
       }
       __syncthreads();
-      cut = with_digit(histogram, cut, pass, in.rule, &shared);
+      cut =
+          with_digit(histogram, kDigits, cut, pass == 0, Digit<Key>(pass).shift, in.rule, &shared);
     }
     if (splits_ties(cut, in.rule)) {
       uint32_t ties = cut.rank;
@@ -367,7 +380,7 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
 // What the passes hand on, for every segment at the index of its first row.
 template <class Key>
 struct RadixState {
-  uint32_t* histograms;  // [passes, rows, kDigits], zero at the start
+  uint32_t* histograms;  // [passes, rows, kDigits], zero at the start; null: the cuts are there
   RadixCut<Key>* cuts;   // [passes, rows]
   Key* tile_values;      // [tiles]: ties in the tile, or the smallest key above the deciding one
   int64_t rows;
@@ -386,9 +399,10 @@ __device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
     const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state, int pass,
     int64_t segment, int64_t tile, RadixShared<typename Keys::Key>* shared) {
   using Key = typename Keys::Key;
+  if (!state.histograms) return *state.cut(pass, segment);
   const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, segment) : RadixCut<Key>{};
-  const RadixCut<Key> cut =
-      with_digit(state.histogram(pass, segment), before, pass, in.rule, shared);
+  const RadixCut<Key> cut = with_digit(state.histogram(pass, segment), kDigits, before, pass == 0,
+                                       Digit<Key>(pass).shift, in.rule, shared);
   if (tile == segment * in.layout.tiles_per_row && threadIdx.x == 0) {
     *state.cut(pass, segment) = cut;
   }
@@ -405,16 +419,8 @@ __global__ void radix_histogram_kernel(RadixInputs<Keys> in, RadixState<typename
     const int64_t segment = in.segment_begin(in.layout.row(tile));
     RadixCut<Key> cut{};
     if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
-    clear_digits(histogram);
-    __syncthreads();
-    count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
-    __syncthreads();
-    uint32_t* sums = state.histogram(pass, segment);
-    for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) {
-      if (histogram[digit] != 0) atomicAdd(&sums[digit], histogram[digit]);
-    }
-    // The next tile's histogram may not be cleared before this one is added.
-    __syncthreads();
+    add_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram,
+               state.histogram(pass, segment));
   }
 }
 
@@ -477,6 +483,94 @@ __global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys
       next = block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared.keys);
     }
     mask_from(in.keys, begin, size, smallest_kept(cut, next, in.rule), mask + begin);
+  }
+}
+
+// ---- Keys that several processes hold, which add up their counts between the kernels ----
+
+// Of the keys that have the digits of `key` above that of `pass`, how many have which digit there.
+template <class Keys>
+__global__ void radix_counts_kernel(Keys keys, TileLayout layout, int pass,
+                                    const int64_t* key /*[1], or null in the first pass*/,
+                                    unsigned long long* counts /*[digits], zero at the start*/) {
+  using Key = typename Keys::Key;
+  __shared__ uint32_t histogram[kDigits];
+  const Key prefix = key ? static_cast<Key>(*key) : 0;
+  for (int64_t tile = blockIdx.x; tile < layout.tiles(); tile += gridDim.x) {
+    add_digits(keys, layout.begin(tile), layout.size(tile), pass, prefix, histogram, counts);
+  }
+}
+
+// Puts the digit of the k-th largest of the counted keys into `key`; k_left of them have it. One
+// block. k is held between 0 and the number of keys; 0 finds all bits set.
+template <class Count>
+__global__ void radix_key_kernel(const Count* counts /*[digits]*/, int digits, int shift,
+                                 const int64_t* key /*[1], or null in the first pass*/,
+                                 const int64_t* k /*[1]*/, int64_t* found /*[1]*/,
+                                 int64_t* k_left /*[1]*/) {
+  using Cut = RadixCut<uint64_t, Count>;
+  __shared__ RadixShared<uint64_t, Count> shared;
+  const Cut before{key ? static_cast<uint64_t>(*key) : 0, 0, 0, 0};
+  const SelectionRule rule{TopRule::kTopK, 0.0, k};
+  const Cut cut = with_digit(counts, digits, before, true, shift, rule, &shared);
+  if (threadIdx.x == 0) {
+    *found = static_cast<int64_t>(cut.prefix);
+    *k_left = cut.rank;
+  }
+}
+
+template <class T>
+__global__ void set_kernel(T value, T* to /*[1]*/) {
+  *to = value;
+}
+
+// The smallest key above `key`; `next` is the largest of all at the start.
+template <class Keys>
+__global__ void radix_next_key_kernel(Keys keys, TileLayout layout, const int64_t* key /*[1]*/,
+                                      signed_key_t<typename Keys::Key>* next /*[1]*/) {
+  using Key = typename Keys::Key;
+  __shared__ Key shared[kMaxWarps];
+  Key smallest = kNaNKey<Key>;
+  for (int64_t tile = blockIdx.x; tile < layout.tiles(); tile += gridDim.x) {
+    smallest = SmallerKey{}(smallest, smallest_above(keys, layout.begin(tile), layout.size(tile),
+                                                     static_cast<Key>(*key)));
+  }
+  smallest = block_reduce(smallest, kNaNKey<Key>, SmallerKey{}, shared);
+  if (threadIdx.x == 0) atomicMin(next, signed_key(smallest));
+}
+
+// What the processes found, in device memory; either of `ties` and `next` may be null.
+struct FoundOnDevice {
+  const int64_t* key;   // [1]
+  const int64_t* k;     // [1]
+  const int64_t* ties;  // [processes]
+  int64_t process;
+  const void* next;      // [1] signed_key_t
+  const double* weight;  // [1]
+};
+
+// How a process cuts its keys, as the last pass of a state without histograms, and the lowest value
+// that any process keeps. One block.
+template <class Key>
+__global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* radix_cut /*[1]*/,
+                                         typename KeyTraits<Key>::Value* lowest /*[1]*/) {
+  __shared__ int64_t shared[kMaxWarps];
+  const FoundKey key{*found.key, *found.k};
+  ProcessCut<Key> cut;
+  if (found.ties) {
+    int64_t before = 0;
+    for (int i = threadIdx.x; i < found.process; i += blockDim.x) before += found.ties[i];
+    before = block_reduce(before, int64_t{0}, AddCounts{}, shared);
+    cut = cut_ties<Key>(key, before, found.ties[found.process]);
+  } else if (found.next) {
+    const Key next = unsigned_key<Key>(*static_cast<const signed_key_t<Key>*>(found.next));
+    cut = cut_quantile(key, next, *found.weight);
+  } else {
+    cut = cut_at<Key>(key);
+  }
+  if (threadIdx.x == 0) {
+    *radix_cut = {cut.key, 0, static_cast<uint32_t>(cut.ties), static_cast<uint32_t>(cut.equal)};
+    *lowest = cut.lowest;
   }
 }
 

@@ -43,6 +43,29 @@ inline constexpr Key kIneligibleKey = 0;
 template <class Key>
 inline constexpr Key kNaNKey = ~Key{0};
 
+// Keys are searched from their highest bits down, a digit at a time: kDigitBits bits, the last
+// digit what is left.
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+
+// Bits of the digit that begins `shift` bits from the lowest.
+constexpr int digit_bits(int key_bits, int shift) {
+  return shift > 0 ? kDigitBits : (key_bits - 1) % kDigitBits + 1;
+}
+
+// Keys as signed integers of the same order, for what knows no others.
+template <class Key>
+using signed_key_t = std::conditional_t<sizeof(Key) == sizeof(int64_t), long long, int>;
+
+template <class Key>
+ENTROPY_RL_HD inline signed_key_t<Key> signed_key(Key key) {
+  return static_cast<signed_key_t<Key>>(key ^ KeyTraits<Key>::kSign);
+}
+template <class Key>
+ENTROPY_RL_HD inline Key unsigned_key(signed_key_t<Key> key) {
+  return static_cast<Key>(key) ^ KeyTraits<Key>::kSign;
+}
+
 // Order-preserving key of a float or double; never kIneligibleKey. Integer operations only: a
 // comparison of floats would take subnormal numbers for zero where the host or the compiler flushes
 // them.
@@ -116,6 +139,66 @@ ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
   const Key key = selection_key(static_cast<Value>(low + step));
   // Rounding may not lift the threshold above the value that it interpolates towards.
   return key < upper ? key : upper;
+}
+
+// ---- Keys that several processes hold ----
+
+// One process's part of the choice: it keeps its keys above `key` and the first `ties` of the
+// `equal` that equal it.
+template <class Key>
+struct ProcessCut {
+  Key key;
+  int64_t ties;
+  int64_t equal;                          // ties == equal: all of them, however many they are
+  typename KeyTraits<Key>::Value lowest;  // that any process keeps; inf for NaN, 0 where none does
+};
+
+// What the processes found together.
+struct FoundKey {
+  int64_t bits;  // the deciding key
+  int64_t k;     // which of those equal to it, from the largest; <= 0: there is none
+};
+
+template <class Key>
+ENTROPY_RL_HD inline ProcessCut<Key> no_cut() {
+  return {kNaNKey<Key>, 0, 1, 0};
+}
+
+// Keeps all keys equal to `key` and larger ones, of all processes; `lowest` of these decides.
+template <class Key>
+ENTROPY_RL_HD inline ProcessCut<Key> cut_at(Key key, Key lowest) {
+  const auto infinity = static_cast<typename KeyTraits<Key>::Value>(INFINITY);
+  return {key, 1, 1, lowest == kNaNKey<Key> ? infinity : selection_value(lowest)};
+}
+template <class Key>
+ENTROPY_RL_HD inline ProcessCut<Key> cut_at(const FoundKey& found) {
+  const Key key = static_cast<Key>(found.bits);
+  return found.k > 0 ? cut_at(key, key) : no_cut<Key>();
+}
+
+// Keeps k of the equal keys, those of the first processes: this one holds `ties`, and those before
+// it `ties_before`.
+template <class Key>
+ENTROPY_RL_HD inline ProcessCut<Key> cut_ties(const FoundKey& found, int64_t ties_before,
+                                              int64_t ties) {
+  ProcessCut<Key> cut = cut_at<Key>(found);
+  const int64_t left = found.k - ties_before;
+  if (found.k > 0 && left < ties) {
+    cut.ties = left > 0 ? left : 0;
+    cut.equal = ties;
+  }
+  return cut;
+}
+
+// Cuts `weight` of the way from the found key to the next value up, for which `next` is the
+// smallest larger key: where the key occurs more than once, that value is the same.
+template <class Key>
+ENTROPY_RL_HD inline ProcessCut<Key> cut_quantile(const FoundKey& found, Key next, double weight) {
+  if (found.k <= 0) return no_cut<Key>();
+  const Key lower = static_cast<Key>(found.bits);
+  const Key upper = found.k > 1 ? lower : next;
+  const Key cut = quantile_key(lower, upper, weight);
+  return cut_at(cut, cut > lower ? upper : lower);
 }
 
 }  // namespace entropy_rl

@@ -104,3 +104,77 @@ def _(
 
 
 register_no_derivative("global_top_mask_forward", "a choice of tokens has none")
+
+
+# ---- For values that several processes hold
+#
+# Four ops that do not communicate; `entropy_rl.selection` adds up over the processes what they give. Values are float32,
+# bfloat16, float16 or float64 of any shape; a mask, of that shape and any dtype, leaves values out. A key is the integer
+# that stands for a value, as unsigned bits in a 0-dim int64 tensor (csrc/kernels/selection.h): 32 of them, 64 for
+# float64. It is searched a digit at a time, at each of `digit_shifts`. Nothing waits for the device.
+#
+#   global_top_mask_counts(values, mask, key, shift)  [digits] int64: how many of the keys that share the digits above
+#       `shift` with `key` (None: of all) have which digit there.
+#   global_top_mask_key(counts, key, k, shift)  (key, k): `key` with the digit that the k-th largest of the counted keys
+#       has, and which of those with this digit it is. k is 0-dim int64, held between 0 and the number of the keys; with
+#       0 the key has all bits set, which is NaN.
+#   global_top_mask_next_key(values, mask, key)  0-dim int32 (float64: int64): the smallest key above `key`, or NaN, as
+#       the signed integer of the same order, so that the minimum over processes is the smallest.
+#   global_top_mask_at_key(values, mask, key, k, ties, process, next_key, weight)  (mask, lowest): all values from `key`
+#       up. With `ties`, [processes] int64, how many values of each have that key: of these only the first k, process
+#       after process, and within one those of lowest flat index. With `next_key` and `weight` (0-dim float64): those
+#       from the value on that lies `weight` of the way from the key's to the next one up. Nothing where k is 0.
+#       `lowest` is the lowest value that any process keeps, in float32 (float64): inf where only NaN, 0 where nothing.
+#
+# Raise ValueError: shapes, dtypes or devices that do not fit, a shift that is none of a digit, `key` missing for a digit
+# below the first or given for that, `ties` together with `next_key`, `next_key` without `weight`.
+
+_DIGIT_BITS = 11
+
+
+def digit_shifts(dtype: torch.dtype) -> tuple[int, ...]:
+    """Where the digits of the keys of `dtype` begin, from the highest."""
+    return (*range(_key_bits(dtype) - _DIGIT_BITS, 0, -_DIGIT_BITS), 0)
+
+
+def _key_bits(dtype: torch.dtype) -> int:
+    return 64 if dtype == torch.float64 else 32
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_counts")
+def _(values: Tensor, mask: Tensor, key: Tensor | None, shift: int) -> Tensor:
+    check_same_device(values=values, mask=mask, key=key)
+    bits = _DIGIT_BITS if shift > 0 else (_key_bits(values.dtype) - 1) % _DIGIT_BITS + 1
+    return values.new_empty(1 << bits, dtype=torch.int64)
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_key")
+def _(counts: Tensor, key: Tensor | None, k: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    check_same_device(counts=counts, key=key, k=k)
+    return torch.empty_like(k), torch.empty_like(k)
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_next_key")
+def _(values: Tensor, mask: Tensor, key: Tensor) -> Tensor:
+    check_same_device(values=values, mask=mask, key=key)
+    return values.new_empty((), dtype=torch.int64 if values.dtype == torch.float64 else torch.int32)
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_at_key")
+def _(
+    values: Tensor,
+    mask: Tensor,
+    key: Tensor,
+    k: Tensor,
+    ties: Tensor | None = None,
+    process: int = 0,
+    next_key: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_same_device(values=values, mask=mask, key=key, k=k, ties=ties, next_key=next_key, weight=weight)
+    lowest = values.new_empty((), dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    return values.new_empty(values.shape, dtype=torch.bool), lowest
+
+
+for _op in ("counts", "key", "next_key", "at_key"):
+    register_no_derivative(f"global_top_mask_{_op}", "a choice of tokens has none")
