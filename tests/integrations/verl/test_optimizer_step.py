@@ -259,7 +259,8 @@ def test_gradients_and_metrics(results: Any, policies: dict[str, Policy], name: 
     for parameter, gradient in wanted.items():
         difference = (gradients[parameter].double() - gradient).norm()
         assert difference <= 1e-6 * norm, f"{parameter}: {difference / norm:.1e}"
-    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+    # Token losses of magnitude 1 nearly cancel in some means: float32 leaves an absolute error.
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6, abs=5e-8)
 
 
 def test_null_is_bit_identical_to_verl_without_the_plugin(models: Path, tmp_path: Path) -> None:
