@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -716,15 +717,8 @@ def accumulate_gradients(
             response_mask,
             entropy_mask=selected,
             covariance_mask=covariance_mask,
-            normalize=actor.entropy_top_normalize,
-            clip_ratio=actor.clip_ratio,
-            clip_ratio_low=actor.clip_ratio_low,
-            clip_ratio_high=actor.clip_ratio_high,
-            clip_ratio_c=actor.clip_ratio_c,
-            tau_pos=actor.tau_pos,
-            tau_neg=actor.tau_neg,
             seed=seed + number,
-            **actor.policy_loss,
+            **policy_loss_options(actor),
             **policy_aggregation,
         )
         if actor.policy_loss.loss_mode == "geo_mean":  # a mean over the rows of its own batch, whatever the divisors
@@ -750,11 +744,24 @@ def accumulate_gradients(
             metrics[name] = metrics[name] + value * own_tokens[number] / tokens.sum().clamp(min=1)
     metrics = dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
     if preselected and actor.entropy_top_source == "old_policy":
-        # Where the policy may have moved since, what it does to the other tokens is not known: they entered as unmoved.
-        share = metrics["actor/entropy_token_ratio"]
-        for name in movement_metrics(actor.policy_loss.loss_mode) & metrics.keys():
-            metrics[f"{name}_selected"] = metrics.pop(name) / share.clamp(min=torch.finfo(share.dtype).tiny)
+        metrics = of_selected_tokens(metrics, movement_metrics(actor.policy_loss.loss_mode))
     return metrics
+
+
+def policy_loss_options(actor: DictConfig) -> dict[str, Any]:
+    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
+    return {"normalize": actor.entropy_top_normalize, **{name: actor[name] for name in names}, **actor.policy_loss}
+
+
+def of_selected_tokens(metrics: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The metrics, those of `names` as means over the selected tokens, and called so.
+
+    Where the policy may have moved since the old log-probabilities, what it does to the other tokens is not known: they
+    entered the means over all tokens as unmoved.
+    """
+    share = metrics["actor/entropy_token_ratio"].clamp(min=torch.finfo(torch.float32).tiny)
+    changed = {f"{name}_selected": metrics[name] / share for name in names & metrics.keys()}
+    return {name: value for name, value in metrics.items() if name not in names} | changed
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:
