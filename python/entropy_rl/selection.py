@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_rl_ext import global_top_mask, policy_loss
+from entropy_rl_ext.ops.global_top_mask import digit_shifts
 from entropy_rl_ext.reference import splitmix64
 
 RULES = ("topk", "threshold", "quantile")
@@ -30,9 +31,6 @@ SEQUENCE_MODES = ("gspo", "geo_mean")
 
 # Loss modes that choose tokens of their own by covariances over all response tokens.
 COVARIANCE_MODES = ("clip_cov", "kl_cov")
-
-# 2048 counters of 8 bytes to a histogram.
-_DIGIT_BITS = 11
 
 
 def select_tokens(
@@ -321,51 +319,28 @@ def _select_over_ranks(
     values which one the rule seeks, counted from the largest, and for "quantile" how far above it the quantile lies on
     the way up.
     """
-    eligible = eligible.flatten()
-    keys = _keys(values)
-    smallest, largest = torch.iinfo(keys.dtype).min, torch.iinfo(keys.dtype).max
-    keys = torch.where(eligible, keys, smallest)
-
-    # `cut` is the smallest key with the digits found so far; of the keys that have them, the k-th largest is sought.
-    cut = keys.new_full((), smallest)
-    k = weight = None
-    bits = torch.iinfo(keys.dtype).bits
-    for shift in (*range(bits - _DIGIT_BITS, 0, -_DIGIT_BITS), 0):
-        size, bits = 1 << (bits - shift), shift
-        digit = (keys >> shift) - (cut >> shift)
-        # One counter more, for the keys that do not count.
-        digit = torch.where(eligible & (digit >= 0) & (digit < size), digit, size).long()
-        counts = torch.zeros(size + 1, dtype=torch.int64, device=keys.device)
-        counts = counts.scatter_add_(0, digit, counts.new_ones(()).expand_as(digit))[:size]
+    ops = torch.ops.entropy_rl  # described in entropy_rl_ext/ops/global_top_mask.py
+    values, eligible = values.contiguous(), eligible.contiguous()
+    key = k = weight = None
+    for shift in digit_shifts(values.dtype):
+        counts = ops.global_top_mask_counts(values, eligible, key, shift)
+        own_counts = counts.clone()
         ranks.all_reduce(counts)
         if k is None:
             k, weight = sought(counts.sum())
-            k = k.clamp(min=1)  # of no values the first is sought, and not found
-        larger = counts.flip(0).cumsum(0).flip(0) - counts  # keys with a larger digit
-        found = (larger >= k).sum()
-        k = k - larger.take(found)
-        cut = (((cut >> shift) + found) << shift).to(keys.dtype)
+        key, k = ops.global_top_mask_key(counts, key, k, shift)
 
-    lowest = cut
+    ties = next_key = None
     if rule == "topk":
-        ties = keys.eq(cut) & eligible
-        ties_of_rank = torch.zeros(ranks.size, dtype=torch.int64, device=keys.device)
-        ties_of_rank[ranks.own] = ties.sum()
-        ranks.all_reduce(ties_of_rank)
-        left = k - ties_of_rank[: ranks.own].sum()
-        selected = keys.gt(cut) | (ties & (ties.cumsum(0) <= left))
-    elif rule == "threshold":
-        selected = keys.ge(cut) & eligible
-    else:
-        # The next value up is the same one where it occurs more than once.
-        next_key = torch.where(keys > cut, keys, largest)
-        next_key = torch.cat([next_key, next_key.new_full((1,), largest)]).amin()
+        # Of the last round's keys, those with this last digit are this key.
+        ties = torch.zeros(ranks.size, dtype=torch.int64, device=values.device)
+        ties[ranks.own] = own_counts.take(key & (len(counts) - 1))
+        ranks.all_reduce(ties)
+    elif rule == "quantile":
+        next_key = ops.global_top_mask_next_key(values, eligible, key)
         ranks.all_reduce(next_key, dist.ReduceOp.MIN)
-        upper = torch.where(k > 1, cut, next_key)
-        threshold = _quantile_key(cut, upper, weight)
-        selected = keys.ge(threshold) & eligible
-        lowest = torch.where(threshold > cut, upper, cut)
-    return selected.view(values.shape), _value(lowest).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    selected, lowest = ops.global_top_mask_at_key(values, eligible, key, k, ties, ranks.own, next_key, weight)
+    return selected, lowest
 
 
 def _sought(n: Tensor, ratio: float, rule: str) -> tuple[Tensor, Tensor | None]:
@@ -375,34 +350,3 @@ def _sought(n: Tensor, ratio: float, rule: str) -> tuple[Tensor, Tensor | None]:
         lower = position.floor()
         return n - lower.long(), position - lower
     return torch.minimum(top_k_count(n, ratio).long(), n), None
-
-
-def _quantile_key(lower: Tensor, upper: Tensor, weight: Tensor) -> Tensor:
-    """`quantile_key` of csrc/kernels/selection.h: the same float64 operations, each rounded by itself."""
-    low, high = _value(lower).double(), _value(upper).double()
-    key = _keys((low + weight * (high - low)).to(_value(lower).dtype)).view(())
-    stays = (weight == 0) | (lower == upper) | (low == -torch.inf)
-    return torch.where(stays, lower, torch.minimum(key, upper))
-
-
-# The integer types in which keys are kept, with the float type of their values and the bits of its infinity.
-_VALUES = {torch.int32: (torch.float32, 0x7F800000), torch.int64: (torch.float64, 0x7FF0000000000000)}
-
-
-def _keys(entropy: Tensor) -> Tensor:
-    """Integers in the order of the entropies, [n] int32 (int64 for float64), flat.
-
-    NaN is the largest integer, -0.0 is 0.0, and no entropy is the smallest integer.
-    """
-    dtype = torch.int64 if entropy.dtype == torch.float64 else torch.int32
-    value_dtype, infinity = _VALUES[dtype]
-    bits = entropy.to(value_dtype).flatten().view(dtype)
-    magnitude = bits & torch.iinfo(dtype).max
-    keys = torch.where(bits < 0, -magnitude, magnitude)
-    return torch.where(magnitude > infinity, torch.iinfo(dtype).max, keys)
-
-
-def _value(key: Tensor) -> Tensor:
-    """The entropy of a key; 0 for the smallest integer."""
-    bits = torch.where(key < 0, torch.iinfo(key.dtype).min - key, key)
-    return bits.view(_VALUES[key.dtype][0])

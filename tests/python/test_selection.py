@@ -125,13 +125,6 @@ def test_quantile_rounds_as_the_op_does(eight: Ranks) -> None:
         assert all(all(result) for result in eight.run(quantile_of_neighbours, ratio))
 
 
-def test_quantile_rounds_the_product_before_the_sum() -> None:
-    """The numbers of the test of the same name in tests/cpp: one rounding of the exact value would give the next."""
-    low, high = selection._keys(torch.tensor([1.0, 1 + 3 * 2.0**-52], dtype=torch.float64))
-    weight = torch.tensor(float.fromhex("0x1.5555555555556p-3"), dtype=torch.float64)
-    assert selection._quantile_key(low, high, weight) == low
-
-
 def errors_of_bad_input() -> list[str]:
     good = {"entropy": torch.zeros(2, 3), "response_mask": torch.ones(2, 3), "top_ratio": 0.2, "ranks": "global"}
     messages = []
