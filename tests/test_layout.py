@@ -40,7 +40,9 @@ def imported(source: Path) -> set[str]:
 def ops() -> list[str]:
     """Ops of the schema block; those that are steps of another are counted to that one."""
     schemas = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/library.cpp").read_text())
-    return sorted({re.sub(r"(_tile)?_(forward|backward)$|_(counts|key|next_key|at_key)$", "", name) for name in schemas})
+    return sorted(
+        {re.sub(r"(_tile)?_(forward|backward)$|_(counts|key|next_key|at_key)$", "", name) for name in schemas}
+    )
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)

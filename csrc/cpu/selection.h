@@ -116,6 +116,11 @@ int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, K
   return count;
 }
 
+template <class Key>
+bool any_matches(const Key* keys, int count, int shift, Key prefix) {
+  ENTROPY_RL_SIMD_CALL(any_matches(keys, count, shift, prefix));
+}
+
 // For each range, a histogram of the digit at `shift` of those keys whose bits above it are
 // `prefix`.
 template <class Source>
@@ -131,6 +136,7 @@ std::vector<uint32_t> count_digits(const Source& source, const Ranges& ranges, i
     Key matching[kBlockKeys + 1];
     for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
       if (unknown_bits < kBits) {
+        if (!any_matches(keys, count, unknown_bits, prefix)) return;
         count = static_cast<int>(copy_matching(keys, count, unknown_bits, prefix, matching));
         keys = matching;
       }

@@ -24,13 +24,24 @@ void write_at_least(const Key* keys /*[count]*/, int count, Key key, uint8_t* ma
   for (int i = 0; i < count; ++i) mask[i] = keys[i] >= key;
 }
 
+// Whether a key has `prefix` for its bits from `shift` up.
+template <class Key>
+bool any_matches(const Key* keys /*[count]*/, int count, int shift, Key prefix) {
+  Key any = 0;
+  for (int i = 0; i < count; ++i) any |= keys[i] >> shift == prefix;
+  return any != 0;
+}
+
 // The smallest of the keys above `key`; kNaNKey where there is none.
 template <class Key>
 Key smallest_above(const Key* keys /*[count]*/, int count, Key key) {
-  Key smallest = kNaNKey<Key>;
+  if (key == kNaNKey<Key>) return key;
+  // Counted from the first key above, the others wrap around and are larger than all above.
+  const Key first = key + 1;
+  Key nearest = kNaNKey<Key> - first;
   for (int i = 0; i < count; ++i) {
-    const Key candidate = keys[i] > key ? keys[i] : kNaNKey<Key>;
-    smallest = candidate < smallest ? candidate : smallest;
+    const Key distance = keys[i] - first;
+    nearest = distance < nearest ? distance : nearest;
   }
-  return smallest;
+  return first + nearest;
 }

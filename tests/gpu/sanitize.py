@@ -1,10 +1,15 @@
 """One small pass over every CUDA kernel, forward and backward, to run under compute-sanitizer."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import torch
 
 import entropy_rl_ext as ext
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import global_top_mask_steps as steps
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean"]
 LOSS_MODES += ["dppo_tv", "dppo_kl", "sapo", "dro", "cispo"]
@@ -37,6 +42,10 @@ def main() -> None:
             torch.ops.entropy_rl.global_top_mask_forward(
                 entropy, entropy > 1, ratio, rule, scope, group_ids if scope == "group" else None, algorithm
             )
+        for rule, columns in itertools.product(("topk", "threshold", "quantile"), (70, 9001)):
+            values = (torch.rand(3, columns, device="cuda") * 20).round().to(dtype)
+            k, weight = torch.tensor(columns // 3, device="cuda"), torch.tensor(0.5, dtype=torch.float64, device="cuda")
+            steps.select(list(values), list(values > 1), k, rule, weight if rule == "quantile" else None)
         chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
         old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
         for mode in LOSS_MODES:

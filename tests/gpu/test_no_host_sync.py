@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import entropy_rl_ext as ext
+from global_top_mask_steps import select as select_over_processes
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean", "cispo"]
-SELECTIONS = list(
-    itertools.product(["topk", "threshold", "quantile"], ["batch", "sequence", "group"], ["auto", "sort", "radix"])
-)
+RULES = ["topk", "threshold", "quantile"]
+SELECTIONS = list(itertools.product(RULES, ["batch", "sequence", "group"], ["auto", "sort", "radix"]))
 
 
 def make_step(name):
@@ -67,6 +67,12 @@ def make_step(name):
         ratio = torch.tensor(0.2, dtype=torch.float64)
         return [torch.ops.entropy_rl.global_top_mask_forward(x, mask, ratio, rule, scope, ids, algorithm)]
 
+    k, weight = torch.tensor(20_000, device="cuda"), torch.tensor(0.5, dtype=torch.float64, device="cuda")
+
+    def select_by_steps(x, rule):
+        results = select_over_processes(list(x), list(x > 0.1), k, rule, weight if rule == "quantile" else None)
+        return [tensor for result in results for tensor in result]
+
     steps = {
         "token_entropy": ((logits,), lambda x: [ext.token_entropy(x)]),
         "logprob_entropy": ((logits, targets), entropy_step),
@@ -86,6 +92,10 @@ def make_step(name):
             (many_rows[:, :3000],),
             lambda x: select(x.contiguous(), x > -1, "topk", "sequence", "radix"),
         ),
+        **{
+            f"global_top_mask steps {rule}": ((tokens,), lambda x, rule=rule: select_by_steps(x, rule))
+            for rule in RULES
+        },
         **{f"policy_loss {mode}": loss_step(mode) for mode in LOSS_MODES},
     }
     return steps[name]
@@ -101,6 +111,7 @@ STEPS = [
     "token_entropy many rows",
     *(f"global_top_mask {rule} {scope} {algorithm}" for rule, scope, algorithm in SELECTIONS),
     "global_top_mask segments",
+    *(f"global_top_mask steps {rule}" for rule in RULES),
     *(f"policy_loss {mode}" for mode in LOSS_MODES),
 ]
 
