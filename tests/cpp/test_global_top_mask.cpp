@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <map>
 #include <numeric>
 
@@ -88,6 +89,59 @@ TEST(QuantileKey, IsRoundedToTheTypeOfItsNeighbours) {
   const float low = 1.0f, high = 1.0f + 0x1p-23f;
   const uint32_t key = quantile_key(selection_key(low), selection_key(high), 0.75);
   EXPECT_EQ(selection_value(key), high);
+}
+
+TYPED_TEST(SelectionKeyTest, SignedKeysHaveTheOrderOfUnsignedOnes) {
+  using Key = selection_key_t<TypeParam>;
+  const Key ascending[] = {kIneligibleKey<Key>, selection_key(TypeParam{-1}),
+                           selection_key(TypeParam{0}), selection_key(TypeParam{1}), kNaNKey<Key>};
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(unsigned_key<Key>(signed_key(ascending[i])), ascending[i]);
+    if (i > 0) {
+      EXPECT_LT(signed_key(ascending[i - 1]), signed_key(ascending[i]));
+    }
+  }
+}
+
+TEST(ProcessCut, GivesTiesToTheFirstProcesses) {
+  const FoundKey found{selection_key(2.0f), 10};
+  const auto kept = [&](int64_t before, int64_t own) {
+    const ProcessCut<uint32_t> cut = cut_ties<uint32_t>(found, before, own);
+    EXPECT_EQ(cut.key, selection_key(2.0f));
+    EXPECT_EQ(cut.lowest, 2);
+    return cut.ties == cut.equal ? own : cut.ties;
+  };
+  EXPECT_EQ(kept(0, 3), 3);
+  EXPECT_EQ(kept(3, 7), 7);
+  EXPECT_EQ(kept(3, 8), 7);
+  EXPECT_EQ(kept(10, 5), 0);
+  EXPECT_EQ(kept(15, 5), 0);
+  EXPECT_EQ(kept(15, 0), 0);
+}
+
+TEST(ProcessCut, KeepsNothingWhereNothingIsSought) {
+  const FoundKey none{-1, 0};
+  for (const ProcessCut<uint64_t>& cut : {cut_at<uint64_t>(none), cut_ties<uint64_t>(none, 0, 4),
+                                          cut_quantile<uint64_t>(none, 5, 0.5)}) {
+    EXPECT_EQ(cut.key, kNaNKey<uint64_t>);
+    EXPECT_EQ(cut.ties, 0);
+    EXPECT_NE(cut.ties, cut.equal);
+    EXPECT_EQ(cut.lowest, 0);
+  }
+}
+
+TEST(ProcessCut, OfAQuantileLeadsToTheNextValueUp) {
+  const uint64_t one = selection_key(1.0), three = selection_key(3.0);
+  const auto cut = [&](int64_t k, uint64_t next, double weight) {
+    return cut_quantile<uint64_t>({static_cast<int64_t>(one), k}, next, weight);
+  };
+  EXPECT_EQ(cut(1, three, 0.0).lowest, 1);
+  EXPECT_EQ(cut(1, three, 0.25).key, selection_key(1.5));
+  EXPECT_EQ(cut(1, three, 0.25).lowest, 3);
+  EXPECT_EQ(cut(2, three, 0.25).key, one);  // the next value up is another 1
+  EXPECT_EQ(cut(2, three, 0.25).lowest, 1);
+  EXPECT_EQ(cut(1, kNaNKey<uint64_t>, 0.25).key, kNaNKey<uint64_t>);
+  EXPECT_EQ(cut(1, kNaNKey<uint64_t>, 0.25).lowest, kInfinity);
 }
 
 // ---- The kernels ----
@@ -377,6 +431,165 @@ TEST(GlobalTopMask, Ratios) {
   const Problem problem = make_problem(1, 333, 0, 0.8, 11);
   for (const double ratio : {1e-9, 0.01, 1.0 / 3, 0.5, 0.999, 1.0}) {
     for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, ratio, nullptr});
+  }
+}
+
+// ---- Values that several processes hold ----
+
+// The whole selection, sums over the processes in place of their messages.
+template <class Element>
+std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& rule,
+                                   const std::vector<int64_t>& sizes) {
+  using Keys = EntropyKeys<Element>;
+  using Key = typename Keys::Key;
+  using Value = typename KeyTraits<Key>::Value;
+  const int blocks = 2, threads = 64, processes = sizes.size();
+  std::deque<simt::Buffer<Element>> values;  // a buffer stays where it is
+  std::deque<simt::Buffer<bool>> masks;
+  std::vector<Keys> keys;
+  std::vector<TileLayout> layouts;
+  size_t begin = 0;
+  for (const int64_t size : sizes) {
+    values.emplace_back(size);
+    masks.emplace_back(size);
+    for (int64_t i = 0; i < size; ++i, ++begin) {
+      values.back()[i] = element<Element>(problem.entropy[begin]);
+      masks.back()[i] = problem.mask[begin];
+    }
+    keys.push_back({values.back().data(), masks.back().data()});
+    layouts.emplace_back(1, size, 1024);
+  }
+
+  simt::Buffer<int64_t> key(1), k(1), found(1), k_left(1), ties(processes);
+  simt::Buffer<double> weight(1);
+  constexpr int kPasses = Digit<Key>::kPasses;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int unknown = Digit<Key>::kKeyBits - kDigitBits * pass;
+    const int digits = 1 << std::min(unknown, kDigitBits);
+    int64_t* prefix = pass > 0 ? key.data() : nullptr;
+    simt::Buffer<int64_t> counts(std::vector<int64_t>(digits, 0));
+    std::vector<std::vector<int64_t>> own_counts;
+    for (int p = 0; p < processes; ++p) {
+      simt::Buffer<unsigned long long> own(std::vector<unsigned long long>(digits, 0));
+      simt::launch(blocks, threads, radix_counts_kernel<Keys>, keys[p], layouts[p], pass, prefix,
+                   own.data());
+      own_counts.emplace_back(own.begin(), own.end());
+      for (int digit = 0; digit < digits; ++digit) counts[digit] += own_counts[p][digit];
+    }
+    if (pass == 0) {
+      const int64_t n = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+      k[0] = n > 0 ? top_count(n, rule.ratio) : 0;
+      if (n > 0 && rule.rule == TopRule::kQuantile) {
+        const QuantilePosition position = quantile_position(n, rule.ratio);
+        k[0] = n - position.lower;
+        weight[0] = position.weight;
+      }
+    }
+    simt::launch(1, threads, radix_key_kernel<int64_t>, counts.data(), digits,
+                 Digit<Key>(pass).shift, prefix, k.data(), found.data(), k_left.data());
+    key[0] = found[0];
+    k[0] = k_left[0];
+    for (int p = 0; p < processes; ++p) ties[p] = own_counts[p][key[0] & (digits - 1)];
+  }
+
+  simt::Buffer<signed_key_t<Key>> next(1), own_next(1);
+  next[0] = signed_key(kNaNKey<Key>);
+  for (int p = 0; p < processes; ++p) {
+    simt::launch(1, 1, set_kernel<signed_key_t<Key>>, signed_key(kNaNKey<Key>), own_next.data());
+    simt::launch(blocks, threads, radix_next_key_kernel<Keys>, keys[p], layouts[p], key.data(),
+                 own_next.data());
+    next[0] = std::min(next[0], own_next[0]);
+  }
+
+  std::vector<uint8_t> result;
+  std::vector<Value> lowests;
+  for (int p = 0; p < processes; ++p) {
+    const bool top_k = rule.rule == TopRule::kTopK, quantile = rule.rule == TopRule::kQuantile;
+    const FoundOnDevice all{key.data(),
+                            k.data(),
+                            top_k ? ties.data() : nullptr,
+                            p,
+                            quantile ? next.data() : nullptr,
+                            quantile ? weight.data() : nullptr};
+    simt::Buffer<RadixCut<Key>> cuts(kPasses);
+    simt::Buffer<Value> lowest(1);
+    simt::launch(1, kWarpSize, radix_process_cut_kernel<Key>, all, cuts.data() + kPasses - 1,
+                 lowest.data());
+    lowests.push_back(lowest[0]);
+    const RadixInputs<Keys> in{
+        keys[p], nullptr, nullptr, layouts[p], {TopRule::kTopK, 0.0, nullptr}};
+    simt::Buffer<Key> tile_values(in.layout.tiles());
+    simt::Buffer<uint8_t> mask(sizes[p]);
+    const RadixState<Key> state{nullptr, cuts.data(), tile_values.data(), 1};
+    simt::launch(blocks, threads, radix_ties_kernel<Keys>, in, state);
+    simt::launch(blocks, threads, radix_mask_kernel<Keys>, in, state, mask.data());
+    result.insert(result.end(), mask.begin(), mask.end());
+  }
+
+  Value expected = 0;
+  for (size_t i = 0; i < result.size(); ++i) {
+    if (!result[i]) continue;
+    const Value value = load_value(element<Element>(problem.entropy[i]));
+    const Value number = std::isnan(value) ? kInfinity : value;
+    const bool is_first = std::count(result.begin(), result.begin() + i, 1) == 0;
+    expected = is_first ? number : std::min(expected, number);
+  }
+  for (const Value lowest : lowests) EXPECT_EQ(lowest, expected);
+  return result;
+}
+
+template <class Element>
+void expect_equal_over_processes(const Problem& problem, const std::vector<int64_t>& sizes) {
+  Problem rounded = problem;
+  for (double& value : rounded.entropy) value = load_value(element<Element>(value));
+  for (const TopRule rule : kRules) {
+    for (const double ratio : {0.05, 0.2, 1.0}) {
+      const SelectionRule selection{rule, ratio, nullptr};
+      EXPECT_EQ(run_processes<Element>(problem, selection, sizes),
+                expected_mask(rounded, selection, !std::is_same_v<Element, double>))
+          << "rule " << static_cast<int>(rule) << ", ratio " << ratio;
+    }
+  }
+}
+
+TYPED_TEST(GlobalTopMaskTest, ProcessesOfSeveralTiles) {
+  // Of several tiles, of one, and at an odd place of the batch.
+  expect_equal_over_processes<TypeParam>(make_problem(1, 4000, 0, 0.7, 14), {2500, 1, 1499});
+}
+
+TEST(GlobalTopMask, ProcessesWithDistinctValues) {
+  Problem problem = make_problem(1, 900, 0, 0.8, 15);
+  std::iota(problem.entropy.begin(), problem.entropy.end(), -450.0);
+  std::shuffle(problem.entropy.begin(), problem.entropy.end(), std::mt19937(15));
+  expect_equal_over_processes<float>(problem, {300, 300, 300});
+  expect_equal_over_processes<double>(problem, {899, 1});
+}
+
+TEST(GlobalTopMask, ProcessesWithEqualValues) {
+  Problem problem = make_problem(1, 3000, 0, 1.0, 16);
+  std::fill(problem.entropy.begin(), problem.entropy.end(), 1.5);
+  // The last tie kept lies within the first process, at its end, and in another.
+  for (const int64_t first : {2000, 600, 100}) {
+    expect_equal_over_processes<float>(problem, {first, 3000 - first});
+  }
+}
+
+TEST(GlobalTopMask, ProcessesWithNothingEligible) {
+  expect_equal_over_processes<float>(make_problem(1, 50, 0, 0.0, 17), {20, 30});
+}
+
+TEST(GlobalTopMask, CountsOfProcessesBeyond32Bits) {
+  const int64_t many = int64_t{1} << 33;
+  simt::Buffer<int64_t> counts(std::vector<int64_t>{many, 0, many, 5}), k(1), key(1), k_left(1);
+  const std::vector<std::pair<int64_t, std::pair<int64_t, int64_t>>> cases = {
+      {5, {3, 5}},           {6, {2, 1}},  {many + 5, {2, many}}, {many + 6, {0, 1}},
+      {3 * many, {0, many}}, {0, {-1, 0}}, {-7, {-1, 0}}};
+  for (const auto& [sought, expected] : cases) {
+    k[0] = sought;
+    simt::launch(1, 64, radix_key_kernel<int64_t>, counts.data(), 4, 0, nullptr, k.data(),
+                 key.data(), k_left.data());
+    EXPECT_EQ(key[0], expected.first) << sought;
+    EXPECT_EQ(k_left[0], expected.second) << sought;
   }
 }
 
