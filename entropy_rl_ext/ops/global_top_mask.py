@@ -106,28 +106,31 @@ def _(
 register_no_derivative("global_top_mask_forward", "a choice of tokens has none")
 
 
-# ---- For values that several processes hold
+# ---- The steps over values that several processes hold
 #
-# Four ops that do not communicate; `entropy_rl.selection` adds up over the processes what they give. Values are float32,
-# bfloat16, float16 or float64 of any shape; a mask, of that shape and any dtype, leaves values out. A key is the integer
-# that stands for a value, as unsigned bits in a 0-dim int64 tensor (csrc/kernels/selection.h): 32 of them, 64 for
-# float64. It is searched a digit at a time, at each of `digit_shifts`. Nothing waits for the device.
+# Four ops that do not communicate: `entropy_rl.selection` adds up over the processes what they give. Nothing waits for
+# the device. `values` are float32, bfloat16, float16 or float64 of any shape; `mask`, of that shape and any dtype,
+# leaves values out. A key is the integer that stands for a value (csrc/kernels/selection.h): unsigned bits, 32 or for
+# float64 64, in a 0-dim int64 tensor. It is found a digit at a time, at each of `digit_shifts` in turn.
 #
-#   global_top_mask_counts(values, mask, key, shift)  [digits] int64: how many of the keys that share the digits above
-#       `shift` with `key` (None: of all) have which digit there.
-#   global_top_mask_key(counts, key, k, shift)  (key, k): `key` with the digit that the k-th largest of the counted keys
-#       has, and which of those with this digit it is. k is 0-dim int64, held between 0 and the number of the keys; with
-#       0 the key has all bits set, which is NaN.
-#   global_top_mask_next_key(values, mask, key)  0-dim int32 (float64: int64): the smallest key above `key`, or NaN, as
-#       the signed integer of the same order, so that the minimum over processes is the smallest.
-#   global_top_mask_at_key(values, mask, key, k, ties, process, next_key, weight)  (mask, lowest): all values from `key`
-#       up. With `ties`, [processes] int64, how many values of each have that key: of these only the first k, process
-#       after process, and within one those of lowest flat index. With `next_key` and `weight` (0-dim float64): those
-#       from the value on that lies `weight` of the way from the key's to the next one up. Nothing where k is 0.
-#       `lowest` is the lowest value that any process keeps, in float32 (float64): inf where only NaN, 0 where nothing.
+#   counts(values, mask, key, shift) -> counts, [digits] int64
+#       Of the keys that share their digits above `shift` with `key` (None for the first digit: of all keys), how many
+#       have which digit there.
+#   key(counts, key, k, shift) -> (key, k)
+#       `key` with the digit of the k-th largest of the counted keys, and which of the keys with this digit that is.
+#       k is 0-dim int64, held between 0 and the number of keys; for 0 all bits of the key are set, as for NaN.
+#   next_key(values, mask, key) -> 0-dim int32, for float64 int64
+#       The smallest key above `key`, or that of NaN, as the signed integer of the same order: so that the minimum over
+#       the processes is the smallest.
+#   at_key(values, mask, key, k, ties, process, next_key, weight) -> (mask, lowest)
+#       Keeps the values of `key` and above. With `ties`, [processes] int64, how many values of each process have `key`:
+#       of these the first k alone, process after process, and in this one, number `process`, by flat index. Or with
+#       `next_key` and `weight`, 0-dim float64: the values from the one on that lies so much of the way from the key's
+#       value to the next one up. Nothing where k is 0. `lowest` is the lowest value that any process keeps, float32
+#       (float64): inf where all are NaN, 0 where there is none.
 #
-# Raise ValueError: shapes, dtypes or devices that do not fit, a shift that is none of a digit, `key` missing for a digit
-# below the first or given for that, `ties` together with `next_key`, `next_key` without `weight`.
+# They raise ValueError for shapes, dtypes or devices that do not fit, a shift at which no digit begins, a key missing
+# for a digit below the first or given for that, ties with a next_key, and a next_key without a weight.
 
 _DIGIT_BITS = 11
 
