@@ -33,7 +33,7 @@ RESULT = ROOT / "benchmarks" / "results" / "distributed" / "selection.json"
 PAGE = ROOT / "docs" / "distributed.md"
 RANKS = (2, 4)
 RATIO = 0.2
-ROWS, LENGTH = 256, 4096  # 2^20 tokens a rank, padding counted
+ROWS, LENGTH = (2, 256), 4096  # 2^13 and 2^20 tokens a rank, padding counted
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 Contender = Callable[[Tensor, Tensor], Tensor]
@@ -88,10 +88,19 @@ def measure(contender: Contender, entropy: Tensor, mask: Tensor) -> tuple[float,
 
 
 def rank_main(quick: bool) -> None:
-    """On each rank; the first prints the record as JSON."""
+    """On each rank; the first prints the record of each number of tokens as a line of JSON."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    for rows in ROWS[:1] if quick else ROWS:
+        record = compare(rows, 2 if quick else 9)
+        if dist.get_rank() == 0:
+            print(json.dumps(record))
+    dist.destroy_process_group()
+
+
+def compare(rows: int, repetitions: int) -> dict[str, Any]:
+    """The record of `rows` rows a rank: every contender's times and bytes."""
     contenders: dict[str, Contender] = {"ours, topk": ours("topk"), "ours, quantile": ours("quantile")}
     records: dict[str, dict[str, Any]] = {name: {} for name in contenders}
     try:
@@ -100,7 +109,6 @@ def rank_main(quick: bool) -> None:
         records["TRL, quantile of a gather"] = {"error": str(error)}
     contenders |= {"gather, then global_top_mask": gathered, "each rank alone": alone}
     generator = torch.Generator().manual_seed(dist.get_rank())
-    rows = 4 if quick else ROWS
     batch = inputs(rows, generator)
     assert torch.equal(contenders["ours, topk"](*batch), gathered(*batch))
     if "TRL, quantile of a gather" in contenders:
@@ -109,37 +117,35 @@ def rank_main(quick: bool) -> None:
         contenders[name](*batch)
         records.setdefault(name, {}).update(seconds=[], wire_bytes=[])
     order = list(contenders)
-    for _ in range(2 if quick else 9):
+    for _ in range(repetitions):
         batch = inputs(rows, generator)
         order = order[1:] + order[:1]  # nobody always follows the same neighbour
         for name in order:
             for values, value in zip(records[name].values(), measure(contenders[name], *batch), strict=True):
                 values.append(value)
-    if dist.get_rank() == 0:
-        print(json.dumps({"ranks": dist.get_world_size(), "tokens": rows * LENGTH, "contenders": records}))
-    dist.destroy_process_group()
+    return {"ranks": dist.get_world_size(), "tokens": rows * LENGTH, "contenders": records}
 
 
 def table(result: dict[str, Any]) -> str:
     """A result file as Markdown."""
-    tokens = result["runs"][0]["tokens"]
     lines = [
-        f"{result['device_name']}, {result['cores']} cores, gloo, {tokens:,} tokens a rank, float32, ratio {RATIO}, "
+        f"{result['device_name']}, {result['cores']} cores, gloo, float32, ratio {RATIO}, "
         f"torch {result['versions']['torch']}, TRL {result['versions']['trl']}, commit "
         f"{(result['commit'] or 'unknown')[:10]}{' with changes' if result['modified'] else ''}, {result['date']}; "
         "time of the slowest rank, median and quartiles of "
         f"{len(result['runs'][0]['contenders']['ours, topk']['seconds'])}.",
         "",
-        "| ranks | who | time | quartiles | bytes sent, a rank |",
-        "|---|---|---|---|---|",
+        "| ranks | tokens a rank | who | time | quartiles | bytes sent, a rank |",
+        "|---|---:|---|---|---|---|",
     ]
     for run in result["runs"]:
+        batch = f"| {run['ranks']} | {run['tokens']:,} |"
         for name, record in run["contenders"].items():
             if "error" in record:
-                lines.append(f"| {run['ranks']} | {name} | failed: {record['error']} | | |")
+                lines.append(f"{batch} {name} | failed: {record['error']} | | |")
                 continue
             sent = round(statistics.median(record["wire_bytes"]) / run["ranks"])
-            lines.append(f"| {run['ranks']} | {name} | {_time(_median(record))} | {_spread(record)} | {sent:,} |")
+            lines.append(f"{batch} {name} | {_time(_median(record))} | {_spread(record)} | {sent:,} |")
     return "\n".join(lines) + "\n"
 
 
@@ -167,7 +173,7 @@ def main() -> None:
             text=True,
             check=True,
         )
-        runs.append(json.loads(answer.stdout.splitlines()[-1]))
+        runs += [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
     result = {**environment("cpu"), "cores": os.cpu_count(), "runs": runs}
     print(table(result))
     path = arguments.json or (None if arguments.quick else RESULT)

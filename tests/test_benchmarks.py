@@ -144,7 +144,7 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
         # What a ring sends of four all-reduces, at the least; others may use the loopback interface meanwhile.
         assert min(ours["wire_bytes"]) >= 2 * (ranks - 1) * (40_960 + 8 * ranks)
         assert len(alone["wire_bytes"]) == 2
-        assert f"| {ranks} | ours, topk |" in selection_over_ranks.table(result)
+        assert f"| {ranks} | 8,192 | ours, topk |" in selection_over_ranks.table(result)
 
 
 @pytest.mark.parametrize("module", [selection_over_ranks, gradient_error])
