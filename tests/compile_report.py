@@ -26,7 +26,7 @@ WIDE = {
     r"softmax_parts_kernel": ("LDG",),
     r"(token|logprob)_entropy_backward_kernel": ("LDG", "STG"),
     r"linear_logprob_entropy_tile(_backward)?_kernel": ("LDG",),
-    r"radix_(segment|histogram|mask|ties)_kernel<EntropyKeys<(float|double)>": ("LDG",),
+    r"radix_(segment|histogram|mask|ties|counts|next_key)_kernel<EntropyKeys<(float|double)>": ("LDG",),
     r"token_loss_kernel": ("LDG", "STG"),
     r"scale_rows_kernel<(float|double)>": ("LDG", "STG"),
 }

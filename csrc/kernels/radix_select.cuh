@@ -179,21 +179,13 @@ __device__ __forceinline__ void clear_digits(uint32_t* histogram /*[kDigits]*/) 
   for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
 }
 
-// Adds them to counts that other blocks add to as well.
-template <class Keys, class Count>
-__device__ __forceinline__ void add_digits(const Keys& keys, int64_t begin, int64_t size, int pass,
-                                           typename Keys::Key prefix,
-                                           uint32_t* histogram /*[kDigits], shared*/,
+// Adds a histogram to one that other blocks add to as well.
+template <class Count>
+__device__ __forceinline__ void add_digits(const uint32_t* histogram /*[kDigits], shared*/,
                                            Count* sums /*[digits]*/) {
-  clear_digits(histogram);
-  __syncthreads();
-  count_digits(keys, begin, size, pass, prefix, histogram);
-  __syncthreads();
   for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) {
     if (histogram[digit] != 0) atomicAdd(&sums[digit], Count{histogram[digit]});
   }
-  // The next tile's histogram may not be cleared before this one is added.
-  __syncthreads();
 }
 
 // ---- From the last cut to the mask ----
@@ -399,7 +391,6 @@ __device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
     const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state, int pass,
     int64_t segment, int64_t tile, RadixShared<typename Keys::Key>* shared) {
   using Key = typename Keys::Key;
-  if (!state.histograms) return *state.cut(pass, segment);
   const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, segment) : RadixCut<Key>{};
   const RadixCut<Key> cut = with_digit(state.histogram(pass, segment), kDigits, before, pass == 0,
                                        Digit<Key>(pass).shift, in.rule, shared);
@@ -419,8 +410,13 @@ __global__ void radix_histogram_kernel(RadixInputs<Keys> in, RadixState<typename
     const int64_t segment = in.segment_begin(in.layout.row(tile));
     RadixCut<Key> cut{};
     if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
-    add_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram,
-               state.histogram(pass, segment));
+    clear_digits(histogram);
+    __syncthreads();
+    count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
+    __syncthreads();
+    add_digits(histogram, state.histogram(pass, segment));
+    // The next tile's histogram may not be cleared before this one is added.
+    __syncthreads();
   }
 }
 
@@ -430,7 +426,9 @@ __global__ void radix_ties_kernel(RadixInputs<Keys> in, RadixState<typename Keys
   __shared__ RadixShared<Key> shared;
   for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
     const int64_t segment = in.segment_begin(in.layout.row(tile));
-    const RadixCut<Key> cut = cut_after(in, state, Digit<Key>::kPasses - 1, segment, tile, &shared);
+    constexpr int kLast = Digit<Key>::kPasses - 1;
+    const RadixCut<Key> cut = state.histograms ? cut_after(in, state, kLast, segment, tile, &shared)
+                                               : *state.cut(kLast, segment);
     const int64_t begin = in.begin(tile);
     const int64_t size = in.layout.size(tile);
     Key value = 0;
@@ -496,9 +494,13 @@ __global__ void radix_counts_kernel(Keys keys, TileLayout layout, int pass,
   using Key = typename Keys::Key;
   __shared__ uint32_t histogram[kDigits];
   const Key prefix = key ? static_cast<Key>(*key) : 0;
+  clear_digits(histogram);
+  __syncthreads();
   for (int64_t tile = blockIdx.x; tile < layout.tiles(); tile += gridDim.x) {
-    add_digits(keys, layout.begin(tile), layout.size(tile), pass, prefix, histogram, counts);
+    count_digits(keys, layout.begin(tile), layout.size(tile), pass, prefix, histogram);
   }
+  __syncthreads();
+  add_digits(histogram, counts);
 }
 
 // Puts the digit of the k-th largest of the counted keys into `key`; k_left of them have it. One
