@@ -89,14 +89,15 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
   // the gradient in two factors, one a token and one a row.
   m.def(
       "policy_loss(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor response_mask, "
-      "Tensor? entropy_mask=None, Tensor? rollout_is_weights=None, Tensor? batch_num_tokens=None, "
-      "Tensor? global_batch_size=None, Tensor? seed=None, *" POLICY_LOSS_OPTIONS
-      ") -> (Tensor loss, Tensor metrics)");
+      "Tensor? entropy_mask=None, Tensor? covariance_mask=None, Tensor? rollout_is_weights=None, "
+      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? seed=None, "
+      "*" POLICY_LOSS_OPTIONS ") -> (Tensor loss, Tensor metrics)");
   m.def(
       "policy_loss_forward(Tensor log_prob, Tensor old_log_prob, Tensor advantages, "
-      "Tensor response_mask, Tensor? entropy_mask=None, Tensor? rollout_is_weights=None, "
-      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? seed=None, "
-      "*" POLICY_LOSS_OPTIONS ") -> " LOSS_OUTPUTS);
+      "Tensor response_mask, Tensor? entropy_mask=None, Tensor? covariance_mask=None, "
+      "Tensor? rollout_is_weights=None, Tensor? batch_num_tokens=None, "
+      "Tensor? global_batch_size=None, Tensor? seed=None, *" POLICY_LOSS_OPTIONS
+      ") -> " LOSS_OUTPUTS);
   m.def("policy_loss_backward(" LOSS_GRADIENT ", Tensor log_prob) -> Tensor");
   m.def(
       "kl_loss(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "

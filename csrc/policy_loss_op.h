@@ -1,6 +1,7 @@
 // policy_loss over a backend, which has, beside run (aggregate_op.h),
 //
-//   // Writes uint8 [rows, cols]: 1 for the response tokens that a covariance key chooses.
+//   // Writes uint8 [rows, cols]: 1 for the response tokens that a covariance key chooses, where
+//   // the caller has not chosen them.
 //   template <class T, class CovarianceKey>
 //   static void choose(const CovarianceKey&, const TokenInputs<T>&, const Tensor& seed,
 //                      const Tensor& chosen);
@@ -89,12 +90,13 @@ template <class Backend>
 LossTuple policy_loss_forward(
     const Tensor& log_prob, const Tensor& old_log_prob, const Tensor& advantages,
     const Tensor& response_mask, std::optional<Tensor> entropy_mask,
-    std::optional<Tensor> rollout_is_weights, std::optional<Tensor> batch_num_tokens,
-    std::optional<Tensor> global_batch_size, std::optional<Tensor> seed, std::string loss_mode,
-    std::string normalize, double clip_ratio, std::optional<double> clip_ratio_low,
-    std::optional<double> clip_ratio_high, double clip_ratio_c, double clip_cov_ratio,
-    double clip_cov_lb, double clip_cov_ub, double kl_cov_ratio, double ppo_kl_coef, double tau_pos,
-    double tau_neg, std::optional<double> dro_beta, std::string loss_agg_mode, int64_t dp_size,
+    std::optional<Tensor> covariance_mask, std::optional<Tensor> rollout_is_weights,
+    std::optional<Tensor> batch_num_tokens, std::optional<Tensor> global_batch_size,
+    std::optional<Tensor> seed, std::string loss_mode, std::string normalize, double clip_ratio,
+    std::optional<double> clip_ratio_low, std::optional<double> clip_ratio_high,
+    double clip_ratio_c, double clip_cov_ratio, double clip_cov_lb, double clip_cov_ub,
+    double kl_cov_ratio, double ppo_kl_coef, double tau_pos, double tau_neg,
+    std::optional<double> dro_beta, std::string loss_agg_mode, int64_t dp_size,
     std::optional<double> loss_scale_factor) {
   const LossMode mode = parse_choice<LossMode>("loss_mode", loss_mode,
                                                {{"vanilla", LossMode::kVanilla},
@@ -119,6 +121,11 @@ LossTuple policy_loss_forward(
     // They weigh a sequence as a whole.
     if (mode == LossMode::kGspo || mode == LossMode::kGeoMean) tokens.entropy_mask.reset();
   }
+  if (covariance_mask) {
+    check(mode == LossMode::kClipCov || mode == LossMode::kKlCov, "covariance_mask is given and ",
+          "loss_mode is '", loss_mode, "'; it must be clip_cov or kl_cov");
+    covariance_mask = tokens.mask_of("covariance_mask", *covariance_mask);
+  }
   // Two losses bring their own average: in verl, too, sapo is always seq-mean-token-mean and
   // geo_mean the mean over rows. A misspelt name is an error all the same.
   parse_aggregation(loss_agg_mode);
@@ -141,7 +148,6 @@ LossTuple policy_loss_forward(
       Backend::sequence_log_ratios(inputs, *sequence);
       inputs.sequence_log_ratio = const_data<T>(*sequence);
     }
-    std::optional<Tensor> chosen;
     const auto choose = [&](const auto& key) {
       if (!seed) {
         seed = torch::stable::new_zeros(tokens.values, {}, ScalarType::Long);
@@ -150,10 +156,12 @@ LossTuple policy_loss_forward(
             dtype_name(seed->scalar_type()), " tensor of shape ", shape_name(shape_of(*seed)),
             "; it must be one integer");
       check_same_device("seed", *seed, "log_prob", tokens.values);
-      chosen =
-          torch::stable::new_empty(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
-      Backend::choose(key, inputs, as_contiguous(*seed, ScalarType::Long), *chosen);
-      inputs.chosen = const_data<uint8_t>(*chosen);
+      if (!covariance_mask) {
+        covariance_mask =
+            torch::stable::new_empty(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
+        Backend::choose(key, inputs, as_contiguous(*seed, ScalarType::Long), *covariance_mask);
+      }
+      inputs.chosen = const_data<uint8_t>(covariance_mask);
     };
     with_policy_loss<T>(mode, numbers, choose, [&](const auto& token_loss) {
       Backend::run(token_loss, inputs, normalization, out);

@@ -222,8 +222,8 @@ def kl_loss(
     )
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, on int64 tensors that stand for unsigned words."""
+def splitmix64(x: Tensor) -> Tensor:
+    """The next word of splitmix64 (Steele, Lea, Flood, 2014) after each state, int64 standing for unsigned words."""
 
     def shifted(x: Tensor, by: int) -> Tensor:
         return (x >> by) & ((1 << (64 - by)) - 1)
@@ -251,6 +251,7 @@ def policy_loss(
     *,
     loss_mode: str = "vanilla",
     entropy_mask: Tensor | None = None,
+    covariance_mask: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
     loss_agg_mode: str = "token-mean",
     normalize: str = "selected",
@@ -305,12 +306,14 @@ def policy_loss(
             losses, by_ratio = surrogate(d.exp())
             eligible = response & ~by_ratio & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
             index = torch.arange(d.numel(), device=d.device).view_as(response)
-            words = _mixed(_mixed(torch.full_like(index, seed)) + index)
+            words = splitmix64(splitmix64(torch.full_like(index, seed)) + index)
             keys = ((words >> 32) & 0xFFFFFFFF).clamp(min=1)
-            clipped = _first_largest(keys, eligible, max(1, int(clip_cov_ratio * int(response.sum()))))
+            chosen = _first_largest(keys, eligible, max(1, int(clip_cov_ratio * int(response.sum()))))
+            clipped = chosen if covariance_mask is None else response & (covariance_mask != 0)
             losses, kl, reported = torch.where(clipped, 0.0, losses), -d, reported[:2]
         else:
             chosen = _first_largest(covariance, response, max(1, int(kl_cov_ratio * int(response.sum()))))
+            chosen = chosen if covariance_mask is None else covariance_mask != 0
             losses = -advantage * d.exp()
             losses = torch.where(chosen, losses + ppo_kl_coef * d.abs(), losses)
             kl, reported = d.abs(), reported[1:2]

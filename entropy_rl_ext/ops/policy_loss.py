@@ -27,6 +27,7 @@ def policy_loss(
     *,
     loss_mode: str = "vanilla",
     entropy_mask: Tensor | None = None,
+    covariance_mask: Tensor | None = None,
     rollout_is_weights: Tensor | None = None,
     loss_agg_mode: str = "token-mean",
     normalize: str = "selected",
@@ -63,6 +64,9 @@ def policy_loss(
         entropy_mask: which tokens train (see `global_top_mask`). It narrows `response_mask` where the loss is
             aggregated; metrics, covariances and the sequence sums use all response tokens. gspo and geo_mean
             weigh a sequence as a whole: they accept the mask, do not apply it, and warn once.
+        covariance_mask: which tokens clip_cov drops, or kl_cov adds to the loss of, in place of their own choice of
+            response tokens, which is made over this call's tokens alone: a choice over more tokens than those of one
+            call (see `entropy_rl.selection.select_by_covariance`). Those two modes only.
         rollout_is_weights: factor of each token's loss.
         loss_agg_mode: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm or
             seq-mean-token-mean. sapo is always seq-mean-token-mean, geo_mean always the mean over rows.
@@ -95,7 +99,8 @@ def policy_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown loss_mode, loss_agg_mode or normalize,
-            a number out of its range, dp_size > 1 without the divisor that the aggregation needs.
+            a covariance_mask with another loss_mode than its two, a number out of its range, dp_size > 1 without
+            the divisor that the aggregation needs.
 
     Sources: verl 0.9.1, verl/trainer/ppo/core_algos.py; "Beyond the 80/20 Rule", arXiv 2506.01939.
     """
@@ -108,6 +113,7 @@ def policy_loss(
         advantages,
         response_mask,
         entropy_mask,
+        covariance_mask,
         rollout_is_weights,
         scalar_tensor("batch_num_tokens", batch_num_tokens, log_prob.device),
         scalar_tensor("global_batch_size", global_batch_size, log_prob.device),

@@ -6,9 +6,12 @@ trains: from a forward of their own (`prepass`), or from the pass that computed 
 
 Ranks: "local", each rank by itself; or "global", the tokens of all ranks of a process group as if they were one batch,
 rank after rank. Then ranks exchange histograms, not entropies, and every rank must take part, with tokens or without.
+
+Two losses, clip_cov and kl_cov, choose tokens of their own by covariance: `select_by_covariance` is that choice over a
+whole mini-batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_rl_ext import global_top_mask
+from entropy_rl_ext import global_top_mask, policy_loss
+from entropy_rl_ext.reference import splitmix64
 
 RULES = ("topk", "threshold", "quantile")
 RANKS = ("local", "global")
@@ -26,9 +30,6 @@ SEQUENCE_MODES = ("gspo", "geo_mean")
 
 # Loss modes that choose tokens of their own by covariances over all response tokens.
 COVARIANCE_MODES = ("clip_cov", "kl_cov")
-
-# Metrics that are means over the response tokens of how far the policy has moved.
-PROBABILITY_RATIO_METRICS = frozenset({"actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl"})
 
 # 2048 counters of 8 bytes to a histogram.
 _DIGIT_BITS = 11
@@ -66,10 +67,14 @@ def select_tokens(
     Raises:
         ValueError: as `global_top_mask`, or an unknown `ranks`.
     """
-    if ranks not in RANKS:
-        raise ValueError(f"ranks is {ranks!r}; it must be one of {', '.join(map(repr, RANKS))}")
-    if ranks == "global" and dist.is_available() and dist.is_initialized():
-        selected, threshold = _select_over_ranks(entropy.detach(), response_mask, top_ratio, rule, group)
+    together = _Ranks(ranks, group)
+    if together.several:
+        _check_shape("response_mask", response_mask, "entropy", entropy)
+        # For its checks of the other arguments.
+        global_top_mask(entropy.new_empty(0), response_mask.new_empty(0), top_ratio, rule=rule)
+        selected, threshold = _select_over_ranks(
+            entropy.detach(), response_mask != 0, lambda n: _sought(n, top_ratio, rule), rule, together
+        )
     else:
         selected = global_top_mask(entropy.detach(), response_mask, top_ratio, rule=rule)
         # One element more, for a batch without any. NaN ranks highest: it is the lowest only where nothing else is.
@@ -79,6 +84,115 @@ def select_tokens(
     if complement:
         selected = (response_mask != 0) & ~selected
     return selected, {"actor/entropy_threshold": threshold}
+
+
+@torch.no_grad()
+def select_by_covariance(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_mode: str,
+    ranks: str = "local",
+    group: dist.ProcessGroup | None = None,
+    *,
+    clip_ratio: float = 0.2,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    kl_cov_ratio: float = 0.0002,
+    seed: int = 0,
+) -> Tensor:
+    """The choice that `policy_loss` makes for clip_cov and kl_cov, over all of these tokens and those of other ranks.
+
+    `policy_loss` chooses among the tokens that it is given, as verl does: those of a micro-batch. Slices of this mask,
+    given as its `covariance_mask`, make a step that does not depend on how it is cut into micro-batches or over ranks.
+
+    Args:
+        log_prob, old_log_prob, advantages: all of the same shape, any, float32, bfloat16, float16 or float64; may be
+            empty. The log-probs are those of the policy that the step begins with, and of the one that sampled.
+        response_mask: the same shape, any dtype, nonzero = response token.
+        loss_mode: "clip_cov" or "kl_cov".
+        ranks, group: as in `select_tokens`; with "global" all ranks give the same options.
+        seed: of clip_cov's draw, in [0, 2^63), that of the first rank. A token's number depends on its place among the
+            response tokens of all ranks, rank after rank. It is another one than `policy_loss` draws.
+        Other options: as in `policy_loss`.
+
+    Returns:
+        The mask, bool, of the shape of `log_prob`. With covariance (A - mean A)(log p - mean log p), means over n
+        response tokens: for kl_cov the max(1, int(n * kl_cov_ratio)) tokens of the largest, ties as in `select_tokens`;
+        for clip_cov as many by its ratio, drawn from the unclipped tokens between the bounds, or all of those.
+
+    Raises:
+        ValueError: as `policy_loss`, or another loss_mode, an unknown `ranks`, or shapes that differ.
+
+    Sources: "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models", arXiv 2505.22617, and
+    compute_policy_loss_clip_cov and compute_policy_loss_kl_cov of verl 0.9.1.
+    """
+    if loss_mode not in COVARIANCE_MODES:
+        raise ValueError(f"loss_mode is {loss_mode!r}; it must be one of {', '.join(map(repr, COVARIANCE_MODES))}")
+    for name, tensor in {
+        "old_log_prob": old_log_prob,
+        "advantages": advantages,
+        "response_mask": response_mask,
+    }.items():
+        _check_shape(name, tensor, "log_prob", log_prob)
+    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    # For its checks of the other arguments.
+    policy_loss(
+        *(tensor.new_empty(0, 0) for tensor in (log_prob, old_log_prob, advantages, response_mask)),
+        loss_mode=loss_mode,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_cov_ratio=clip_cov_ratio,
+        clip_cov_lb=clip_cov_lb,
+        clip_cov_ub=clip_cov_ub,
+        kl_cov_ratio=kl_cov_ratio,
+        seed=seed,
+    )
+    together = _Ranks(ranks, group)
+    inside = response_mask != 0
+    dtype = torch.float64 if log_prob.dtype == torch.float64 else torch.float32
+    log_p, old, advantage = (torch.where(inside, x.to(dtype), 0) for x in (log_prob, old_log_prob, advantages))
+
+    # Each rank's response tokens, and the seed.
+    counts = torch.zeros(together.size + 1, dtype=torch.int64, device=log_prob.device)
+    counts[together.own] = inside.sum()
+    if together.own == 0:
+        counts[-1] = seed
+    # In float64: rounded to float32, the means do not show in which order they were summed.
+    sums = torch.stack([log_p.sum(dtype=torch.float64), advantage.sum(dtype=torch.float64)])
+    together.all_reduce(counts)
+    together.all_reduce(sums)
+    n, seed_of_all = counts[:-1].sum(), counts[-1]
+    mean_log_p, mean_advantage = (sums / (n + (1e-8 if loss_mode == "clip_cov" else 0.0))).to(dtype)
+    covariance = (advantage - mean_advantage) * (log_p - mean_log_p)
+
+    if loss_mode == "kl_cov":
+        values, eligible, share = covariance, inside, kl_cov_ratio
+    else:
+        ratio = (log_p - old).exp()
+        clipped = -advantage * ratio.clamp(1 - low, 1 + high) > -advantage * ratio
+        eligible = inside & ~clipped & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
+        place = inside.flatten().cumsum(0).view(inside.shape) - 1 + counts[: together.own].sum()
+        words = splitmix64(splitmix64(seed_of_all) + place)
+        values, share = ((words >> 11) & (2**53 - 1)).double(), clip_cov_ratio
+    k = (n * share).long().clamp(min=1)
+    chosen, _ = _select_over_ranks(values, eligible, lambda m: (torch.minimum(k, m), None), "topk", together)
+    return chosen
+
+
+def covariance_options(actor: Any) -> dict[str, Any]:
+    """The options of `select_by_covariance` that an actor configuration with verl's keys has."""
+    own = ("loss_mode", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio")
+    return {
+        "ranks": actor.entropy_top_ranks,
+        **{name: actor[name] for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")},
+        **{name: actor.policy_loss[name] for name in own},
+    }
 
 
 def select_mini_batch(
@@ -126,15 +240,24 @@ def prepass(device: torch.device) -> Iterator[None]:
 def needs_all_tokens(actor: Any) -> str | None:
     """What of the loss needs the log-probs or entropies of tokens that were not selected; None: nothing.
 
-    Where nothing does, and the selection is made before the optimizer step, only the selected tokens need to meet the
+    Where nothing does, and all selection is made before the optimizer step, only the selected tokens need to meet the
     LM head in it. `actor` is an actor configuration with verl's keys.
     """
     loss_mode = actor.policy_loss.loss_mode
-    if loss_mode in SEQUENCE_MODES or loss_mode in COVARIANCE_MODES:
+    if loss_mode in SEQUENCE_MODES:
         return f"policy_loss.loss_mode={loss_mode}"
     if actor.entropy_coeff != 0:
         return f"entropy_coeff={actor.entropy_coeff}"
     return "use_kl_loss=true" if actor.use_kl_loss else None
+
+
+def movement_metrics(loss_mode: str) -> set[str]:
+    """Metrics that are means over the response tokens of how far the policy has moved.
+
+    clip_cov's clip fraction is none: it is the share of the tokens that were chosen.
+    """
+    clipped = set() if loss_mode == "clip_cov" else {"actor/pg_clipfrac", "actor/pg_clipfrac_lower"}
+    return {"actor/ppo_kl"} | clipped
 
 
 def top_k_count(response_tokens: Tensor, ratio: float, *, complement: bool = False) -> Tensor:
@@ -163,21 +286,45 @@ def token_divisor(selected: Tensor, micro_batch_count: Tensor, mini_batch_count:
 # nothing depends on how the tokens are split; every number stays on the device, so that nothing waits for it.
 
 
+class _Ranks:
+    """The ranks whose tokens compete: those of a process group, or this process alone."""
+
+    def __init__(self, ranks: str, group: dist.ProcessGroup | None) -> None:
+        if ranks not in RANKS:
+            raise ValueError(f"ranks is {ranks!r}; it must be one of {', '.join(map(repr, RANKS))}")
+        self._group = group
+        self.several = ranks == "global" and dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if self.several else 1
+        self.own = dist.get_rank(group) if self.several else 0
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        if self.several:
+            dist.all_reduce(tensor, operation, group=self._group)
+
+
+def _check_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(like.shape)}, that of {like_name}")
+
+
 @torch.no_grad()
 def _select_over_ranks(
-    entropy: Tensor, response_mask: Tensor, top_ratio: float, rule: str, group: dist.ProcessGroup | None
+    values: Tensor,
+    eligible: Tensor,
+    sought: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    rule: str,
+    ranks: _Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """The mask, and the lowest entropy selected."""
-    if response_mask.shape != entropy.shape:
-        raise ValueError(
-            f"response_mask has shape {list(response_mask.shape)}; it must be {list(entropy.shape)}, that of entropy"
-        )
-    # For its checks of the other arguments.
-    global_top_mask(entropy.new_empty(0), response_mask.new_empty(0), top_ratio, rule=rule)
-    inside = (response_mask != 0).flatten()
-    keys = _keys(entropy)
+    """This rank's part of the mask over all ranks' values, and the lowest value that the rule keeps.
+
+    `values` are of any shape and floating dtype, `eligible` bool of that shape. `sought` tells of so many eligible
+    values which one the rule seeks, counted from the largest, and for "quantile" how far above it the quantile lies on
+    the way up.
+    """
+    eligible = eligible.flatten()
+    keys = _keys(values)
     smallest, largest = torch.iinfo(keys.dtype).min, torch.iinfo(keys.dtype).max
-    keys = torch.where(inside, keys, smallest)
+    keys = torch.where(eligible, keys, smallest)
 
     # `cut` is the smallest key with the digits found so far; of the keys that have them, the k-th largest is sought.
     cut = keys.new_full((), smallest)
@@ -187,12 +334,13 @@ def _select_over_ranks(
         size, bits = 1 << (bits - shift), shift
         digit = (keys >> shift) - (cut >> shift)
         # One counter more, for the keys that do not count.
-        digit = torch.where(inside & (digit >= 0) & (digit < size), digit, size).long()
+        digit = torch.where(eligible & (digit >= 0) & (digit < size), digit, size).long()
         counts = torch.zeros(size + 1, dtype=torch.int64, device=keys.device)
         counts = counts.scatter_add_(0, digit, counts.new_ones(()).expand_as(digit))[:size]
-        dist.all_reduce(counts, group=group)
+        ranks.all_reduce(counts)
         if k is None:
-            k, weight = _sought(counts.sum(), top_ratio, rule)
+            k, weight = sought(counts.sum())
+            k = k.clamp(min=1)  # of no values the first is sought, and not found
         larger = counts.flip(0).cumsum(0).flip(0) - counts  # keys with a larger digit
         found = (larger >= k).sum()
         k = k - larger.take(found)
@@ -200,38 +348,33 @@ def _select_over_ranks(
 
     lowest = cut
     if rule == "topk":
-        ties = keys.eq(cut) & inside
-        ties_of_rank = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=keys.device)
-        own = dist.get_rank(group)
-        ties_of_rank[own] = ties.sum()
-        dist.all_reduce(ties_of_rank, group=group)
-        left = k - ties_of_rank[:own].sum()
+        ties = keys.eq(cut) & eligible
+        ties_of_rank = torch.zeros(ranks.size, dtype=torch.int64, device=keys.device)
+        ties_of_rank[ranks.own] = ties.sum()
+        ranks.all_reduce(ties_of_rank)
+        left = k - ties_of_rank[: ranks.own].sum()
         selected = keys.gt(cut) | (ties & (ties.cumsum(0) <= left))
     elif rule == "threshold":
-        selected = keys.ge(cut) & inside
+        selected = keys.ge(cut) & eligible
     else:
         # The next value up is the same one where it occurs more than once.
         next_key = torch.where(keys > cut, keys, largest)
         next_key = torch.cat([next_key, next_key.new_full((1,), largest)]).amin()
-        dist.all_reduce(next_key, dist.ReduceOp.MIN, group=group)
+        ranks.all_reduce(next_key, dist.ReduceOp.MIN)
         upper = torch.where(k > 1, cut, next_key)
         threshold = _quantile_key(cut, upper, weight)
-        selected = keys.ge(threshold) & inside
+        selected = keys.ge(threshold) & eligible
         lowest = torch.where(threshold > cut, upper, cut)
-    return selected.view(entropy.shape), _value(lowest).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return selected.view(values.shape), _value(lowest).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _sought(n: Tensor, ratio: float, rule: str) -> tuple[Tensor, Tensor]:
-    """Which of n keys is sought, counted from the largest, and how far above it the quantile lies on the way up.
-
-    `top_count` and `quantile_position` of csrc/kernels/selection.h. Of no keys the first is sought, and not found.
-    """
+def _sought(n: Tensor, ratio: float, rule: str) -> tuple[Tensor, Tensor | None]:
+    """`sought` of a rule: `top_count` and `quantile_position` of csrc/kernels/selection.h."""
     if rule == "quantile":
         position = (n - 1).clamp(min=0).double() * (1.0 - ratio)
         lower = position.floor()
-        return (n - lower.long()).clamp(min=1), position - lower
-    count = torch.minimum(top_k_count(n, ratio).long(), n)
-    return count.clamp(min=1), torch.zeros_like(n, dtype=torch.float64)
+        return n - lower.long(), position - lower
+    return torch.minimum(top_k_count(n, ratio).long(), n), None
 
 
 def _quantile_key(lower: Tensor, upper: Tensor, weight: Tensor) -> Tensor:

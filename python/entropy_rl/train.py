@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,10 +33,13 @@ from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
 from entropy_rl.selection import (
-    PROBABILITY_RATIO_METRICS,
+    COVARIANCE_MODES,
     SEQUENCE_MODES,
+    covariance_options,
+    movement_metrics,
     needs_all_tokens,
     prepass,
+    select_by_covariance,
     select_mini_batch,
     select_tokens,
     token_divisor,
@@ -589,14 +593,20 @@ def selects_for_step(actor: DictConfig) -> bool:
     return actor.entropy_top_ratio is not None and actor.entropy_top_scope == "mini_batch"
 
 
-def select_for_step(
-    model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], config: DictConfig
-) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """One selection for the optimizer step, before its first micro-batch: its mask and metrics.
+@dataclass
+class StepSelection:
+    """What is chosen before an optimizer step begins; lists have a [B, S] for each of its micro-batches."""
 
-    Also the log-probabilities of the policy that the selection goes by. Mask and log-probabilities: one [B, S] for
-    each micro-batch.
-    """
+    masks: list[Tensor]
+    log_probs: list[Tensor]  # of the policy that the selection goes by
+    metrics: dict[str, Tensor]
+    covariance_masks: list[Tensor] | None  # in COVARIANCE_MODES
+
+
+def select_for_step(
+    model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], seed: int, config: DictConfig
+) -> StepSelection:
+    """One selection for the whole optimizer step. The seed is of clip_cov's draw."""
     actor = config.actor_rollout_ref.actor
     if actor.entropy_top_source == "old_policy":
         scored = [(mini_batch.old_log_prob[index], mini_batch.old_entropy[index]) for index in rows]
@@ -604,16 +614,27 @@ def select_for_step(
         with prepass(mini_batch.old_entropy.device):
             scored = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config) for index in rows]
     log_probs, entropies = map(list, zip(*scored, strict=True))
-    masks = [mini_batch.batch.response_mask[index] for index in rows]
-    selections, metrics = select_mini_batch(
+    mask = mini_batch.batch.response_mask
+    masks, metrics = select_mini_batch(
         entropies,
-        masks,
+        [mask[index] for index in rows],
         actor.entropy_top_ratio,
         actor.entropy_top_rule,
         actor.entropy_top_ranks,
         complement=actor.entropy_top_complement,
     )
-    return selections, log_probs, metrics
+    covariance_masks = None
+    if actor.policy_loss.loss_mode in COVARIANCE_MODES:
+        chosen = select_by_covariance(
+            torch.cat(log_probs),
+            mini_batch.old_log_prob,
+            mini_batch.advantages,
+            mask,
+            seed=seed,
+            **covariance_options(actor),
+        )
+        covariance_masks = [chosen[index] for index in rows]
+    return StepSelection(masks, log_probs, metrics, covariance_masks)
 
 
 def accumulate_gradients(
@@ -626,6 +647,7 @@ def accumulate_gradients(
     """
     actor, ratio = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.entropy_top_ratio
     ranks, over_ranks = distributed.size(), actor.entropy_top_ranks == "global"
+    seed = int(torch.randint(2**62, (), generator=generator))  # once a step, however it is cut up
     mask = mini_batch.batch.response_mask
     rows = torch.arange(len(mask), device=mask.device).split(actor.ppo_micro_batch_size_per_gpu or len(mask))
     own_tokens = torch.stack([mask[index].sum() for index in rows])  # response tokens of each micro-batch
@@ -640,18 +662,17 @@ def accumulate_gradients(
     policy_aggregation = dict(aggregation)
     applied = actor.policy_loss.loss_mode not in SEQUENCE_MODES
     divide_by_selected = ratio and applied and actor.entropy_top_normalize == "selected"
-    whole_step = selects_for_step(actor)
+    step_selection = select_for_step(model, mini_batch, rows, seed, config) if selects_for_step(actor) else None
     # Then only the selected tokens meet the LM head.
     preselected = (
-        whole_step
+        step_selection is not None
         and mini_batch.ref_log_prob is None
         and needs_all_tokens(actor) is None
         and uses_fused_head(model, config)
     )
-    if whole_step:
-        selections, known_log_probs, selection_metrics = select_for_step(model, mini_batch, rows, config)
+    if step_selection is not None:
         if divide_by_selected:
-            own_selected = torch.stack([selected.sum() for selected in selections]).sum()
+            own_selected = torch.stack([selected.sum() for selected in step_selection.masks]).sum()
             policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
     elif ratio:
         counts = top_k_count(tokens if over_ranks else own_tokens, ratio, complement=actor.entropy_top_complement)
@@ -666,15 +687,17 @@ def accumulate_gradients(
             model,
             micro.batch,
             config,
-            mask=selections[number] if preselected else None,
+            mask=step_selection.masks[number] if step_selection and preselected else None,
             entropy_grad=actor.entropy_coeff != 0,
         )
-        if preselected:  # the others have no part in the loss, only in its metrics
-            log_prob = torch.where(selections[number], log_prob, known_log_probs[number])
 
-        selected, means = None, {}
-        if whole_step:
-            selected, means = selections[number], dict(selection_metrics)
+        selected, covariance_mask, means = None, None, {}
+        if step_selection is not None:
+            selected, means = step_selection.masks[number], dict(step_selection.metrics)
+            if step_selection.covariance_masks is not None:
+                covariance_mask = step_selection.covariance_masks[number]
+            if preselected:  # the others have no part in the loss, only in its metrics
+                log_prob = torch.where(selected, log_prob, step_selection.log_probs[number])
         elif ratio:
             selected, means = select_tokens(
                 entropy,
@@ -693,15 +716,9 @@ def accumulate_gradients(
             micro.advantages,
             response_mask,
             entropy_mask=selected,
-            normalize=actor.entropy_top_normalize,
-            clip_ratio=actor.clip_ratio,
-            clip_ratio_low=actor.clip_ratio_low,
-            clip_ratio_high=actor.clip_ratio_high,
-            clip_ratio_c=actor.clip_ratio_c,
-            tau_pos=actor.tau_pos,
-            tau_neg=actor.tau_neg,
-            seed=int(torch.randint(2**62, (), generator=generator)),  # of clip_cov's draw
-            **actor.policy_loss,
+            covariance_mask=covariance_mask,
+            seed=seed + number,
+            **policy_loss_options(actor),
             **policy_aggregation,
         )
         if actor.policy_loss.loss_mode == "geo_mean":  # a mean over the rows of its own batch, whatever the divisors
@@ -727,11 +744,24 @@ def accumulate_gradients(
             metrics[name] = metrics[name] + value * own_tokens[number] / tokens.sum().clamp(min=1)
     metrics = dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
     if preselected and actor.entropy_top_source == "old_policy":
-        # Where the policy may have moved since, what it does to the other tokens is not known: they entered as unmoved.
-        share = metrics["actor/entropy_token_ratio"]
-        for name in PROBABILITY_RATIO_METRICS & metrics.keys():
-            metrics[f"{name}_selected"] = metrics.pop(name) / share.clamp(min=torch.finfo(share.dtype).tiny)
+        metrics = of_selected_tokens(metrics, movement_metrics(actor.policy_loss.loss_mode))
     return metrics
+
+
+def policy_loss_options(actor: DictConfig) -> dict[str, Any]:
+    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
+    return {"normalize": actor.entropy_top_normalize, **{name: actor[name] for name in names}, **actor.policy_loss}
+
+
+def of_selected_tokens(metrics: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The metrics, those of `names` as means over the selected tokens, and called so.
+
+    Where the policy may have moved since the old log-probabilities, what it does to the other tokens is not known: they
+    entered the means over all tokens as unmoved.
+    """
+    share = metrics["actor/entropy_token_ratio"].clamp(min=torch.finfo(torch.float32).tiny)
+    changed = {f"{name}_selected": metrics[name] / share for name in names & metrics.keys()}
+    return {name: value for name, value in metrics.items() if name not in names} | changed
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:

@@ -28,6 +28,7 @@ MODES = [
     "cispo",
 ]
 SEQUENCE_MODES = ("gspo", "geo_mean")
+COVARIANCE_MODES = ("clip_cov", "kl_cov")
 # Numbers at which every branch of every loss is taken by the batches of make_batch.
 NUMBERS = {
     "clip_ratio_low": 0.2,
@@ -105,6 +106,18 @@ def test_parity_over_aggregations(device, mode, normalize):
         assert_equal_to_reference(batch, mode, LARGEST_LOSS * batch["log_prob"].numel(), **options)
 
 
+@pytest.mark.parametrize("mode", COVARIANCE_MODES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_covariance_mask_stands_in_for_the_choice(device, mode, dtype, shape):
+    """Whatever it holds outside the response."""
+    batch = make_batch(shape, torch.float32, device)
+    chosen = torch.rand(shape[::-1], generator=torch.Generator().manual_seed(3)).T.to(device) < 0.4
+    for entropy in (False, True):
+        options = {"entropy": entropy, "weights": True, "covariance_mask": 2 * chosen.to(dtype)}
+        assert_equal_to_reference(batch, mode, LARGEST_LOSS, **options)
+
+
 # ---- The gradient ----------------------------------------------------------------------------------------
 
 # The others hold a factor of the loss constant in the gradient; parity compares those with the reference.
@@ -165,6 +178,7 @@ def test_opcheck(device, mode):
         batch["advantages"],
         batch["response_mask"],
         batch["entropy_mask"],
+        batch["entropy_mask"] if mode in COVARIANCE_MODES else None,
         batch["weights"],
         torch.tensor(20.0, dtype=torch.float64, device=device),
         None,
@@ -429,7 +443,7 @@ def test_equals_reference_for_any_masks(device, shape, seed, mode, aggregation, 
 
 
 @settings(deadline=None, max_examples=60)
-@given(shapes, seeds, st.sampled_from([mode for mode in MODES if mode not in ("clip_cov", "kl_cov")]))
+@given(shapes, seeds, st.sampled_from([mode for mode in MODES if mode not in COVARIANCE_MODES]))
 def test_order_of_rows_and_tokens_does_not_matter(device, shape, seed, mode):
     """But for clip_cov, whose draw depends on the position, and kl_cov, whose ties do."""
     batch = make_batch(shape, torch.float64, device, seed)
@@ -482,7 +496,7 @@ def test_extreme_log_probs_stay_finite_where_verl_clamps(device, mode):
     batch["log_prob"][0, :5] = -200.0
     batch["old_log_prob"][0, 5:10] = -200.0
     loss, _, gradient = run(policy_loss, batch, mode)
-    unclamped = mode in ("clip_cov", "kl_cov")  # as in verl, where they overflow too
+    unclamped = mode in COVARIANCE_MODES  # as in verl, where they overflow too
     assert unclamped or (loss.isfinite() and gradient.isfinite().all())
 
 
@@ -502,6 +516,14 @@ BAD = {
         "clip_cov_lb is 5; it must be below clip_cov_ub, 1",
     ),
     "kl_cov_ratio": ({"loss_mode": "kl_cov", "kl_cov_ratio": 1.5}, r"kl_cov_ratio is 1.5; .* \(0, 1\]"),
+    "covariance_mask": (
+        {"covariance_mask": torch.ones(3, 9)},
+        "covariance_mask is given and loss_mode is 'vanilla'; it must be clip_cov or kl_cov",
+    ),
+    "covariance_mask shape": (
+        {"loss_mode": "kl_cov", "covariance_mask": torch.ones(2, 4)},
+        r"covariance_mask has shape \[2, 4\]; it must be \[3, 9\]",
+    ),
     "ppo_kl_coef": ({"loss_mode": "kl_cov", "ppo_kl_coef": math.inf}, "ppo_kl_coef is inf"),
     "tau_pos": ({"loss_mode": "sapo", "tau_pos": 0.0}, "tau_pos is 0"),
     "tau_neg": ({"loss_mode": "sapo", "tau_neg": -1.0}, "tau_neg is -1"),

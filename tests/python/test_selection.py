@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from entropy_rl import selection
-from entropy_rl_ext import global_top_mask
+from entropy_rl_ext import global_top_mask, policy_loss
 from ranks import Ranks
 
 KINDS = ("random", "tied", "constant", "special", "none")
@@ -167,7 +167,8 @@ def test_without_a_process_group_this_process_is_the_only_rank() -> None:
 
 
 def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]]:
-    """Every collective of torch.distributed that a selection makes, with the bytes it is given."""
+    """Every collective of torch.distributed that a selection, or with a loss mode its own choice, makes, with the bytes
+    that it is given."""
     sent = []
 
     class Recorder:
@@ -189,8 +190,11 @@ def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]
 
     selection.dist = Recorder()
     try:
-        entropy, mask = make_batch(tokens, "tied", dtype, dist.get_rank())
-        selection.select_tokens(entropy, mask, 0.2, rule, "global")
+        if rule in selection.COVARIANCE_MODES:
+            selection.select_by_covariance(*make_steps(tokens, dist.get_rank(), True, dtype), rule, "global")
+        else:
+            entropy, mask = make_batch(tokens, "tied", dtype, dist.get_rank())
+            selection.select_tokens(entropy, mask, 0.2, rule, "global")
     finally:
         selection.dist = dist
     return sent
@@ -208,17 +212,162 @@ def test_what_is_sent_does_not_depend_on_the_tokens(rule: str, tokens: int, eigh
     assert eight.run(payloads, tokens, torch.float64, rule) == [[("all_reduce", size) for size in float64]] * 8
 
 
+def test_what_a_choice_by_covariance_sends(eight: Ranks) -> None:
+    """Counts and sums; then a selection from covariances, or from random numbers of 64 bits."""
+    first, float32, float64 = [9 * 8, 2 * 8], [16_384, 16_384, 8_192, 8 * 8], [*[16_384] * 5, 4_096, 8 * 8]
+    for mode, sizes in {"kl_cov": first + float32, "clip_cov": first + float64}.items():
+        assert eight.run(payloads, 100, torch.float32, mode) == [[("all_reduce", size) for size in sizes]] * 8
+
+
 @pytest.mark.parametrize("rule", selection.RULES)
 def test_the_host_waits_for_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values: whatever would read one, or whose shape depends on one, fails."""
-    for name, value in {"all_reduce": None, "get_rank": 3, "get_world_size": 8}.items():
+    for name, value in {"all_reduce": None, "get_rank": 3, "get_world_size": 8, "is_initialized": True}.items():
         monkeypatch.setattr(selection.dist, name, lambda *_, value=value, **__: value)
     with FakeTensorMode():
         entropy, mask = torch.rand(4, 5), torch.ones(4, 5)
         with pytest.raises(DataDependentOutputException):
             entropy.sum().item()
-        found, lowest = selection._select_over_ranks(entropy, mask, 0.2, rule, None)
-    assert found.shape == (4, 5) and found.dtype == torch.bool and lowest.shape == ()
+        found, metrics = selection.select_tokens(entropy, mask, 0.2, rule, "global")
+    assert found.shape == (4, 5) and found.dtype == torch.bool
+    assert metrics["actor/entropy_threshold"].shape == ()
+
+
+@pytest.mark.parametrize("mode", selection.COVARIANCE_MODES)
+def test_the_host_waits_for_no_choice_by_covariance(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"all_reduce": None, "get_rank": 3, "get_world_size": 8, "is_initialized": True}.items():
+        monkeypatch.setattr(selection.dist, name, lambda *_, value=value, **__: value)
+    with FakeTensorMode():
+        chosen = selection.select_by_covariance(*(torch.ones(4, 5) for _ in range(4)), mode, "global")
+    assert chosen.shape == (4, 5) and chosen.dtype == torch.bool
+
+
+# ---- Choice by covariance
+
+# Both choose a third of the tokens, of clip_cov as far as so many are eligible.
+COVARIANCE: dict[str, dict[str, float]] = {
+    "clip_cov": {"clip_cov_ratio": 1 / 3, "clip_cov_lb": -0.5, "clip_cov_ub": 1.5},
+    "kl_cov": {"kl_cov_ratio": 1 / 3},
+}
+
+
+def make_steps(tokens: int, seed: int, tied: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """log_prob, old_log_prob, advantages and response_mask of the concatenated batch, flat; NaN outside the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(tokens, generator=generator) < 0.8
+    log_prob, noise, advantage = torch.randn(3, tokens, dtype=torch.float64, generator=generator)
+    log_prob, noise = -log_prob.abs(), 0.3 * noise
+    if tied:
+        log_prob, noise, advantage = log_prob.round(), noise.round(), advantage.sign()
+    values = [log_prob, log_prob + noise, advantage]
+    return [*(torch.where(mask, value, math.nan).to(dtype) for value in values), mask]
+
+
+def differences_by_covariance(size: int, seed: int, tokens: int, tied: bool, dtype: torch.dtype, mode: str) -> Any:
+    """What a rank finds of its part of the batch against the choice from the whole."""
+    if dist.get_rank() >= size:
+        return []
+    batch = make_steps(tokens, seed, tied, dtype)
+    whole = selection.select_by_covariance(*batch, mode, seed=seed, **COVARIANCE[mode])
+    own = list(cut_up([*batch, whole], size, random.Random(seed)))[dist.get_rank()]
+    # The seed of a rank that is not the first does not count.
+    found = selection.select_by_covariance(
+        *own[:4], mode, "global", GROUPS[size - 1], seed=seed + dist.get_rank(), **COVARIANCE[mode]
+    )
+    return (found != own[4]).nonzero().tolist()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    size=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 400),
+    tied=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    mode=st.sampled_from(selection.COVARIANCE_MODES),
+)
+def test_any_split_gives_the_choice_of_the_concatenated_batch(eight: Ranks, **case: Any) -> None:
+    assert eight.run(differences_by_covariance, *case.values()) == [[]] * 8
+
+
+def covariance_and_eligible(batch: list[Tensor], lower: float, upper: float) -> tuple[Tensor, Tensor]:
+    """In float64: each token's covariance, and whether clip_cov may draw it at a clip ratio of 0.2."""
+    log_prob, old, advantage, mask = (value.double() for value in batch)
+    inside = mask != 0
+    covariance = (advantage - advantage[inside].mean()) * (log_prob - log_prob[inside].mean())
+    ratio = (log_prob - old).exp()
+    clipped = torch.where(advantage > 0, ratio > 1.2, ratio < 0.8)
+    return covariance, inside & ~clipped & (covariance > lower) & (covariance < upper)
+
+
+def test_kl_cov_takes_the_largest_covariances() -> None:
+    batch = make_steps(1000, 1, tied=False)
+    covariance, _ = covariance_and_eligible(batch, 0, 0)
+    n = int(batch[3].sum())
+    chosen = selection.select_by_covariance(*batch, "kl_cov", kl_cov_ratio=0.1)
+    assert chosen.sum() == int(0.1 * n)
+    assert covariance[chosen].min() > covariance[batch[3] & ~chosen].max()
+    assert selection.select_by_covariance(*batch, "kl_cov", kl_cov_ratio=1e-9).sum() == 1
+
+
+def test_clip_cov_draws_every_eligible_token_equally_often() -> None:
+    batch = make_steps(120, 2, tied=False)
+    _, eligible = covariance_and_eligible(batch, 0.0, 1.0)
+    count, k, draws = int(eligible.sum()), int(0.1 * int(batch[3].sum())), 2000
+    assert count > 2 * k > 10
+    often = torch.zeros(120)
+    for seed in range(draws):
+        options = {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.0, "clip_cov_ub": 1.0, "seed": seed}
+        drawn = selection.select_by_covariance(*batch, "clip_cov", **options)
+        assert drawn.sum() == k and not (drawn & ~eligible).any()
+        often += drawn
+    p = k / count
+    assert ((often[eligible] / draws - p).abs() < 5 * math.sqrt(p * (1 - p) / draws)).all()
+
+
+@pytest.mark.parametrize("mode", selection.COVARIANCE_MODES)
+def test_the_choice_is_the_ops_own_where_chance_has_no_part(mode: str) -> None:
+    """Loss and metrics to the bit; clip_cov draws all eligible tokens."""
+    batch = [value.view(10, 100) for value in make_steps(1000, 3, tied=False)]
+    options = COVARIANCE[mode] | ({"clip_cov_ratio": 1.0} if mode == "clip_cov" else {})
+    chosen = selection.select_by_covariance(*batch, mode, **options)
+    assert chosen.shape == (10, 100) and 0 < chosen.sum() < batch[3].sum()
+    loss, metrics = policy_loss(*batch, loss_mode=mode, covariance_mask=chosen, **options)
+    expected, expected_metrics = policy_loss(*batch, loss_mode=mode, **options)
+    assert torch.equal(loss, expected) and metrics == expected_metrics
+
+
+@pytest.mark.parametrize("mode", selection.COVARIANCE_MODES)
+def test_nothing_to_choose_from(mode: str) -> None:
+    for shape in ((0,), (3, 0), (2, 5)):
+        log_prob = torch.full(shape, math.nan)
+        chosen = selection.select_by_covariance(log_prob, log_prob, log_prob, torch.zeros(shape), mode)
+        assert chosen.shape == shape and not chosen.any()
+    one = torch.ones(1, 1)
+    assert selection.select_by_covariance(one, one, one, one, mode).sum() == (mode == "kl_cov")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_mode": "vanilla"}, "loss_mode is 'vanilla'; it must be one of 'clip_cov', 'kl_cov'"),
+        ({"old_log_prob": torch.ones(3)}, r"old_log_prob has shape \[3\]; it must be \[2, 3\], that of log_prob"),
+        ({"advantages": torch.ones(2, 2)}, r"advantages has shape \[2, 2\]"),
+        ({"response_mask": torch.ones(2)}, r"response_mask has shape \[2\]"),
+        ({"log_prob": torch.ones(2, 3, dtype=torch.int64)}, "log_prob is int64"),
+        ({"ranks": "all"}, "ranks is 'all'; it must be one of 'local', 'global'"),
+        ({"clip_cov_lb": 6.0}, "clip_cov_lb is 6; it must be below clip_cov_ub, 5"),
+        ({"clip_cov_ratio": 0.0}, "clip_cov_ratio is 0"),
+        ({"loss_mode": "kl_cov", "kl_cov_ratio": 2.0}, "kl_cov_ratio is 2"),
+        ({"clip_ratio": -1.0}, "clip_ratio_low is -1"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_the_choice_by_covariance(change: dict[str, Any], message: str) -> None:
+    names = ("log_prob", "old_log_prob", "advantages", "response_mask")
+    good = dict.fromkeys(names, torch.ones(2, 3)) | {"loss_mode": "clip_cov"}
+    with pytest.raises(ValueError, match=message):
+        selection.select_by_covariance(**(good | change))
 
 
 # ---- Scopes

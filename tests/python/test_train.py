@@ -406,11 +406,7 @@ def head_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-TOKEN_MODES = [
-    mode
-    for mode in configuration.LOSS_MODES
-    if mode not in selection.SEQUENCE_MODES and mode not in selection.COVARIANCE_MODES
-]
+TOKEN_MODES = [mode for mode in configuration.LOSS_MODES if mode not in selection.SEQUENCE_MODES]
 PRESELECTED = [
     *((mode, "token-mean", "selected", 8, False) for mode in TOKEN_MODES),
     *(("vanilla", mode, "selected", 2, False) for mode in configuration.LOSS_AGG_MODES),
@@ -453,7 +449,8 @@ def test_selected_tokens_alone_give_the_same_step(
     assert sum(rows[:steps]) == (tokens - top if complement else top) and sum(rows[steps:]) == tokens
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    changed = selection.PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
+    moved = selection.movement_metrics(loss_mode) & all_metrics.keys()
+    changed = moved if source == "old_policy" else set()
     assert metrics.keys() == {f"{name}_selected" if name in changed else name for name in all_metrics}
     for name in all_metrics.keys() - changed:
         torch.testing.assert_close(metrics[name], all_metrics[name], atol=1e-6, rtol=1e-4, msg=name)
@@ -467,8 +464,7 @@ def test_metrics_of_the_selected_tokens(model: Any, config: Any) -> None:
     experience = random_experience(model, config)
     experience.ref_log_prob = None
     metrics = train.accumulate_gradients(model, experience, torch.Generator(), config)
-    selections, _, _ = train.select_for_step(model, experience, torch.arange(8).split(2), config)
-    selected = torch.cat(selections)
+    selected = torch.cat(train.select_for_step(model, experience, torch.arange(8).split(2), 0, config).masks)
     log_prob, _ = train.compute_log_prob(model, experience.batch, config)
     moved = (experience.old_log_prob - log_prob)[selected]
     ratio, advantage = (-moved).exp(), experience.advantages[selected]
@@ -483,7 +479,7 @@ def test_metrics_of_the_selected_tokens(model: Any, config: Any) -> None:
     [
         ({f"{ACTOR}.use_kl_loss": "true"}, "use_kl_loss=true"),
         ({f"{ACTOR}.entropy_coeff": 0.01}, "entropy_coeff=0.01"),
-        ({f"{ACTOR}.policy_loss.loss_mode": "clip_cov"}, "policy_loss.loss_mode=clip_cov"),
+        ({f"{ACTOR}.policy_loss.loss_mode": "clip_cov"}, None),
         ({f"{ACTOR}.policy_loss.loss_mode": "gspo"}, "policy_loss.loss_mode=gspo"),
         ({}, None),
         ({f"{ACTOR}.entropy_top_scope": "micro_batch"}, None),
@@ -505,5 +501,5 @@ def test_where_all_tokens_meet_the_head_the_run_says_why(
     assert reason is None or f"{reason} needs them all" in shown
     # Sixteen responses of at most 8 tokens.
     tokens = round(16 * line["data"]["response_length/mean"])
-    few = reason is None and f"{ACTOR}.entropy_top_scope" not in change
+    few = reason is None and change.get(f"{ACTOR}.entropy_top_scope") != "micro_batch"
     assert sum(rows) < 0.25 * tokens + 2 if few else sum(rows) == tokens

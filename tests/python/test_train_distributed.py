@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from entropy_rl import checkpoint, distributed, train
 from entropy_rl import config as configuration
-from entropy_rl.selection import PROBABILITY_RATIO_METRICS
+from entropy_rl.selection import movement_metrics
 from ranks import Ranks
 from training import ACTOR, as_arguments, read_metrics, without_times
 
@@ -77,6 +77,14 @@ CASES = {
     "KL and bonus": {f"{ACTOR}.use_kl_loss": "true", f"{ACTOR}.entropy_coeff": 0.1},
     "means over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"},
     "sums over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"},
+    # Some of the eligible tokens, and all of them on a rank without others.
+    "clip_cov": {
+        f"{ACTOR}.policy_loss.loss_mode": "clip_cov",
+        f"{ACTOR}.policy_loss.clip_cov_ratio": 0.2,
+        f"{ACTOR}.policy_loss.clip_cov_lb": -0.5,
+        f"{ACTOR}.clip_ratio": 30.0,
+    },
+    "kl_cov": {f"{ACTOR}.policy_loss.loss_mode": "kl_cov", f"{ACTOR}.policy_loss.kl_cov_ratio": 0.2},
     "gspo": {f"{ACTOR}.policy_loss.loss_mode": "gspo"},
     "geo_mean": {f"{ACTOR}.policy_loss.loss_mode": "geo_mean"},
     "all but the top": {f"{ACTOR}.entropy_top_complement": "true"},
@@ -111,7 +119,7 @@ def test_selected_tokens_alone_give_the_step_of_all(
     overrides |= {f"{ACTOR}.entropy_top_source": source, f"{ACTOR}.strategy": strategy}
     plain = as_arguments(overrides | {"actor_rollout_ref.model.use_fused_kernels": "false"})
     gradients, metrics = step(plain, 16)
-    changed = PROBABILITY_RATIO_METRICS if source == "old_policy" else set()
+    changed = movement_metrics("vanilla") if source == "old_policy" else set()
     for found, found_metrics in ranks.run(step, as_arguments(overrides), 2):
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
@@ -142,7 +150,7 @@ def test_prepass_and_old_policy_agree_before_the_first_step(overrides: Overrides
         experience = make_experience()
         _, experience.old_entropy = train.compute_log_prob(model, experience.batch, config)
         rows = torch.arange(16).split(4)
-        results.append(torch.cat(train.select_for_step(model, experience, rows, config)[0]))
+        results.append(torch.cat(train.select_for_step(model, experience, rows, 0, config).masks))
     assert results[0].any() and torch.equal(*results)
 
 

@@ -13,6 +13,7 @@ import torch
 
 ROWS = 8
 TEMPERATURE = 0.8
+SEED = 3
 
 MINI_BATCH = {"actor.entropy_top_scope": "mini_batch", "actor.entropy_top_ranks": "global"}
 OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
@@ -24,6 +25,12 @@ VERLS_KERNEL = {"actor.entropy_top_kernel": "verl"}
 # What policy_loss.loss_mode can be where a token's loss depends on that token alone, with what else a mode needs.
 TOKEN_MODES: dict[str, dict[str, Any]] = {mode: {} for mode in ("gpg", "dppo_tv", "dppo_kl", "sapo", "cispo")} | {
     "dro": {"actor.policy_loss.dro_beta": 0.1}
+}
+
+# Those that choose tokens by covariance, here some of each row.
+COVARIANCE_MODES: dict[str, dict[str, Any]] = {
+    "clip_cov": {"actor.policy_loss.clip_cov_ratio": 0.1, "actor.policy_loss.clip_cov_lb": 0.0},
+    "kl_cov": {"actor.policy_loss.kl_cov_ratio": 0.1},
 }
 
 # The overrides of a case under actor_rollout_ref., and how many micro-batches a rank runs (0: verl's dynamic batch
@@ -44,8 +51,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mini-batch": (MINI_BATCH, (1, 2, 4, 0)),
     **{
         f"mini-batch-{mode}": (MINI_BATCH | {"actor.policy_loss.loss_mode": mode} | others, (1, 2, 4))
-        for mode, others in TOKEN_MODES.items()
+        for mode, others in (TOKEN_MODES | COVARIANCE_MODES).items()
     },
+    "kl_cov": ({"actor.policy_loss.loss_mode": "kl_cov"} | COVARIANCE_MODES["kl_cov"], (2,)),
     "mini-batch-weights": (MINI_BATCH | {"weights": True}, (1, 4)),
     "mini-batch-remove-padding": (MINI_BATCH | REMOVE_PADDING | {"weights": True}, (2, 0)),
     "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),
@@ -55,6 +63,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "fused-mini-batch": (FUSED | MINI_BATCH, (2,)),
     "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, (2,)),
     "fused-old-policy": (FUSED | OLD_POLICY, (1, 2, 4)),
+    **{
+        f"fused-old-policy-{mode}": (FUSED | OLD_POLICY | {"actor.policy_loss.loss_mode": mode} | others, (1, 4))
+        for mode, others in COVARIANCE_MODES.items()
+    },
     "fused-remove-padding": (FUSED | OLD_POLICY | REMOVE_PADDING, (2, 0)),
     # A head that FSDP2 shards by itself.
     "fused-untied": (FUSED | {"tied": False, "actor.entropy_coeff": 0.01}, (2,)),
@@ -191,6 +203,7 @@ def step(worker: Any, data: Any) -> dict[str, Any]:
     from verl.utils.metric import Metric
     from verl.workers.engine.fsdp import transformer_impl
 
+    torch.manual_seed(SEED)
     engine = worker.actor.engine
     partition: list[list[int]] = []
     prepare = transformer_impl.prepare_micro_batches

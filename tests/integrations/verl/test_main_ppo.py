@@ -232,10 +232,12 @@ def test_only_the_selected_rows_meet_the_head(files: Path, tmp_path: Path) -> No
         assert "actor/ppo_kl" not in metrics and "actor/entropy_loss" not in metrics
 
 
-def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_mode", ["vanilla", *(pytest.param(mode, marks=FULL) for mode in ("clip_cov", "kl_cov"))])
+def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path, loss_mode: str) -> None:
     steps = main_ppo(
         files,
         tmp_path,
+        f"{ACTOR}policy_loss.loss_mode={loss_mode}",
         "trainer.n_gpus_per_node=2",
         f"{ACTOR}entropy_top_ratio=0.2",
         f"{ACTOR}ppo_mini_batch_size=4",

@@ -23,7 +23,7 @@ from verl.workers.utils.padding import no_padding_2_padding, response_from_neste
 
 from entropy_rl.integrations.verl import loss
 from entropy_rl.lm_head import answering
-from entropy_rl.selection import prepass, select_tokens
+from entropy_rl.selection import COVARIANCE_MODES, covariance_options, prepass, select_by_covariance, select_tokens
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy
 
 _MARK = "_entropy_rl"
@@ -78,7 +78,7 @@ def _with_token_counts(prepare_micro_batches: Callable[..., Any]) -> Callable[..
 def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[..., Any]:
     """With the scope mini_batch, makes the selection of an optimizer step before its first micro-batch.
 
-    It travels as a field of the batch, of which verl hands each micro-batch its slice.
+    It travels as a field of the batch, of which verl hands each micro-batch its slice; so does a choice by covariance.
     """
 
     def wrapped(self: Any, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
@@ -111,10 +111,17 @@ def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any
             response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
             for name in ("log_probs", "entropy")
         )
-    values = _values(mask)
+
+    def on_device(tensor: Tensor) -> Tensor:
+        return _values(tensor).to(get_device_id())
+
+    def field(values: Tensor) -> Tensor:
+        values = values.to(_values(mask))
+        return torch.nested.nested_tensor_from_jagged(values, mask.offsets()) if mask.is_nested else values
+
     selected, metrics = select_tokens(
-        _values(entropy).to(get_device_id()),
-        values.to(get_device_id()),
+        on_device(entropy),
+        on_device(mask),
         config.entropy_top_ratio,
         config.entropy_top_rule,
         config.entropy_top_ranks,
@@ -122,10 +129,15 @@ def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any
     )
     count = selected.sum()
     torch.distributed.all_reduce(count, group=group)
-    selected = selected.to(values)
-    if mask.is_nested:
-        selected = torch.nested.nested_tensor_from_jagged(selected, mask.offsets())
-    data[loss.SELECTED] = selected
+    data[loss.SELECTED] = field(selected)
+    if config.policy_loss.loss_mode in COVARIANCE_MODES:
+        chosen = select_by_covariance(
+            *(on_device(tensor) for tensor in (log_prob, data["old_log_probs"], data["advantages"], mask)),
+            group=group,
+            seed=int(torch.randint(2**62, ())),
+            **covariance_options(config),
+        )
+        data[loss.CHOSEN] = field(chosen)
     if preselects:
         data[loss.KNOWN_LOG_PROBS] = log_prob.to(mask.device)
     # A field of the batch has a row for each of its own; these two are single numbers, and stay on the device.

@@ -10,8 +10,8 @@ from verl.workers.utils import losses
 from verl.workers.utils.padding import no_padding_2_padding
 
 from entropy_rl.selection import (
-    PROBABILITY_RATIO_METRICS,
     SEQUENCE_MODES,
+    movement_metrics,
     needs_all_tokens,
     select_tokens,
     token_divisor,
@@ -29,6 +29,8 @@ MICRO_BATCH_TOKENS = "entropy_top_micro_batch_tokens"
 SELECTED = "entropy_top_selected"
 SELECTED_TOKENS = "entropy_top_selected_tokens"
 THRESHOLD = "entropy_top_threshold"
+# In the loss modes that choose tokens by covariance, the slice of the step's choice, likewise.
+CHOSEN = "entropy_top_chosen_by_covariance"
 # Where only the selected tokens met the LM head: log-probs of the policy that the selection goes by, [B, S].
 KNOWN_LOG_PROBS = "entropy_top_known_log_probs"
 
@@ -90,8 +92,9 @@ def ppo_loss(
         selected_tokens = data[SELECTED_TOKENS]
         means = {"actor/entropy_threshold": data[THRESHOLD]}
     tensors = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob")
-    data = data.select(*tensors, SELECTED, KNOWN_LOG_PROBS, strict=False).to_padded_tensor()
+    data = data.select(*tensors, SELECTED, CHOSEN, KNOWN_LOG_PROBS, strict=False).to_padded_tensor()
     response_mask = data["response_mask"].bool()
+    draws = config.policy_loss.loss_mode == "clip_cov" and CHOSEN not in data
 
     if whole_step:
         selected = data[SELECTED].bool()
@@ -125,6 +128,7 @@ def ppo_loss(
         data["advantages"],
         response_mask,
         entropy_mask=selected,
+        covariance_mask=data.get(CHOSEN, None),
         rollout_is_weights=data.get("rollout_is_weights", None),
         normalize=config.entropy_top_normalize,
         clip_ratio=config.clip_ratio,
@@ -133,7 +137,7 @@ def ppo_loss(
         clip_ratio_c=config.clip_ratio_c,
         tau_pos=config.tau_pos,
         tau_neg=config.tau_neg,
-        seed=int(torch.randint(2**62, ())),  # of clip_cov's draw
+        seed=int(torch.randint(2**62, ())) if draws else 0,
         **{name: config.policy_loss[name] for name in _POLICY_LOSS},
         **policy_aggregation,
     )
@@ -156,9 +160,10 @@ def ppo_loss(
     # verl averages over ranks and adds up over micro-batches: so weighted, the sum is a mean over all tokens.
     tokens = response_mask.sum() * ranks
     response_tokens = micro_batch_tokens.sum()
+    moved = movement_metrics(config.policy_loss.loss_mode)
     for name, value in means.items():
         total = response_tokens
-        if preselected and config.entropy_top_source == "old_policy" and name in PROBABILITY_RATIO_METRICS:
+        if preselected and config.entropy_top_source == "old_policy" and name in moved:
             # What the policy, which may have moved since, does to the others is not known: they entered as unmoved.
             name, total = f"{name}_selected", selected_tokens
         sums[name] = value * tokens / total.clamp(min=1)
