@@ -51,7 +51,8 @@ CHOICES = {
     "entropy_lm_head": get_args(LMHead),
 }
 
-# Over which tokens a loss_type takes its mean. dr_grpo and luspo divide by no number of tokens.
+# Over which tokens a loss_type takes its mean. dr_grpo and luspo divide by no number of tokens. Under the scope
+# mini_batch bnpo's are those of the optimizer step.
 MEAN_OVER = {
     "dapo": "batch",
     "cispo": "batch",
@@ -172,18 +173,22 @@ class EntropyGRPOTrainer(GRPOTrainer):
             )
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
         self._mini_batch: _Selection | None = None  # held for an optimizer step
+        self._bonus_correction: Tensor | float = 0.0  # [], of the same
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.entropy_top_ratio is None:
             return super()._compute_loss(model, inputs)
-        if self._is_mini_batch_scope() and self._position() == 0:
+        mini_batch, loss_type = self._is_mini_batch_scope(), self.loss_type
+        if mini_batch and self._position() == 0:
             self._mini_batch = self._select_mini_batch()
-        self._loss_inputs = inputs
+        self._loss_inputs, entropy_coef = inputs, self._applied_entropy_coef()
+        if mini_batch and loss_type == "bnpo":  # the same loss by another number, which can be given
+            self.loss_type, inputs = "dapo", inputs | {"num_items_in_batch": self._num_items_of_bnpo()}
         try:
-            return super()._compute_loss(model, inputs)
+            return super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
-            self._loss_inputs = None
+            self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """The tokens of a micro-batch that train, by this trainer's rule and over its ranks.
@@ -202,15 +207,15 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if inputs is None:
             return self._select(entropies, mask, max(1 - threshold, sys.float_info.min))[0]
         if self._is_mini_batch_scope():
-            masks, lowest = self._mini_batch.masks, self._mini_batch.lowest
-            selected = masks[self._position()]
+            selected, lowest = self._mini_batch.masks[self._position()], self._mini_batch.lowest
+            if self._entropy_bonus_enabled:
+                self._bonus_correction = self._correct_bonus(entropies, selected)
         else:
             selected, lowest = self._select(entropies, mask, self.args.entropy_top_ratio)
-            masks = [selected]
         self._log_selection(selected, mask, lowest)
         if self.args.entropy_top_normalize == "response":
             return selected
-        return selected * self._normalization(selected, mask, masks, inputs)
+        return selected * self._normalization(selected, mask, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if not self._lm_head_is_ours:
@@ -242,14 +247,18 @@ class EntropyGRPOTrainer(GRPOTrainer):
             disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs),
         ):
             scores = [self._log_probs_and_entropies(inputs) for inputs in micro_batches]
+        loss_masks = [_loss_mask(inputs) for inputs in micro_batches]
         masks, metrics = select_mini_batch(
             [entropy for _, entropy in scores],
-            [_loss_mask(inputs) for inputs in micro_batches],
+            loss_masks,
             args.entropy_top_ratio,
             args.entropy_top_rule,
             args.entropy_top_ranks,
         )
-        return _Selection(masks, metrics["actor/entropy_threshold"], scores)
+        counts = torch.stack([torch.stack([part.sum() for part in parts]).sum() for parts in (loss_masks, masks)])
+        if args.entropy_top_ranks == "global":
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return _Selection(masks, metrics["actor/entropy_threshold"], *counts.clamp(min=1), scores)
 
     def _log_probs_and_entropies(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         # Beside tokens and masks, images and the like, under the names that the method has for them.
@@ -266,16 +275,14 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     # ---- What their loss is divided by
 
-    def _normalization(
-        self, selected: Tensor, mask: Tensor, masks: list[Tensor], inputs: dict[str, Any]
-    ) -> Tensor | float:
-        """Completion tokens per selected token, of those that this loss_type takes its mean over: [], [B, 1] or 1.
-
-        `masks` are the selections of all micro-batches, of this rank, whose tokens competed.
-        """
-        match MEAN_OVER.get(self.loss_type):
+    def _normalization(self, selected: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor | float:
+        """Completion tokens per selected token, of those that this loss_type takes its mean over: [], [B, 1] or 1."""
+        mini_batch = self._mini_batch if self._is_mini_batch_scope() else None
+        match MEAN_OVER.get(self.args.loss_type):
             case "sequence":
                 return mask.sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp(min=1)
+            case "micro_batch" if mini_batch is not None:
+                return mini_batch.tokens / mini_batch.selected
             case "micro_batch":
                 return mask.sum() / selected.sum().clamp(min=1)
             case "batch":
@@ -285,8 +292,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
                     return factor
                 # The other rules may keep more tokens than topk, and how many of the later micro-batches is not known
                 # yet: those that competed together weigh by their topk count.
-                count = torch.stack([part.sum() for part in masks]).sum()
-                if self.args.entropy_top_ranks == "global":
+                count = selected.sum() if mini_batch is None else mini_batch.selected
+                if mini_batch is None and self.args.entropy_top_ranks == "global":
                     count = self.accelerator.reduce(count, reduction="sum")
                 return factor * here / count.clamp(min=1)
             case _:
@@ -308,6 +315,29 @@ class EntropyGRPOTrainer(GRPOTrainer):
             return counts[here], counts.sum()
         counts = top_k_count(tokens, args.entropy_top_ratio)
         return counts[here], self.accelerator.reduce(counts.sum(), reduction="sum")
+
+    def _competing_processes(self) -> int:
+        return self.accelerator.num_processes if self.args.entropy_top_ranks == "global" else 1
+
+    # ---- Means that TRL takes over a micro-batch, over the optimizer step
+
+    def _num_items_of_bnpo(self) -> Tensor:
+        """[]: the `num_items_in_batch` with which dapo, the KL penalty too, is the mean over the completion tokens of
+        the optimizer step. TRL scales it from all processes to one, and from all that was generated to a step."""
+        processes = self.accelerator.num_processes / self._competing_processes()
+        steps = self.args.steps_per_generation / self.current_gradient_accumulation_steps
+        return self._mini_batch.tokens * processes * steps
+
+    def _correct_bonus(self, entropies: Tensor, selected: Tensor) -> Tensor:
+        """[]: what makes the mean entropy of a micro-batch, TRL's bonus, its share of the mean over the step."""
+        total = (entropies * selected).sum()
+        theirs = total / selected.sum().clamp(min=1) / self.current_gradient_accumulation_steps
+        return total * self._competing_processes() / self._mini_batch.selected - theirs
+
+    def _applied_entropy_coef(self) -> float:
+        """What TRL multiplies the bonus with in this optimizer step, at whose end it may adapt the coefficient."""
+        applied = not self.use_adaptive_entropy or self._last_world_entropy <= self.args.entropy_target
+        return self.entropy_coef if applied else 0.0
 
     # ---- Metrics
 
@@ -377,6 +407,8 @@ class _Selection:
 
     masks: list[Tensor]
     lowest: Tensor  # []: entropy of a selected token
+    tokens: Tensor  # []: how many competed, at least 1
+    selected: Tensor  # []: how many of them train, at least 1
     scores: list[tuple[Tensor, Tensor]]  # log-probabilities and entropies of the prepass
 
 

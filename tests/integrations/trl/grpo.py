@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
 
+LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+WHOLE_STEP = {"entropy_top_scope": "mini_batch", "entropy_top_ranks": "global"}
 PROMPTS = [f"{a} + {a * a} =" for a in range(16)]
 SETTINGS = {
     "bf16": False,
@@ -77,19 +79,36 @@ def without(batch: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in names}
 
 
+def rows_of(batch: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """Some rows of a batch; `num_items_in_batch` stays that of all."""
+    return {name: value[rows] if value.ndim else value for name, value in batch.items()}
+
+
+def spoil(model: PreTrainedModel, token: int) -> None:
+    """Makes the embedding of a token NaN, and so the sequences that it is in."""
+
+    def put_nan(_: nn.Module, arguments: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
+        return embeddings.masked_fill((arguments[0] == token)[..., None], torch.nan)
+
+    model.model.embed_tokens.register_forward_hook(put_nan)
+
+
 def optimizer_step(
     trainer: GRPOTrainer, batch: dict[str, Tensor], micro_batches: int = 1
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
-    """Loss, gradients and metrics of `batch` as one optimizer step of so many micro-batches; nothing is updated."""
+    """Loss, gradients and metrics of `batch` in so many micro-batches; nothing is updated.
+
+    Where they are more than `gradient_accumulation_steps`, these are the sums over several optimizer steps.
+    """
     trainer.model.train()
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     trainer._step = 0
     trainer._buffered_inputs = split_tensor_dict(batch, micro_batches)
-    trainer.current_gradient_accumulation_steps = micro_batches
+    trainer.current_gradient_accumulation_steps = window = trainer.args.gradient_accumulation_steps
     loss = torch.zeros(())
     for number, inputs in enumerate(trainer._buffered_inputs):
-        trainer.accelerator.gradient_state._set_sync_gradients(number == micro_batches - 1)
+        trainer.accelerator.gradient_state._set_sync_gradients(number % window == window - 1)
         with trainer.compute_loss_context_manager():
             micro_loss = trainer.compute_loss(trainer.model, inputs)
         micro_loss.backward()
@@ -97,6 +116,19 @@ def optimizer_step(
         trainer._step += 1
     gradients = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
     return loss, gradients, dict(trainer._metrics["train"])
+
+
+def assert_same_step(actual: Any, expected: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(
+            actual[1][name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def largest(step: Any) -> float:
+    return max(gradient.abs().max().item() for gradient in step[1].values())
 
 
 def launch(script: Path, *arguments: str | Path, processes: int) -> None:

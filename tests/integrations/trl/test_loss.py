@@ -13,11 +13,29 @@ from trl import GRPOTrainer
 
 import entropy_rl.integrations.trl as integration
 from entropy_rl_ext import global_top_mask, linear_logprob_entropy, logprob_entropy, policy_loss
-from grpo import make_batch, make_trainer, optimizer_step, without
+from grpo import (
+    LOSS_TYPES,
+    WHOLE_STEP,
+    assert_same_step,
+    largest,
+    make_batch,
+    make_trainer,
+    optimizer_step,
+    rows_of,
+    spoil,
+    without,
+)
 
-LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
 AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
-WHOLE_STEP = {"entropy_top_scope": "mini_batch", "entropy_top_ranks": "global"}
+
+# Metrics of TRL's that depend on the number of micro-batches, as docs/trl.md has it.
+OF_MICRO_BATCHES = {
+    "entropy",
+    "kl",
+    "policy_loss",
+    "cispo_clip_ratio",
+    *(f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
+}
 
 # A loss_type of TRL in the arguments of policy_loss, as docs/trl.md has it.
 NO_DUAL_CLIP = {"loss_mode": "vanilla", "clip_ratio_c": 1e9}
@@ -30,19 +48,6 @@ AS_POLICY_LOSS = {
     "cispo": {"loss_mode": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0},
     "sapo": {"loss_mode": "sapo"},
 }
-
-
-def assert_same_step(actual: Any, expected: Any, **tolerance: float) -> None:
-    torch.testing.assert_close(actual[0], expected[0], **tolerance)
-    assert actual[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(
-            actual[1][name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def largest(step: Any) -> float:
-    return max(gradient.abs().max().item() for gradient in step[1].values())
 
 
 def differs(one: Any, other: Any) -> bool:
@@ -63,7 +68,8 @@ def test_reproduces_top_entropy_quantile(
     ours = trainer(entropy_top_ratio=0.2, loss_type=loss_type, entropy_lm_head=lm_head, **AS_TRL)
     expected = optimizer_step(theirs, batch)
     assert max(gradient.abs().max() for gradient in expected[1].values()) > 1e-3
-    assert_same_step(optimizer_step(ours, batch), expected, rtol=1e-6, atol=1e-6)
+    tolerance = 0 if lm_head == "trl" else 1e-6
+    assert_same_step(optimizer_step(ours, batch), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -195,22 +201,59 @@ def test_selected_is_response_times_their_share(trainer: Callable[..., GRPOTrain
 # ---- One selection for the optimizer step
 
 
-@pytest.mark.parametrize("normalize", ["selected", "response"])
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])  # which divides by micro-batch
-def test_a_step_does_not_depend_on_its_split(
-    trainer: Callable[..., GRPOTrainer], loss_type: str, normalize: str
-) -> None:
-    settings = {"entropy_top_ratio": 0.2, "entropy_top_normalize": normalize, "loss_type": loss_type, **WHOLE_STEP}
-    steps = [
-        optimizer_step(
-            trainer(gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **settings), make_batch(), n
-        )
-        for n in (1, 2, 4)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"loss_type": name, "entropy_top_normalize": "selected"} for name in LOSS_TYPES),
+        *({"loss_type": name, "entropy_top_normalize": "response"} for name in LOSS_TYPES),
+        *({"loss_type": name, "importance_sampling_level": "sequence"} for name in LOSS_TYPES if name != "vespo"),
+        *({"loss_type": name, "beta": 0.1} for name in ("dapo", "grpo", "bnpo")),
+        *({"loss_type": name, "entropy_coef": 0.1} for name in ("dapo", "bnpo", "dr_grpo", "luspo")),
+        {"loss_type": "grpo", "entropy_coef": 0.1, "entropy_top_normalize": "response"},
+        {"loss_type": "bnpo", "beta": 0.1, "entropy_coef": 0.1, "entropy_top_rule": "quantile"},
+        {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
+        {"loss_type": "bnpo", "entropy_top_ranks": "local"},
+        {"loss_type": "bnpo", "delta": 1.5},
+        {"loss_type": "bnpo", "off_policy_mask_threshold": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:importance_sampling_level")
+def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]) -> None:
+    """Nor, in one micro-batch, on the scope: there all of it is TRL's own mean over the tokens of a micro-batch."""
+    batch = make_batch()
+    batch["tool_mask"] = (torch.arange(12) != 3).int().expand(8, 12).clone()
+    batch["completion_mask"][5] = 0  # as mask_truncated_completions does
+    batch["num_items_in_batch"] = (batch["completion_mask"] * batch["tool_mask"]).sum()
+    settings = {"entropy_top_ratio": 0.3, **WHOLE_STEP, **settings}
+    trainers = [trainer(**settings | {"entropy_top_scope": "micro_batch"})]
+    trainers += [
+        trainer(gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **settings) for n in (1, 2, 4)
     ]
-    for step in steps[1:]:
-        assert_same_step(step, steps[0], rtol=1e-5, atol=1e-6)
-        for name in ("entropy_token_ratio", "entropy_threshold"):
-            assert step[2][name] == pytest.approx(steps[0][2][name], rel=1e-6)
+    for _ in range(2):  # the second with the coefficient that an adaptive bonus has after the first
+        expected, *steps = (optimizer_step(t, batch, t.args.gradient_accumulation_steps) for t in trainers)
+        for step in steps:
+            # Of the largest gradient: the penalty, far from its minimum, makes gradients of 10 and more.
+            assert_same_step(step, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
+            assert step[2].keys() == expected[2].keys()
+            for name in step[2].keys() - OF_MICRO_BATCHES:
+                assert mean(step[2][name]) == pytest.approx(mean(expected[2][name]), rel=1e-5), name
+
+
+def mean(values: list[float]) -> float:
+    """As TRL logs what the micro-batches had."""
+    return sum(values) / len(values)
+
+
+def test_bnpo_is_over_an_optimizer_step_of_a_generation(trainer: Callable[..., GRPOTrainer]) -> None:
+    """Two optimizer steps of a generation against each as all of one: dapo's mean would be over the generation."""
+    settings = {"entropy_top_ratio": 0.3, "loss_type": "bnpo", "beta": 0.1, "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 2, **WHOLE_STEP}
+    batch = make_batch()
+    actual = optimizer_step(trainer(steps_per_generation=4, **settings), batch, 4)
+    halves = [optimizer_step(trainer(**settings), rows_of(batch, rows), 2) for rows in (slice(4), slice(4, 8))]
+    expected = halves[0][0] + halves[1][0], {name: halves[0][1][name] + halves[1][1][name] for name in halves[0][1]}
+    assert_same_step(actual, expected, rtol=1e-5, atol=1e-6 * largest(expected))
 
 
 def test_a_micro_batch_step_does_depend_on_its_split(trainer: Callable[..., GRPOTrainer]) -> None:
@@ -359,16 +402,42 @@ def test_threshold_is_the_lowest_selected_entropy(trainer: Callable[..., GRPOTra
     assert metrics["entropy_threshold"] == [pytest.approx(entropy[weight > 0].min().item())]
 
 
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.1, "entropy_coef": 0.1, "entropy_top_normalize": "response"}])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
 def test_without_completion_tokens_nothing_is_learnt(
-    trainer: Callable[..., GRPOTrainer], loss_type: str, scope: str
+    trainer: Callable[..., GRPOTrainer], loss_type: str, scope: str, settings: dict[str, Any]
 ) -> None:
     batch = make_batch()
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
     batch["num_items_in_batch"] = torch.tensor(0)
     loss, gradients, metrics = optimizer_step(
-        trainer(entropy_top_ratio=0.2, loss_type=loss_type, entropy_top_scope=scope), batch
+        trainer(entropy_top_ratio=0.2, loss_type=loss_type, entropy_top_scope=scope, **settings), batch
     )
     assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
     assert metrics["entropy_token_ratio"] == [0] and metrics["entropy_threshold"] == [0]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
+def test_nan_is_seen_in_the_loss(trainer: Callable[..., GRPOTrainer], scope: str, everywhere: bool) -> None:
+    """In TRL's as in ours; among NaN the selection still keeps its share."""
+    batch = make_batch()
+    batch["prompt_ids"].clamp_(max=95)
+    batch["completion_ids"].clamp_(max=95)
+    batch["prompt_ids"][:, -1] = 96 if everywhere else batch["prompt_ids"][:, -1]
+    batch["completion_ids"][0, 0] = 96
+    batch["completion_mask"][0] = torch.arange(12) < 3
+    batch["num_items_in_batch"] = batch["completion_mask"].sum()
+    theirs, ours = (
+        trainer(GRPOTrainer, top_entropy_quantile=0.2),
+        trainer(entropy_top_ratio=0.2, entropy_top_scope=scope),
+    )
+    for some in (theirs, ours):
+        spoil(some.model, 96)
+        loss, _, metrics = optimizer_step(some, batch)
+        assert loss.isnan()
+    tokens = int(batch["num_items_in_batch"])
+    assert metrics["entropy_token_ratio"] == [pytest.approx(int(tokens * 0.2 + 0.9999) / tokens)]
+    (threshold,) = metrics["entropy_threshold"]
+    assert threshold == math.inf if everywhere else 0 < threshold < math.log(97)

@@ -35,9 +35,9 @@ def test_keeps_from_the_quantile_up(ours: GRPOTrainer, threshold: float, kept: l
 
 
 def test_keeps_tokens_of_unsorted_rows(ours: GRPOTrainer) -> None:
-    entropy = torch.tensor([[0.2, 1.7, 0.1, 0.3, 9.0, 9.0], [0.4, 0.5, 0.8, 0.6, 9.0, 9.0]])
+    entropy = torch.tensor([[0.1, 0.2, 0.3, 1.4, 0.5, 0.14], [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
-    assert ours.get_high_entropy_mask(entropy, mask, 0.8).nonzero().tolist() == [[0, 1], [1, 2]]
+    assert ours.get_high_entropy_mask(entropy, mask, 0.8).nonzero().tolist() == [[0, 3], [1, 3]]
 
 
 def test_keeps_nothing_of_nothing(ours: GRPOTrainer) -> None:

@@ -78,6 +78,53 @@ def test_with_trls_rule_a_run_is_trls(trainer: Callable[..., GRPOTrainer]) -> No
     assert_same_weights(ours, trained(trainer(GRPOTrainer, top_entropy_quantile=0.2, max_steps=3)))
 
 
+@pytest.mark.parametrize("settings", [{"loss_type": "grpo"}, {"loss_type": "bnpo", "beta": 0.01}], ids=str)
+def test_a_run_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]) -> None:
+    """Two generations of two iterations each, in one micro-batch a step, two, and four. Without Adam, which makes whole
+    steps of a gradient's rounding."""
+    runs = [
+        trained(
+            trainer(
+                entropy_top_ratio=0.2,
+                entropy_top_scope="mini_batch",
+                entropy_top_ranks="global",
+                gradient_accumulation_steps=n,
+                per_device_train_batch_size=8 // n,
+                num_iterations=2,
+                scale_rewards="batch",
+                optim="sgd",
+                max_steps=4,
+                **settings,
+            )
+        )
+        for n in (1, 2, 4)
+    ]
+    expected = weights(runs[0])
+    for run in runs[1:]:
+        for name in ("loss", "grad_norm", "reward", "entropy_token_ratio", "entropy_threshold"):
+            assert logged(run, name) == pytest.approx(logged(runs[0], name), rel=1e-4, abs=1e-6), name
+        torch.testing.assert_close(weights(run), expected, rtol=1e-5, atol=1e-6)
+    assert len(logged(runs[0], "reward")) == 2 and len(logged(runs[0], "entropy_threshold")) == 4
+    assert min(logged(runs[0], "grad_norm")) > 1
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo"])
+def test_a_run_whose_completions_are_all_truncated(trainer: Callable[..., GRPOTrainer], loss_type: str) -> None:
+    run = trainer(
+        entropy_top_ratio=0.2,
+        entropy_top_scope="mini_batch",
+        loss_type=loss_type,
+        gradient_accumulation_steps=2,
+        mask_truncated_completions=True,
+        generation_kwargs={"suppress_tokens": [0, 1]},  # padding, end of text
+        max_steps=2,
+    )
+    before = weights(run)
+    run.train()
+    assert logged(run, "loss") == logged(run, "grad_norm") == logged(run, "entropy_token_ratio") == [0, 0]
+    assert all(torch.equal(before[name], value) for name, value in weights(run).items())
+
+
 def test_a_resumed_run_ends_like_an_uninterrupted_one(trainer: Callable[..., GRPOTrainer], tmp_path: Path) -> None:
     settings = {
         "entropy_top_ratio": 0.2,
