@@ -178,7 +178,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
             )
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
         self._mini_batch: _Selection | None = None  # held for an optimizer step
-        self._bonus_correction: Tensor | float = 0.0  # [], of the same
+        self._bonus_correction: Tensor | float = 0.0  # [], of the micro-batch whose loss is being computed
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
