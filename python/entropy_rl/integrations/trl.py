@@ -7,6 +7,8 @@ loss stays TRL's own, whatever the loss_type.
 
 import contextlib
 import inspect
+import math
+import operator
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,6 +63,9 @@ MEAN_OVER = {
     "grpo": "sequence",
     "sapo": "sequence",
 }
+
+# TRL's metrics that are means over tokens, or over sequences under importance_sampling_level="sequence".
+CLIP_RATIO_MEANS = {"cispo_clip_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
 
 
 @dataclass
@@ -173,7 +178,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
             )
         self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
         self._mini_batch: _Selection | None = None  # held for an optimizer step
-        self._bonus_correction: Tensor | float = 0.0  # [], of the same
+        self._bonus_correction: Tensor | float = 0.0  # [], of the micro-batch whose loss is being computed
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -186,9 +191,12 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if mini_batch and loss_type == "bnpo":  # the same loss by another number, which can be given
             self.loss_type, inputs = "dapo", inputs | {"num_items_in_batch": self._num_items_of_bnpo()}
         try:
-            return super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
+            loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
             self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
+        if mini_batch and self._position() == self.args.gradient_accumulation_steps - 1:
+            self._join_metrics()
+        return loss
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """The tokens of a micro-batch that train, by this trainer's rule and over its ranks.
@@ -255,10 +263,10 @@ class EntropyGRPOTrainer(GRPOTrainer):
             args.entropy_top_rule,
             args.entropy_top_ranks,
         )
-        counts = torch.stack([torch.stack([part.sum() for part in parts]).sum() for parts in (loss_masks, masks)])
-        if args.entropy_top_ranks == "global":
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return _Selection(masks, metrics["actor/entropy_threshold"], *counts.clamp(min=1), scores)
+        counts = torch.stack([part.sum() for part in (*loss_masks, *masks)]).view(2, -1)
+        everywhere = self.accelerator.reduce(counts, reduction="sum")
+        tokens, selected = (everywhere if args.entropy_top_ranks == "global" else counts).sum(1).clamp(min=1)
+        return _Selection(masks, metrics["actor/entropy_threshold"], tokens, selected, everywhere[0], scores)
 
     def _log_probs_and_entropies(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         # Beside tokens and masks, images and the like, under the names that the method has for them.
@@ -353,6 +361,27 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._metrics[mode]["entropy_token_ratio"].append(selected / max(tokens, 1))
         self._metrics[mode]["entropy_threshold"].append(threshold / max(tokens, 1))
 
+    def _join_metrics(self) -> None:
+        """Makes of TRL's metrics of the micro-batches, of which it would log the plain mean, those of their whole."""
+        args, tokens = self.args, self._mini_batch.micro_batch_tokens.tolist()
+        means = {"entropy", "kl"} | (CLIP_RATIO_MEANS if args.importance_sampling_level == "token" else set())
+        if self._mini_batch.masks[-1].shape[1] == 1:
+            # TRL takes one column for a value of each sequence, and micro-batches have the same number of sequences.
+            means = set()
+        for name, values in self._metrics["train"].items():
+            parts = values[-args.gradient_accumulation_steps :]
+            if name in means:
+                whole = sum(map(operator.mul, parts, tokens)) / max(sum(tokens), 1)
+            elif name == "clip_ratio/low_min":  # NaN where a micro-batch has no tokens
+                whole = min((part for part in parts if not math.isnan(part)), default=math.nan)
+            elif name == "clip_ratio/high_max":
+                whole = max((part for part in parts if not math.isnan(part)), default=math.nan)
+            elif name == "policy_loss" and MEAN_OVER.get(args.loss_type) in ("batch", "micro_batch"):
+                whole = sum(parts)  # each is what its micro-batch adds to the mean over the step
+            else:
+                continue
+            values[-len(parts) :] = [whole]
+
     # ---- Log-probabilities and entropies
 
     def _score(
@@ -409,6 +438,7 @@ class _Selection:
     lowest: Tensor  # []: entropy of a selected token
     tokens: Tensor  # []: how many competed, at least 1
     selected: Tensor  # []: how many of them train, at least 1
+    micro_batch_tokens: Tensor  # [micro-batches]: how many tokens each has, over all processes
     scores: list[tuple[Tensor, Tensor]]  # log-probabilities and entropies of the prepass
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -125,6 +126,14 @@ def assert_same_step(actual: Any, expected: Any, **tolerance: float) -> None:
         torch.testing.assert_close(
             actual[1][name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def assert_same_metrics(actual: Any, expected: Any) -> None:
+    """Of two steps, as TRL would log them: the mean without NaN."""
+    assert actual[2].keys() == expected[2].keys()
+    for name in expected[2]:
+        one, other = (torch.tensor(step[2][name]).nanmean().item() for step in (actual, expected))
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6, nan_ok=True), name
 
 
 def largest(step: Any) -> float:

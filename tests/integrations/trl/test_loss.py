@@ -16,6 +16,7 @@ from entropy_rl_ext import global_top_mask, linear_logprob_entropy, logprob_entr
 from grpo import (
     LOSS_TYPES,
     WHOLE_STEP,
+    assert_same_metrics,
     assert_same_step,
     largest,
     make_batch,
@@ -27,15 +28,6 @@ from grpo import (
 )
 
 AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
-
-# Metrics of TRL's that depend on the number of micro-batches, as docs/trl.md has it.
-OF_MICRO_BATCHES = {
-    "entropy",
-    "kl",
-    "policy_loss",
-    "cispo_clip_ratio",
-    *(f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
-}
 
 # A loss_type of TRL in the arguments of policy_loss, as docs/trl.md has it.
 NO_DUAL_CLIP = {"loss_mode": "vanilla", "clip_ratio_c": 1e9}
@@ -223,7 +215,7 @@ def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer]
     """Nor, in one micro-batch, on the scope: there all of it is TRL's own mean over the tokens of a micro-batch."""
     batch = make_batch()
     batch["tool_mask"] = (torch.arange(12) != 3).int().expand(8, 12).clone()
-    batch["completion_mask"][5] = 0  # as mask_truncated_completions does
+    batch["completion_mask"][[0, 4, 5]] = 0  # as mask_truncated_completions does, to a micro-batch of four too
     batch["num_items_in_batch"] = (batch["completion_mask"] * batch["tool_mask"]).sum()
     settings = {"entropy_top_ratio": 0.3, **WHOLE_STEP, **settings}
     trainers = [trainer(**settings | {"entropy_top_scope": "micro_batch"})]
@@ -235,14 +227,25 @@ def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer]
         for step in steps:
             # Of the largest gradient: the penalty, far from its minimum, makes gradients of 10 and more.
             assert_same_step(step, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
-            assert step[2].keys() == expected[2].keys()
-            for name in step[2].keys() - OF_MICRO_BATCHES:
-                assert mean(step[2][name]) == pytest.approx(mean(expected[2][name]), rel=1e-5), name
+            assert_same_metrics(step, expected)
 
 
-def mean(values: list[float]) -> float:
-    """As TRL logs what the micro-batches had."""
-    return sum(values) / len(values)
+def test_metrics_of_single_tokens_do_not_depend_on_the_split(trainer: Callable[..., GRPOTrainer]) -> None:
+    """Of which TRL counts one a sequence, masked or not."""
+    batch = make_batch(completion=1)
+    batch["completion_mask"][[0, 4, 5]] = 0
+    batch["num_items_in_batch"] = batch["completion_mask"].sum()
+    one, four = (
+        optimizer_step(
+            trainer(
+                entropy_top_ratio=0.3, gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **WHOLE_STEP
+            ),
+            batch,
+            n,
+        )
+        for n in (1, 4)
+    )
+    assert_same_metrics(four, one)
 
 
 def test_bnpo_is_over_an_optimizer_step_of_a_generation(trainer: Callable[..., GRPOTrainer]) -> None:

@@ -9,7 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 import two_ranks
-from grpo import WHOLE_STEP, assert_same_step, largest, launch, make_batch, optimizer_step, rows_of
+from grpo import WHOLE_STEP, assert_same_metrics, assert_same_step, largest, launch, make_batch, optimizer_step, rows_of
 from two_ranks import APART, STEPS
 
 
@@ -29,9 +29,7 @@ def test_a_step_does_not_depend_on_the_number_of_ranks(
     for micro_batches in (1, 2):
         two = results["steps"][str(settings), micro_batches]
         assert_same_step(two, step, rtol=1e-5, atol=1e-6 * max(1.0, largest(step)))
-        # TRL's own metrics are the same for any number of ranks, not of micro-batches.
-        for name in step[2] if micro_batches == 1 else ("entropy_token_ratio", "entropy_threshold"):
-            assert two[2][name] == pytest.approx(step[2][name], rel=1e-5, abs=1e-6), name
+        assert_same_metrics(two, step)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

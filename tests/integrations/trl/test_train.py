@@ -101,7 +101,7 @@ def test_a_run_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer],
     ]
     expected = weights(runs[0])
     for run in runs[1:]:
-        for name in ("loss", "grad_norm", "reward", "entropy_token_ratio", "entropy_threshold"):
+        for name in ("loss", "grad_norm", "reward", "entropy", "entropy_token_ratio", "entropy_threshold"):
             assert logged(run, name) == pytest.approx(logged(runs[0], name), rel=1e-4, abs=1e-6), name
         torch.testing.assert_close(weights(run), expected, rtol=1e-5, atol=1e-6)
     assert len(logged(runs[0], "reward")) == 2 and len(logged(runs[0], "entropy_threshold")) == 4
