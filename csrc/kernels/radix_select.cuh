@@ -6,6 +6,8 @@
 //                           reads the previous pass's histogram and finds the digit for itself
 //   radix_ties_kernel       a block a tile: what the mask must know of the tiles beside it
 //   radix_mask_kernel       a block a tile
+// Where several processes hold the keys, radix_counts_kernel and radix_key_kernel take the place of
+// the passes, and the processes add up their counts between the two.
 // Counts are integers, so that neither the order of blocks nor that of atomics changes a bit. For a
 // float32 token 5 bytes a pass (3; 6 for double), 5 to find ties where only some are kept, 6 for
 // the mask; of 2^20 tokens all passes but the first read the L2.
@@ -503,8 +505,8 @@ __global__ void radix_counts_kernel(Keys keys, TileLayout layout, int pass,
   add_digits(histogram, counts);
 }
 
-// Puts the digit of the k-th largest of the counted keys into `key`; k_left of them have it. One
-// block. k is held between 0 and the number of keys; 0 finds all bits set.
+// Puts the digit of the k-th largest of the counted keys into `key`; of the keys with that digit it
+// is the k_left-th. One block. k is held between 0 and the number of keys; 0 finds all bits set.
 template <class Count>
 __global__ void radix_key_kernel(const Count* counts /*[digits]*/, int digits, int shift,
                                  const int64_t* key /*[1], or null in the first pass*/,
