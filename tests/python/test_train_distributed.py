@@ -77,7 +77,7 @@ CASES = {
     "KL and bonus": {f"{ACTOR}.use_kl_loss": "true", f"{ACTOR}.entropy_coeff": 0.1},
     "means over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean"},
     "sums over rows": {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"},
-    # Some of the eligible tokens, and all of them on a rank without others.
+    # A clip ratio at which nothing is clipped leaves more tokens to draw from than are drawn.
     "clip_cov": {
         f"{ACTOR}.policy_loss.loss_mode": "clip_cov",
         f"{ACTOR}.policy_loss.clip_cov_ratio": 0.2,

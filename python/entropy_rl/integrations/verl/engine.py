@@ -134,7 +134,7 @@ def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any
         chosen = select_by_covariance(
             *(on_device(tensor) for tensor in (log_prob, data["old_log_probs"], data["advantages"], mask)),
             group=group,
-            seed=int(torch.randint(2**62, ())),
+            seed=int(torch.randint(2**62, ())) if config.policy_loss.loss_mode == "clip_cov" else 0,
             **covariance_options(config),
         )
         data[loss.CHOSEN] = field(chosen)
