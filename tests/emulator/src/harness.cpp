@@ -49,6 +49,12 @@ void cudaemu_set(unsigned long long seed, double approximation_error, int check_
   machine().check_races = check_races;
 }
 
+void cudaemu_set_most_instructions(unsigned long long count) {
+  machine().most_instructions = count;
+}
+
+void cudaemu_load_ptx(const char* file) { load_ptx(file); }
+
 unsigned long long cudaemu_executed() { return machine().executed; }
 
 void cudaemu_mark_written(void* pointer, size_t size) {

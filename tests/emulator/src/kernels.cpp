@@ -37,12 +37,14 @@ struct Modules {
     const char* folder = getenv("CUDAEMU_PTX");
     if (!folder) return;
     for (const auto& file : std::filesystem::directory_iterator(folder)) {
-      if (file.path().extension() != ".ptx") continue;
-      std::ostringstream text;
-      text << std::ifstream(file.path()).rdbuf();
-      all.push_back(parse_ptx(text.str(), &machine().memory));
-      for (const auto& [name, entry] : all.back()->entries) by_kernel[name] = all.back().get();
+      if (file.path().extension() == ".ptx") load(file.path());
     }
+  }
+  void load(const std::string& file) {
+    std::ostringstream text;
+    text << std::ifstream(file).rdbuf();
+    all.push_back(parse_ptx(text.str(), &machine().memory));
+    for (const auto& [name, entry] : all.back()->entries) by_kernel[name] = all.back().get();
   }
 };
 
@@ -150,6 +152,8 @@ cudaError_t launch(Kernel* kernel, dim3 grid, dim3 block, void** arguments, size
 }  // namespace
 
 const std::map<std::string, uint64_t>& launches() { return launch_counts; }
+
+void load_ptx(const std::string& file) { modules().load(file); }
 
 void each_function(const std::function<void(const Module&, Function&)>& f) {
   for (const auto& module : modules().all) {

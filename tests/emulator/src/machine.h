@@ -106,6 +106,7 @@ struct Machine {
   uint64_t seed = 0;               // 0: warps in order, none interrupted; else a random order
   double approximation_error = 0;  // relative, of the .approx instructions: any error up to this
   bool check_races = true;
+  uint64_t most_instructions = 4'000'000'000;  // of a block, before it counts as hanging
   std::vector<std::string> reports;
   uint64_t executed = 0;  // instructions, counted once a thread
 

@@ -34,6 +34,8 @@ bool is_capturing(cudaStream_t stream);
 // cudaErrorStreamCaptureUnsupported while a capture forbids calls that wait for the device.
 cudaError_t check_not_capturing();
 
+// Makes the kernels of one more PTX file known.
+void load_ptx(const std::string& file);
 // Kernels that ran and how often, since the process began.
 const std::map<std::string, uint64_t>& launches();
 // Calls f for every function that has been parsed.

@@ -10,7 +10,6 @@
 namespace cudaemu {
 namespace {
 
-constexpr uint64_t kMostInstructions = 4'000'000'000;  // of a block, before it counts as hanging
 constexpr uint64_t kBudget = 1 << 20;  // instructions of a group of lanes before others have a turn
 constexpr uint32_t kPatience = 4096;   // turns before lanes at a higher address have one
 constexpr uint64_t kMostShuffled = 1 << 20;  // blocks of a launch that run in a random order
@@ -157,7 +156,7 @@ void Machine::start_block(uint64_t linear) {
 
 bool Machine::run_block(uint64_t linear) {
   start_block(linear);
-  const uint64_t limit = executed + kMostInstructions;
+  const uint64_t limit = executed + most_instructions;
   while (true) {
     const bool ran = seed ? run_shuffled() : run_in_order(limit);
     if (failed_) return false;
