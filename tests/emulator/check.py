@@ -3,7 +3,7 @@
     tests/emulator/run.sh python tests/emulator/check.py [--op NAME ...] [--cases N] [--seconds S] [--seed SEED]
 
 Prints a line for each case that fails, and how many ran of each op. A case depends on its op, number and --seed alone;
---first N --cases N+1 runs one again. --threads runs the threads in a random order; --error perturbs the approximate
+--first N --cases N+1 runs one again. --device cuda:1 runs them beside the current device, --threads runs the threads in a random order; --error perturbs the approximate
 instructions (2.4e-7, 2^-22, is the error of ex2.approx).
 """
 
@@ -85,12 +85,14 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which an op begins no more cases")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--error", type=float, default=0.0)
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="entropy_mask is not applied")
     torch.set_num_threads(1)
+    device.target = arguments.device
     device.configure(arguments.threads, arguments.error)
     sys.exit(not all([run_op(op, arguments) for op in arguments.op]))
 

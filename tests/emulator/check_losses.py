@@ -41,9 +41,9 @@ def make_batch(rng: Random, dtype: torch.dtype, shape: tuple[int, int]) -> Batch
     return b
 
 
-def aggregation_options(rng: Random) -> dict[str, Any]:
+def aggregation_options(rng: Random, shape: tuple[int, int]) -> dict[str, Any]:
     options: dict[str, Any] = {"loss_agg_mode": rng.choice(AGGREGATIONS)}
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or shape[1] == 0:  # the default loss_scale_factor is the number of columns
         options.update(dp_size=2, batch_num_tokens=700, global_batch_size=12, loss_scale_factor=50.0)
     return options
 
@@ -70,7 +70,7 @@ def policy_loss(rng: Random) -> Iterator[str]:
         "loss_mode": mode, "normalize": rng.choice(["selected", "response"]), "clip_ratio_low": 0.2,
         "clip_ratio_high": 0.28, "clip_ratio_c": 1.5, "clip_cov_ratio": rng.choice([0.2, 0.0002]),
         "clip_cov_lb": -0.5, "clip_cov_ub": 1.0, "kl_cov_ratio": rng.choice([0.2, 0.0002, 1.0]), "dro_beta": 0.3,
-        "seed": 11, **aggregation_options(rng),
+        "seed": 11, **aggregation_options(rng, shape),
     }  # fmt: skip
     optional = {}
     if rng.random() < 0.5:
@@ -97,7 +97,7 @@ def kl_loss(rng: Random) -> Iterator[str]:
     dtype, shape = rng.choice(DTYPES), rng.choice(SHAPES)
     b = make_batch(rng, dtype, shape)
     kind = rng.choice(["kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3"]) + rng.choice(["", "+"])
-    options = {"kl_loss_type": kind, **aggregation_options(rng)}
+    options = {"kl_loss_type": kind, **aggregation_options(rng, shape)}
     yield f"{dtype} {shape} {options} response={int(b['response'].sum())}"
     leaf, wide = to_device(b["log_prob"]).requires_grad_(), b["log_prob"].double().requires_grad_()
     loss = ext.kl_loss(leaf, to_device(b["old"]), to_device(b["response"]), **options)
@@ -108,7 +108,7 @@ def kl_loss(rng: Random) -> Iterator[str]:
 def aggregate(rng: Random) -> Iterator[str]:
     dtype, shape = rng.choice(DTYPES), rng.choice(SHAPES)
     b = make_batch(rng, dtype, shape)
-    options = aggregation_options(rng)
+    options = aggregation_options(rng, shape)
     yield f"{dtype} {shape} {options} response={int(b['response'].sum())}"
     leaf, wide = to_device(b["log_prob"]).requires_grad_(), b["log_prob"].double().requires_grad_()
     loss = ext.aggregate(leaf, to_device(b["response"]), **options)

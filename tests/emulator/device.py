@@ -61,13 +61,16 @@ def host(tensor: Tensor) -> Tensor:
     return view.set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def to_device(tensor: Tensor, device: str | torch.device = "cuda") -> Tensor:
-    """A copy on a device with the strides of the tensor, and what lies between them."""
+target = "cuda"  # where to_device puts tensors
+
+
+def to_device(tensor: Tensor) -> Tensor:
+    """A copy on the target device with the strides of the tensor, and what lies between them."""
     storage = tensor.untyped_storage()
-    moved = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device)
+    moved = torch.empty(storage.nbytes(), dtype=torch.uint8, device=target)
     host(moved).copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
     mark_written(moved)
-    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    empty = torch.empty(0, dtype=tensor.dtype, device=target)
     return empty.set_(moved.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 

