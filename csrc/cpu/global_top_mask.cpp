@@ -1,8 +1,8 @@
 #include <memory>
 #include <numeric>
 
-#include "../top_mask_arguments.h"
-#include "selection.h"
+#include "../ops/global_top_mask.h"
+#include "radix_select.h"
 
 namespace entropy_rl::cpu {
 namespace {
