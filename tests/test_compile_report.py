@@ -1,13 +1,15 @@
 """The check of the compiler's report finds what it looks for."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-import compile_report
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import compile_report  # noqa: E402
 
 RESOURCES = """
 Fatbin elf code:

@@ -1,8 +1,8 @@
 #include <memory>
 #include <numeric>
 
-#include "../top_mask_arguments.h"
-#include "selection.h"
+#include "../ops/global_top_mask.h"
+#include "radix_select.h"
 
 namespace entropy_rl::cpu {
 namespace {
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
     *mutable_data<typename KeyTraits<Key>::Value>(lowest) = cut.lowest;
     const Keys keys{const_data<decltype(element)>(in.values), const_data<uint8_t>(in.mask)};
     uint8_t* out = mutable_data<uint8_t>(result);
-    if (cut.ties == cut.equal) {
+    if (cut.keeps_all_ties) {
       threshold_mask(keys, n, cut.key, out);
     } else {
       first_ties_mask(keys, n, cut.key, cut.ties, out);

@@ -1,11 +1,11 @@
 // linear_logprob_entropy on the CPU: the rows of a tile in parallel, in chunks that stay in the
-// first-level cache, as softmax_rows.h has them.
-#include "../linear_logprob_entropy_op.h"
+// first-level cache, as softmax_backend.h has them.
+#include "../ops/linear_logprob_entropy.h"
 
 #include <algorithm>
 
 #include "simd.h"
-#include "softmax_rows.h"
+#include "softmax_backend.h"
 
 #define ENTROPY_RL_LOOPS "linear_logprob_entropy_loops.h"
 #include "each_simd.h"

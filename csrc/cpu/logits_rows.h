@@ -1,11 +1,11 @@
 // token_entropy and logprob_entropy on the CPU: rows in parallel, each in one pass
-// (softmax_rows.h).
+// (softmax_backend.h).
 #pragma once
 
 #include <algorithm>
 
-#include "../logits_op.h"
-#include "softmax_rows.h"
+#include "../ops/logprob_entropy.h"
+#include "softmax_backend.h"
 #include "zeroed_tensor.h"
 
 namespace entropy_rl::cpu {

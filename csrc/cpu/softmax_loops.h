@@ -1,4 +1,4 @@
-// The loops of softmax_rows.h (see each_simd.h). Those over floats are written on vectors of
+// The loops of softmax_backend.h (see each_simd.h). Those over floats are written on vectors of
 // kVectorBytes, in base 2: t = d log2(e), e^d = 2^t, so that the range reduction is one rounding
 // and sum e^d d needs one factor at the end.
 

@@ -9,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-#include "../checks.h"
+#include "../ops/checks.h"
 
 namespace entropy_rl::cpu {
 

@@ -7,8 +7,8 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
 
-#include "../top_mask_arguments.h"
-#include "selection.h"
+#include "../ops/global_top_mask.h"
+#include "top_k_mask.h"
 #include "tuning.h"
 
 namespace entropy_rl::cuda {

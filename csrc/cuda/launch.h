@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "../checks.h"
+#include "../ops/checks.h"
 
 namespace entropy_rl::cuda {
 

@@ -1,6 +1,6 @@
 #include "../kernels/linear_logprob_entropy.cuh"
 
-#include "../linear_logprob_entropy_op.h"
+#include "../ops/linear_logprob_entropy.h"
 #include "launch.h"
 #include "tuning.h"
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../kernels/softmax_rows.cuh"
-#include "../logits_op.h"
+#include "../ops/logprob_entropy.h"
 #include "device_array.h"
 #include "launch.h"
 #include "tuning.h"

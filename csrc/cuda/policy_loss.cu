@@ -1,8 +1,8 @@
 #include "../kernels/policy_loss.cuh"
 
-#include "../policy_loss_op.h"
-#include "selection.h"
-#include "token_losses.h"
+#include "../ops/policy_loss.h"
+#include "token_loss_backend.cuh"
+#include "top_k_mask.h"
 
 namespace entropy_rl::cuda {
 namespace {

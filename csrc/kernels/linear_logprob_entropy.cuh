@@ -1,5 +1,6 @@
 // linear_logprob_entropy: one tile [rows, width] of LM-head products at a time, one block a row.
-//   forward   folds the tile into each row's state (linear_logprob_entropy.h): width * sizeof(Acc)
+//   forward   folds the tile into each row's state (linear_logprob_entropy_math.h): width *
+//   sizeof(Acc)
 //             bytes read a row, 96 of state read and written.
 //   backward  turns the tile into its gradient, in place or into a narrower dtype for the next
 //   GEMM:
@@ -9,7 +10,7 @@
 #pragma once
 
 #include "dtypes.h"
-#include "linear_logprob_entropy.h"
+#include "linear_logprob_entropy_math.h"
 #include "quad.cuh"
 #include "softmax_rows.cuh"
 #include "warp.cuh"

@@ -1,4 +1,4 @@
-// What policy_loss does before its pass (aggregate.cuh), where the loss needs it.
+// What policy_loss does before its pass (token_loss.cuh), where the loss needs it.
 //   moments_kernel             a block a tile: Moments
 //   sequence_log_ratio_kernel  a few lanes a row: gspo's sequence ratio
 //   covariance_moments_kernel  one block: the Moments of the batch
@@ -8,8 +8,8 @@
 // For float32 a token moves 13 bytes in for the moments, and 13 in and 4 out for the keys.
 #pragma once
 
-#include "aggregate.cuh"
-#include "policy_loss.h"
+#include "policy_loss_math.h"
+#include "token_loss.cuh"
 
 namespace entropy_rl {
 

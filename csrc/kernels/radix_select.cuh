@@ -108,9 +108,10 @@ template <class Key, class Count = uint32_t>
 struct RadixCut {
   Key prefix;    // the digits found; after the last pass the k-th largest key
   Key eligible;  // keys in the segment; a Key, so that the struct has no padding
-  Count rank;    // which of the keys that share the prefix, from the largest, 1 up; 0: none is kept
-  Count equal;   // how many share it
+  Count rank;    // how many of the keys that share the prefix are kept, from the largest
+  Count equal;   // how many share it; 0: the segment keeps nothing
 
+  __device__ __forceinline__ bool keeps_nothing() const { return equal == 0; }
   __device__ __forceinline__ bool keeps_all_ties() const { return rank == equal; }
 };
 
@@ -360,7 +361,7 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
     const Key smallest = smallest_kept(cut, next, in.rule);
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t begin = in.begin(tile);
-      if (cut.rank == 0) {
+      if (cut.keeps_nothing()) {
         fill_zero_bytes(mask + begin, layout.size(tile));
       } else {
         mask_from(in.keys, begin, layout.size(tile), smallest, mask + begin);
@@ -470,7 +471,7 @@ __global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys
       mask_first_ties(in.keys, begin, size, cut.prefix, ties, shared.counts, mask + begin);
       continue;
     }
-    if (cut.rank == 0) {
+    if (cut.keeps_nothing()) {
       fill_zero_bytes(mask + begin, size);
       continue;
     }
@@ -573,7 +574,10 @@ __global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* rad
     cut = cut_at<Key>(key);
   }
   if (threadIdx.x == 0) {
-    *radix_cut = {cut.key, 0, static_cast<uint32_t>(cut.ties), static_cast<uint32_t>(cut.equal)};
+    // Only whether rank and equal differ matters, and that equal is not 0: keys above the cut are
+    // kept even where none equals it.
+    const uint32_t ties = cut.keeps_all_ties ? 1 : static_cast<uint32_t>(cut.ties);
+    *radix_cut = {cut.key, 0, ties, cut.keeps_all_ties ? ties : ties + 1};
     *lowest = cut.lowest;
   }
 }

@@ -3,8 +3,8 @@
 // branches, over which the host's loops do not vectorise.
 #pragma once
 
-#include "aggregate.h"
 #include "exp_log.h"
+#include "token_loss_math.h"
 
 namespace entropy_rl {
 

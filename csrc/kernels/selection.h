@@ -143,14 +143,14 @@ ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
 
 // ---- Keys that several processes hold ----
 
-// One process's part of the choice: it keeps its keys above `key` and the first `ties` of the
-// `equal` that equal it.
+// One process's part of the choice: it keeps its keys above `key`, and of the keys equal to `key`
+// all, or the first `ties`.
 template <class Key>
 struct ProcessCut {
   Key key;
-  int64_t ties;
-  int64_t equal;                          // ties == equal: all of them, however many they are
-  typename KeyTraits<Key>::Value lowest;  // that any process keeps; inf for NaN, 0 where none does
+  bool keeps_all_ties;
+  int64_t ties;                           // not read where all are kept
+  typename KeyTraits<Key>::Value lowest;  // that any process keeps; inf for NaN, 0 for nothing
 };
 
 // What the processes found together.
@@ -161,14 +161,14 @@ struct FoundKey {
 
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> no_cut() {
-  return {kNaNKey<Key>, 0, 1, 0};
+  return {kNaNKey<Key>, false, 0, 0};
 }
 
 // Keeps all keys equal to `key` and larger ones, of all processes; `lowest` of these decides.
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_at(Key key, Key lowest) {
   const auto infinity = static_cast<typename KeyTraits<Key>::Value>(INFINITY);
-  return {key, 1, 1, lowest == kNaNKey<Key> ? infinity : selection_value(lowest)};
+  return {key, true, 0, lowest == kNaNKey<Key> ? infinity : selection_value(lowest)};
 }
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_at(const FoundKey& found) {
@@ -184,8 +184,8 @@ ENTROPY_RL_HD inline ProcessCut<Key> cut_ties(const FoundKey& found, int64_t tie
   ProcessCut<Key> cut = cut_at<Key>(found);
   const int64_t left = found.k - ties_before;
   if (found.k > 0 && left < ties) {
+    cut.keeps_all_ties = false;
     cut.ties = left > 0 ? left : 0;
-    cut.equal = ties;
   }
   return cut;
 }

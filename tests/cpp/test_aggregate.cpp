@@ -1,6 +1,6 @@
 // How tokens add up: the arithmetic of rows and batch, and the kernels of aggregate, unmodified,
 // under the SIMT shim.
-#include "kernels/aggregate.cuh"
+#include "kernels/token_loss.cuh"
 
 #include <gtest/gtest.h>
 

@@ -109,7 +109,7 @@ TEST(ProcessCut, GivesTiesToTheFirstProcesses) {
     const ProcessCut<uint32_t> cut = cut_ties<uint32_t>(found, before, own);
     EXPECT_EQ(cut.key, selection_key(2.0f));
     EXPECT_EQ(cut.lowest, 2);
-    return cut.ties == cut.equal ? own : cut.ties;
+    return cut.keeps_all_ties ? own : cut.ties;
   };
   EXPECT_EQ(kept(0, 3), 3);
   EXPECT_EQ(kept(3, 7), 7);
@@ -125,7 +125,7 @@ TEST(ProcessCut, KeepsNothingWhereNothingIsSought) {
                                           cut_quantile<uint64_t>(none, 5, 0.5)}) {
     EXPECT_EQ(cut.key, kNaNKey<uint64_t>);
     EXPECT_EQ(cut.ties, 0);
-    EXPECT_NE(cut.ties, cut.equal);
+    EXPECT_FALSE(cut.keeps_all_ties);
     EXPECT_EQ(cut.lowest, 0);
   }
 }
@@ -571,6 +571,24 @@ TEST(GlobalTopMask, ProcessesWithEqualValues) {
   // The last tie kept lies within the first process, at its end, and in another.
   for (const int64_t first : {2000, 600, 100}) {
     expect_equal_over_processes<float>(problem, {first, 3000 - first});
+  }
+}
+
+TEST(GlobalTopMask, ProcessWithoutTheDecidingKeyKeepsItsLargerOnes) {
+  // The first process holds more of the third largest value, 1, than are kept; the second has none.
+  const Problem problem{1, 5, {2, 1, 1, 3, 0}, std::vector<bool>(5, true), {}};
+  const SelectionRule rule{TopRule::kTopK, 0.6, nullptr};
+  EXPECT_EQ(run_processes<float>(problem, rule, {3, 2}), (std::vector<uint8_t>{1, 1, 0, 1, 0}));
+}
+
+TEST(GlobalTopMask, ManySmallProcesses) {
+  // Every process but the first few lacks some of the 100 values, and any of these may decide.
+  const Problem problem = make_problem(1, 500, 0, 0.9, 18);
+  for (const double ratio : {0.1, 0.3, 0.5, 0.7, 0.9}) {
+    const SelectionRule rule{TopRule::kTopK, ratio, nullptr};
+    const std::vector<int64_t> sizes = {200, 150, 60, 40, 20, 10, 7, 5, 4, 3, 1};
+    EXPECT_EQ(run_processes<float>(problem, rule, sizes), expected_mask(problem, rule, true));
+    EXPECT_EQ(run_processes<BFloat16>(problem, rule, sizes), expected_mask(problem, rule, true));
   }
 }
 

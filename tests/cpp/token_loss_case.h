@@ -7,7 +7,7 @@
 #include <cmath>
 #include <random>
 
-#include "kernels/aggregate.cuh"
+#include "kernels/token_loss.cuh"
 #include "simt.h"
 
 namespace entropy_rl::testing {

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/dtypes.h"
+#include "../kernels/dtypes.h"
 
 namespace entropy_rl {
 

@@ -7,9 +7,9 @@
 // weight) and 4 out, its backward 4 in and 4 out.
 #pragma once
 
-#include "aggregate.h"
 #include "dtypes.h"
 #include "quad.cuh"
+#include "token_loss_math.h"
 #include "warp.cuh"
 
 namespace entropy_rl {

@@ -1,8 +1,8 @@
-// kl_loss over a backend (aggregate_op.h).
+// kl_loss over a backend (token_loss.h).
 #pragma once
 
-#include "aggregate_op.h"
-#include "kernels/kl_loss.h"
+#include "../kernels/kl_loss_math.h"
+#include "token_loss.h"
 
 namespace entropy_rl {
 

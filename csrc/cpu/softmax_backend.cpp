@@ -1,4 +1,4 @@
-#include "softmax_rows.h"
+#include "softmax_backend.h"
 
 #include <cmath>
 #include <cstring>

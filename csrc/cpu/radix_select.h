@@ -15,7 +15,7 @@
 #include "../kernels/selection.h"
 #include "simd.h"
 
-#define ENTROPY_RL_LOOPS "selection_loops.h"
+#define ENTROPY_RL_LOOPS "radix_select_loops.h"
 #include "each_simd.h"
 
 namespace entropy_rl::cpu {

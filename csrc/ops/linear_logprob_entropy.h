@@ -4,8 +4,8 @@
 // The GEMMs and the loop over tiles are in entropy_rl_ext/ops/linear_logprob_entropy.py.
 #pragma once
 
+#include "../kernels/linear_logprob_entropy_math.h"
 #include "checks.h"
-#include "kernels/linear_logprob_entropy.h"
 
 namespace entropy_rl {
 

@@ -2,8 +2,8 @@
 // leading strides, a row mask, and a temperature that is one number or one value a row.
 #pragma once
 
+#include "../kernels/row_layout.h"
 #include "checks.h"
-#include "kernels/row_layout.h"
 
 namespace entropy_rl {
 

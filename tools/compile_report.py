@@ -1,6 +1,6 @@
 """Reads what the compiler made of every CUDA kernel, and fails where a rule is broken.
 
-    python tests/compile_report.py path/to/_cuda.abi3.so [--markdown docs/cuda_kernels.md]
+    python tools/compile_report.py path/to/_cuda.abi3.so [--markdown docs/cuda_kernels.md]
 
 No kernel may use local memory (a spilled register, an array indexed at run time), and kernels that stream must load,
 and store where they write as much, 16 bytes at a time. Needs cuobjdump: of the CUDA toolkit, or the one that Triton, a
@@ -61,7 +61,7 @@ class Kernel:
 
 PAGE = """# What the compiler made of the CUDA kernels
 
-Written by `make cuda-build` (`tests/compile_report.py`), which fails where a kernel uses local memory, or where one
+Written by `make cuda-build` (`tools/compile_report.py`), which fails where a kernel uses local memory, or where one
 that streams has no 16-byte load or store. CUB's kernels are held to the first rule and not listed. A kernel that takes
 a dtype, a loss or a source of keys stands in one row: registers and shared memory are the most that any of them uses,
 16-byte accesses the fewest (0: those for 2-byte elements, or a kernel that has none).

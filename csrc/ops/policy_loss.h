@@ -1,4 +1,4 @@
-// policy_loss over a backend, which has, beside run (aggregate_op.h),
+// policy_loss over a backend, which has, beside run (token_loss.h),
 //
 //   // Writes uint8 [rows, cols]: 1 for the response tokens that a covariance key chooses, where
 //   // the caller has not chosen them.
@@ -10,8 +10,8 @@
 //   static void sequence_log_ratios(const TokenInputs<T>&, const Tensor& out);
 #pragma once
 
-#include "aggregate_op.h"
-#include "kernels/policy_loss.h"
+#include "../kernels/policy_loss_math.h"
+#include "token_loss.h"
 
 namespace entropy_rl {
 

@@ -13,8 +13,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../kernels/token_loss_math.h"
 #include "checks.h"
-#include "kernels/aggregate.h"
 
 namespace entropy_rl {
 

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../aggregate_op.h"
-#include "../kernels/policy_loss.h"
+#include "../kernels/policy_loss_math.h"
+#include "../ops/token_loss.h"
 #include "simd.h"
 
 namespace entropy_rl::cpu {
@@ -79,7 +79,7 @@ void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
 
 }  // namespace entropy_rl::cpu
 
-#define ENTROPY_RL_LOOPS "token_loops.h"
+#define ENTROPY_RL_LOOPS "token_loss_loops.h"
 #include "each_simd.h"
 
 namespace entropy_rl::cpu {

@@ -1,5 +1,5 @@
-// The loops of token_losses.h and policy_loss.cpp (see each_simd.h). Losses, keys and moments are
-// taken by value, so that their constants are in registers: no load in the loop may fault.
+// The loops of token_loss_backend.h and policy_loss.cpp (see each_simd.h). Losses, keys and moments
+// are taken by value, so that their constants are in registers: no load in the loop may fault.
 
 template <class T>
 __attribute__((always_inline)) inline T sum_of(const T* x, int count) {

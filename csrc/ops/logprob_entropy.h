@@ -9,7 +9,7 @@
 
 #include <tuple>
 
-#include "logits_rows.h"
+#include "softmax.h"
 
 namespace entropy_rl {
 

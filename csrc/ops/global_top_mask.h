@@ -1,8 +1,8 @@
 // Checks and normalises the arguments of global_top_mask for both backends.
 #pragma once
 
+#include "../kernels/selection.h"
 #include "checks.h"
-#include "kernels/selection.h"
 
 namespace entropy_rl {
 

@@ -1,8 +1,8 @@
 // Token losses on the device: a pass over the tokens and one block that sums up.
 #pragma once
 
-#include "../aggregate_op.h"
-#include "../kernels/aggregate.cuh"
+#include "../kernels/token_loss.cuh"
+#include "../ops/token_loss.h"
 #include "device_array.h"
 #include "launch.h"
 #include "tuning.h"

@@ -1,4 +1,4 @@
-// The loops of selection.h and global_top_mask.cpp (see each_simd.h).
+// The loops of radix_select.h and global_top_mask.cpp (see each_simd.h).
 
 template <class Element>
 void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int64_t n,
