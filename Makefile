@@ -9,6 +9,8 @@
 # make performance docs/performance.md from benchmarks/results
 # make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
+# make test-emulated  the CUDA wheel on an emulated device, without a GPU; make test-emulated-full: every op test
+# make instruction-counts  docs/cuda_instructions.md from the emulated device
 # make lint        formatting and types; make format mends the formatting
 #
 # Each target makes the virtual environment it needs. PYTHON chooses the interpreter, ENTROPY_RL_SIMD (avx512, avx2,
@@ -40,7 +42,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
-.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
+.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build emulator test-emulated test-emulated-full instruction-counts lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -125,9 +127,13 @@ test-wheel: wheel .venv-cuda/environment
 	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
-cuda-build: .venv-cuda/environment .venv/libraries
+# The CUDA wheel, in dist/ until `make wheel` puts the CPU wheel there.
+dist/cuda: .venv-cuda/environment pyproject.toml $(SOURCES) $(shell find entropy_rl_ext python -name '*.py')
 	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+	touch $@
+
+cuda-build: dist/cuda .venv/libraries
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
 	$(CUDA_BIN)/python tools/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
@@ -135,6 +141,27 @@ cuda-build: .venv-cuda/environment .venv/libraries
 	@echo "the same wheel under a CPU build of torch:"
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel $(BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
+
+# The emulated CUDA device (docs/emulation.md): libcudaemu.so, the CUDA wheel and the PTX of its kernels.
+build/emulator/package: dist/cuda
+	rm -rf $@ build/emulator/ptx
+	mkdir -p build/emulator/ptx
+	$(CUDA_BIN)/pip install -q --no-deps --target $@ dist/*.whl
+	cuobjdump=$$(PYTHONPATH=tools $(CUDA_BIN)/python -c 'import compile_report; print(compile_report.find_cuobjdump())'); \
+	  cd build/emulator/ptx && "$$cuobjdump" --extract-ptx all ../package/entropy_rl_ext/_cuda.abi3.so > /dev/null
+	touch $@
+
+emulator: build/emulator/package
+	$(MAKE) -C tests/emulator -j $(JOBS)
+
+test-emulated: emulator
+	tests/emulator/run_tests.sh $(CUDA_BIN) quick
+
+test-emulated-full: emulator
+	tests/emulator/run_tests.sh $(CUDA_BIN) full
+
+instruction-counts: emulator
+	tests/emulator/run.sh $(CUDA_BIN)/python tools/instruction_counts.py docs/cuda_instructions.md
 
 test-gpu:
 	GPU_PYTHON=$(GPU_PYTHON) tests/gpu/run_all.sh tests sanitizers

@@ -3,8 +3,9 @@
     tests/emulator/run.sh python tests/emulator/check.py [--op NAME ...] [--cases N] [--seconds S] [--seed SEED]
 
 Prints a line for each case that fails, and how many ran of each op. A case depends on its op, number and --seed alone;
---first N --cases N+1 runs one again. --device cuda:1 runs them beside the current device, --threads runs the threads in a random order; --error perturbs the approximate
-instructions (2.4e-7, 2^-22, is the error of ex2.approx).
+--first N --cases N+1 runs one again. --device cuda:1 puts tensors on a device that is not the current one. --threads
+SEED runs the threads in a random order. --error perturbs the approximate instructions; ex2.approx has errors up to
+2.4e-7.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# run.sh COMMAND...: runs the command with two emulated CUDA devices.
+# run.sh COMMAND...: runs the command with two emulated CUDA devices and the package that `make emulator` installs.
 #
-# EMULATOR is where the emulator lies, CUDAEMU_PTX the folder with the PTX of the library's kernels. With CACHING=1
-# PyTorch's allocator stays on, which graphs need; otherwise every tensor is an allocation whose ends the emulator knows.
+# With CACHING=1 PyTorch's allocator stays on, which graphs need. Otherwise every tensor is an allocation, whose ends the
+# emulator knows.
 here=$(cd "$(dirname "$0")" && pwd)
 EMULATOR=${EMULATOR:-$here/../../build/emulator}
-export CUDAEMU_PTX=${CUDAEMU_PTX:-$EMULATOR/ptx}
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+export CUDAEMU_PTX=$EMULATOR/ptx
+export PYTHONPATH=$here:$EMULATOR/package${PYTHONPATH:+:$PYTHONPATH}
 [ -n "${CACHING:-}" ] || export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 export OMP_NUM_THREADS=1
 # Freed memory stays in the process: what is known of each byte is allocated and freed with its allocation.

@@ -77,10 +77,11 @@ Kernel* kernel_of(const void* handle) {
 
 // ---- Launches
 
-// Appends the names of the kernels that ran to the file that CUDAEMU_LAUNCHES names.
+// Appends the kernels that ran to the file that CUDAEMU_LAUNCHES names, in one write: processes share it.
 void write_launches() {
-  std::ofstream out(getenv("CUDAEMU_LAUNCHES"), std::ios::app);
-  for (const auto& [name, count] : launch_counts) out << name + " " + std::to_string(count) + "\n";
+  std::string text;
+  for (const auto& [name, count] : launch_counts) text += name + " " + std::to_string(count) + "\n";
+  std::ofstream(getenv("CUDAEMU_LAUNCHES"), std::ios::app) << text;
 }
 
 void count_launch(const std::string& name) {
