@@ -39,7 +39,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h tests/emulator/*.cu tests/emulator/src/*.cpp tests/emulator/src/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
 
 .PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build emulator test-emulated test-emulated-full instruction-counts lint format clean

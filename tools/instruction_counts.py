@@ -2,8 +2,8 @@
 
     tests/emulator/run.sh python tools/instruction_counts.py docs/cuda_instructions.md
 
-writes the page. tests/emulator/test_instruction_counts.py compares it with the kernels. Inputs are large enough that the main loops
-outweigh what a kernel does once.
+writes the page. tests/emulator/test_instruction_counts.py compares it with the kernels. Inputs are large enough that
+the main loops outweigh what a kernel does once.
 """
 
 import re

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import instruction_counts
+import instruction_counts  # noqa: E402
 
 PAGE = ROOT / "docs/cuda_instructions.md"
 COUNTS = {("a [2, 3]", "first_kernel"): (20.0, 0.5), ("a [2, 3]", "cub::Second"): (0.75, 0.0)}
