@@ -143,8 +143,8 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["torchrun", *arguments]:
             torchrun = Path(sys.executable).with_name("torchrun")
             subprocess.run([torchrun, *arguments, *SMALL], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-        case [*settings, "tests/emulator/run.sh", program, *arguments]:
-            assert program.startswith(".venv-cuda/bin/") and all("=" in word for word in settings)
+        case ["tests/emulator/run.sh", *arguments]:
+            arguments = [word for word in arguments if not word.startswith(".venv-cuda/bin/")]
             for path in (word for word in arguments if "/" in word):
                 assert (ROOT / path).exists(), path
         case ["entropy-rl", "ablate", *arguments]:

@@ -22,7 +22,7 @@ full() {
   test check "$bin/python tests/emulator/check.py --cases 300 --seconds 120"
   test check_shuffled "$bin/python tests/emulator/check.py --cases 300 --seconds 30 --threads 7 --error 2.4e-7"
   for file in tests/ops/test_*.py; do test "$(basename "$file" .py)" "$op_tests $file"; done
-  test gpu "env CACHING=1 $op_tests tests/gpu"
+  test gpu "--graphs $op_tests tests/gpu"
   common
 }
 quick() {

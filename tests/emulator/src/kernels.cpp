@@ -77,7 +77,8 @@ Kernel* kernel_of(const void* handle) {
 
 // ---- Launches
 
-// Appends the kernels that ran to the file that CUDAEMU_LAUNCHES names, in one write: processes share it.
+// Appends the kernels that ran to the file that CUDAEMU_LAUNCHES names, in one write: processes
+// share it.
 void write_launches() {
   std::string text;
   for (const auto& [name, count] : launch_counts) text += name + " " + std::to_string(count) + "\n";
