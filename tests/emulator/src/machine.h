@@ -133,7 +133,7 @@ struct Machine {
   bool run_in_order(uint64_t limit);
   bool run_shuffled();
   void run_warp(Warp& warp, uint64_t limit);
-  void run_lanes(Warp& warp, uint32_t lanes, uint64_t budget);
+  void run_lanes(Warp& warp, uint32_t lanes, uint32_t others, uint64_t budget);
   void try_collectives(Warp& warp);
   uint32_t checked_mask(const Warp& warp, uint32_t lane, const Instruction& i);
   void collective_operation(Warp& warp, const Instruction& i, uint32_t mask);

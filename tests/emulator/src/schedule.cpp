@@ -37,13 +37,12 @@ void Machine::new_segment(Warp& warp) {
   segment_warps_.push_back(warp.index);
 }
 
-// Runs lanes that stand at one instruction until they part, wait or meet other lanes.
-void Machine::run_lanes(Warp& warp, uint32_t lanes, uint64_t budget) {
+// Runs lanes that stand at one instruction until they part, wait or meet one of the others.
+void Machine::run_lanes(Warp& warp, uint32_t lanes, uint32_t others, uint64_t budget) {
   const Instruction* code = launch->function->code.data();
   uint64_t* counts = launch->function->executed.data();
   uint32_t pc = warp.pc[first_lane(lanes)];
   uint32_t meeting = UINT32_MAX;  // the next instruction at which other lanes stand
-  const uint32_t others = warp.runnable() & ~lanes;
   for (uint32_t left = others; left; left &= left - 1) {
     const uint32_t other = warp.pc[first_lane(left)];
     if (other > pc) meeting = std::min(meeting, other);
@@ -89,14 +88,14 @@ void Machine::run_warp(Warp& warp, uint64_t limit) {
       lowest = std::min(lowest, pc), highest = std::max(highest, pc);
     }
     // A lane that spins until one at a higher address has done something would spin forever.
-    const uint32_t chosen = ++turn % kPatience ? lowest : highest;
-    run_lanes(warp, lanes_at(warp, runnable, chosen), kBudget);
+    const uint32_t chosen = lanes_at(warp, runnable, ++turn % kPatience ? lowest : highest);
+    run_lanes(warp, chosen, runnable & ~chosen, kBudget);
     if (failed_ || executed > limit) return;
     if (warp.at_collective) try_collectives(warp);
   }
 }
 
-// Both: runs each warp or lane once that can run. Returns whether there was one.
+// Both give every warp or lane that can run one turn, and return whether there was any.
 bool Machine::run_in_order(uint64_t limit) {
   bool ran = false;
   for (Warp& warp : warps_) {
@@ -118,7 +117,7 @@ bool Machine::run_shuffled() {
     const uint32_t lane = 1u << k % kLanes;
     if (!(warp.runnable() & lane)) continue;
     ran = true;
-    run_lanes(warp, lane, 1 + random_() % 500);
+    run_lanes(warp, lane, 0, 1 + random_() % 500);
     if (failed_) break;
     if (warp.at_collective) try_collectives(warp);
   }
