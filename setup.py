@@ -100,7 +100,7 @@ if BUILD_CUDA:
             glob.glob("csrc/cuda/*.cu"),
             {
                 "cxx": CXX_FLAGS + STABLE_ABI,
-                "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xptxas=-v", *STABLE_ABI],
+                "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *STABLE_ABI],
             },
         )
     )

@@ -30,22 +30,16 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "token_entropy(Tensor logits, Tensor? mask=None, Scalar temperature=1.0, "
       "Tensor? row_temperature=None) -> Tensor");
   m.def(
-      "token_entropy_forward(Tensor logits, Tensor? mask, Tensor temperature) "
-      "-> (Tensor entropy, Tensor statistics)");
-  m.def(
-      "token_entropy_backward(Tensor grad_entropy, Tensor logits, Tensor? mask, Tensor "
-      "temperature, "
-      "Tensor entropy, Tensor statistics) -> Tensor");
-  m.def(
       "logprob_entropy(Tensor logits, Tensor targets, Tensor? mask=None, Scalar temperature=1.0, "
       "Tensor? row_temperature=None, bool entropy_grad=False) -> (Tensor log_prob, Tensor "
       "entropy)");
+  // The kernels of both: without targets log_prob is empty, of shape [0].
   m.def(
-      "logprob_entropy_forward(Tensor logits, Tensor targets, Tensor? mask, Tensor temperature) "
-      "-> (Tensor log_prob, Tensor entropy, Tensor statistics)");
+      "logprob_entropy_forward(Tensor logits, Tensor? targets, Tensor? mask, Tensor temperature) "
+      "-> (Tensor log_prob, Tensor entropy, Tensor max_log_sum)");
   m.def(
       "logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, "
-      "Tensor targets, Tensor? mask, Tensor temperature, Tensor entropy, Tensor statistics) "
+      "Tensor? targets, Tensor? mask, Tensor temperature, Tensor entropy, Tensor max_log_sum) "
       "-> Tensor");
 
   // [..., hidden], [vocab, hidden] -> [...]: logprob_entropy of the LM head's logits, which are
@@ -60,20 +54,20 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "linear_logprob_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
       "Tensor? mask, Tensor temperature, *" LINEAR_OPTIONS
       ", bool token_statistics=False) -> "
-      "(Tensor log_prob, Tensor entropy, Tensor is_top1, Tensor sum_squared_probs, Tensor "
-      "statistics)");
+      "(Tensor log_prob, Tensor entropy, Tensor is_top1, Tensor sum_squared_probs, "
+      "Tensor max_log_sum)");
   m.def(
       "linear_logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, "
       "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? mask, "
-      "Tensor temperature, Tensor entropy, Tensor statistics, bool[3] needs, *" LINEAR_OPTIONS
+      "Tensor temperature, Tensor entropy, Tensor max_log_sum, bool[3] needs, *" LINEAR_OPTIONS
       ") -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "linear_logprob_entropy_tile_forward(Tensor tile, Tensor targets, Tensor temperature, "
       "Tensor? bias, SymInt vocab_start, float logit_scale, float softcap, "
-      "bool statistics, Tensor(a!) state) -> ()");
+      "bool token_statistics, Tensor(a!) state) -> ()");
   m.def(
       "linear_logprob_entropy_tile_backward(Tensor? grad_log_prob, Tensor? grad_entropy, "
-      "Tensor entropy, Tensor statistics, Tensor targets, Tensor temperature, Tensor? bias, "
+      "Tensor entropy, Tensor max_log_sum, Tensor targets, Tensor temperature, Tensor? bias, "
       "SymInt vocab_start, float logit_scale, float softcap, Tensor(a!) tile, Tensor(b!)? narrow) "
       "-> ()");
 

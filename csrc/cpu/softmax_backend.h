@@ -5,6 +5,9 @@
 // baseline, and chosen at the first call (simd.h).
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -16,6 +19,16 @@
 namespace entropy_rl::cpu {
 
 constexpr int kChunk = 1024;
+
+// Calls fn(row) for every row, on all threads.
+template <class Fn>
+void for_each_row(int64_t rows, int64_t width, Fn fn) {
+  simd();  // a wrong ENTROPY_RL_SIMD is refused here: an error inside loses its message
+  const int64_t rows_per_task = std::max<int64_t>(1, 32768 / width);
+  torch::stable::parallel_for(0, rows, rows_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) fn(row);
+  });
+}
 
 float chunk_max(const float* x, int count);
 double chunk_max(const double* x, int count);
@@ -34,7 +47,7 @@ void narrow(const float* x, int count, BFloat16* out);
 void narrow(const float* x, int count, Half* out);
 
 template <class Acc>
-struct RowStatistics {
+struct RowSoftmax {
   Acc max;
   Acc log_sum;
   Acc entropy;
@@ -44,8 +57,8 @@ struct RowStatistics {
 };
 
 template <class T>
-RowStatistics<accumulate_t<T>> row_statistics(const T* logits /*[vocab]*/, int64_t vocab,
-                                              double temperature) {
+RowSoftmax<accumulate_t<T>> row_softmax(const T* logits /*[vocab]*/, int64_t vocab,
+                                        double temperature) {
   using Acc = accumulate_t<T>;
   const Acc inverse_temperature = static_cast<Acc>(1.0 / temperature);
   OnlineSoftmax<double> row = OnlineSoftmax<double>::neutral();

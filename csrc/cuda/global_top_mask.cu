@@ -1,4 +1,5 @@
 #include "../kernels/radix_select.cuh"
+#include "../kernels/sort_select.cuh"
 
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/iterator/transform_iterator.h>

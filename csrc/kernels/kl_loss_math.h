@@ -1,6 +1,6 @@
 // KL penalties of one token against a reference policy, whose log-prob is the token's old_log_prob;
-// host and device. d = log_prob - reference log_prob. A straight-through penalty has the gradient
-// of k2, d, whatever its value: that of an unbiased estimate of the KL divergence's gradient.
+// host and device. d = log_prob - reference log_prob. A straight-through penalty has its own value
+// and the gradient of k2, which is d: an unbiased estimate of the KL divergence's gradient.
 // joschu.net/blog/kl-approx.html
 #pragma once
 

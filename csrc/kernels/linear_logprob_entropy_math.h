@@ -1,9 +1,9 @@
-// What linear_logprob_entropy adds to online_softmax.h: a row's logits come tile by tile as
+// What linear_logprob_entropy adds to online_softmax.h. A row's logits come tile by tile as
 // products of the LM head, and become z before the softmax:
 //   y = scale (x + bias),  z = softcap tanh(y / softcap), or y where there is no soft-cap
 //   dz/dx = scale (1 - (z / softcap)^2), or scale
-// Of each tile a partial row is folded into the row's state. Partial rows are Acc (float; double
-// for double), the state is double: its roundings would add up over tiles and vocabulary shards.
+// Each tile's partial row is folded into the row's state. Partial rows are Acc (float; double for
+// double). The state is double, since its roundings would add up over tiles and vocabulary shards.
 #pragma once
 
 #include "exp_log.h"
@@ -11,7 +11,8 @@
 
 namespace entropy_rl {
 
-// tanh to a few ulp, from e^2|y| and, where 1 - tanh would cancel, a polynomial (Cephes tanhf).
+// tanh to a few ulp: from e^2|y|, and for small y, where that would cancel, a polynomial (Cephes
+// tanhf).
 ENTROPY_RL_HD inline float tanh_vectorizable(float y) {
 #if defined(__CUDA_ARCH__)
   return tanhf(y);
@@ -55,7 +56,7 @@ struct LogitTransform {
 template <class Acc>
 struct VocabPart {
   OnlineSoftmax<Acc> softmax;
-  Acc squares;        // sum e^2d, against softmax.max
+  Acc squares;        // sum e^2d, relative to softmax.max
   Acc before_target;  // largest z at an index below the target's
 
   ENTROPY_RL_HD static VocabPart neutral() {
@@ -63,7 +64,8 @@ struct VocabPart {
   }
 };
 
-// Against a maximum that is not smaller. Where it does not move the part is kept as it is.
+// A part relative to another maximum, which is not smaller. For an equal maximum the part does not
+// change.
 template <class Acc>
 ENTROPY_RL_HD inline VocabPart<Acc> rescaled(const VocabPart<Acc>& part, Acc max,
                                              Acc inverse_temperature) {
@@ -96,10 +98,10 @@ ENTROPY_RL_HD inline VocabPart<double> widened(const VocabPart<Acc>& part) {
           static_cast<double>(part.before_target)};
 }
 
-// What is known of a row after some of its tiles: a row of the state tensor [rows, 6] float64.
+// A row after some of its tiles: a row of the state tensor [rows, 6] float64.
 struct VocabState {
   VocabPart<double> part;
-  double target;  // z of the target, once its tile was folded
+  double target;  // z of the target, after its tile is folded
 };
 constexpr int kVocabStateColumns = 6;
 static_assert(sizeof(VocabState) == kVocabStateColumns * sizeof(double), "a row of the state");

@@ -1,7 +1,8 @@
 // Policy losses of one token, as verl 0.9.1 has them; host and device.
 //   d = log_prob - old_log_prob,  r = e^d,  A = advantage
-// Each struct states its formula. clip_cov and kl_cov choose tokens by their covariance first, gspo
-// needs the mean d of each row first: both from Moments of a pass of its own.
+// Each struct states its formula. Before the pass over the tokens, clip_cov and kl_cov choose
+// tokens by their covariance, and gspo needs the mean d of each row: a separate pass sums Moments
+// for both.
 #pragma once
 
 #include "ratio.h"
@@ -102,7 +103,7 @@ struct KlCovLoss {
   }
 };
 
-// max(-A s, -A clip(s, low, high)), s the geometric mean of r over the sequence as a value, with
+// max(-A s, -A clip(s, low, high)), where s is the geometric mean of r over the sequence and has
 // the gradient of the token's own r. arXiv 2507.18071.
 template <class T>
 struct GspoLoss {
@@ -119,9 +120,9 @@ struct GspoLoss {
   }
 };
 
-// Of the sequence: -mean(A) * geometric mean of r, d of each token clipped to [low, high] on the
-// side where its advantage would push it further out. The token's `loss` is that clipped d;
-// sequence_loss makes the loss of it. arXiv 2507.20673.
+// The loss of a sequence is -mean(A) * geometric mean of r, where each token's d is clipped to
+// [low, high] on the side to which its advantage pushes it. A token's `loss` here is its clipped d,
+// from which sequence_loss computes the loss. arXiv 2507.20673.
 template <class T>
 struct GeoMeanLoss {
   T low, high;
@@ -147,7 +148,7 @@ struct GeoMeanLoss {
 template <class T>
 inline constexpr bool kIsSequenceLoss<GeoMeanLoss<T>> = true;
 
-// -A min(r, c) log_prob with r as a value, dropped where the token's probability has already moved
+// -A min(r, c) log_prob, where r has no gradient; 0 where the token's probability has already moved
 // by more than `low` or `high` in the direction of its advantage. arXiv 2602.04879.
 template <class T>
 ENTROPY_RL_HD inline TokenResult<T> truncated_reinforce(const Token<T>& token, T truncation,
@@ -163,7 +164,7 @@ ENTROPY_RL_HD inline TokenResult<T> truncated_reinforce(const Token<T>& token, T
   return out;
 }
 
-// Movement measured as the total variation of (this token, any other).
+// Movement is the total variation distance over (this token, any other token).
 template <class T>
 struct DppoTvLoss {
   T low, high, truncation;
@@ -177,7 +178,7 @@ struct DppoTvLoss {
   }
 };
 
-// Movement measured as the KL divergence of (this token, any other).
+// Movement is the KL divergence over (this token, any other token).
 template <class T>
 struct DppoKlLoss {
   T low, high, truncation;
@@ -204,7 +205,7 @@ struct SapoLoss {
     const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
     const T tau = token.advantage > 0 ? tau_positive : tau_negative;
     const T x = tau * (r.ratio - T(1));
-    // Of -|x|, so that e^x never overflows.
+    // e^-|x| cannot overflow.
     const T e = ratio_exp(x < 0 ? x : -x);
     const T larger = T(1) / (T(1) + e);
     const T sigmoid = x < 0 ? e * larger : larger;
@@ -231,7 +232,7 @@ struct DroLoss {
   }
 };
 
-// -clip(r, low, high) A log_prob with the clipped r as a value. arXiv 2506.13585.
+// -clip(r, low, high) A log_prob, where the clipped r has no gradient. arXiv 2506.13585.
 template <class T>
 struct CispoLoss {
   T low, high;
@@ -250,7 +251,7 @@ struct CispoLoss {
 
 // ---- Sums before the pass ----
 
-// Sums over response tokens that some losses need before their pass.
+// Sums over response tokens.
 template <class T>
 struct Moments {
   T response;
@@ -275,7 +276,7 @@ ENTROPY_RL_HD inline double sequence_log_ratio(const Moments<double>& row) {
 
 // ---- Choice by covariance: clip_cov and kl_cov ----
 
-// What the choice needs to know of the whole batch.
+// What the choice needs of the batch.
 struct CovarianceMoments {
   double mean_log_prob;
   double mean_advantage;
@@ -305,10 +306,10 @@ ENTROPY_RL_HD inline uint64_t mixed(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Keys for the selection of the largest (selection.h); both give kIneligibleKey to tokens that are
-// not to be chosen.
+// Keys of which the largest are chosen (selection.h). Tokens that may not be chosen have
+// kIneligibleKey.
 
-// Random among the unclipped tokens whose covariance lies between two bounds.
+// clip_cov: random keys for the unclipped tokens whose covariance lies between two bounds.
 template <class T>
 struct ClipCovKey {
   using Key = uint32_t;
@@ -325,13 +326,13 @@ struct ClipCovKey {
     const T covariance = moments.covariance(token.log_prob, token.advantage);
     const bool eligible = !clipped & (covariance > lower) & (covariance < upper);
     const Key drawn = static_cast<Key>(mixed(mixed(seed) + static_cast<uint64_t>(index)) >> 32);
-    // A product: around the draw a selection would become a branch.
+    // A product, because the compiler makes a branch of a selection here.
     static_assert(kIneligibleKey<Key> == 0);
     return static_cast<Key>(eligible) * (drawn + static_cast<Key>(drawn == 0));
   }
 };
 
-// The covariance itself.
+// kl_cov: the covariance itself.
 template <class T>
 struct KlCovKey {
   using Key = selection_key_t<T>;

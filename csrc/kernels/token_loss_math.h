@@ -1,9 +1,9 @@
 // How the losses of tokens add up to one number; host and device.
 // A token loss is a struct whose call gives the loss, d loss / d value and the metrics of one
-// token. Its gradient needs nothing that is known only after the last token but one factor a row,
-// row_scale, which the backward multiplies in: so loss and gradient take one pass. Arithmetic of a
-// token is float32 (float64 for float64 input), as are the sums over a tile of kTileTokens tokens;
-// tiles and rows are summed in float64, in their order.
+// token. What depends on all tokens is one factor a row, row_scale, which the backward multiplies
+// in, so loss and gradient take one pass. The arithmetic of a token and the sums over a tile of
+// kTileTokens tokens are float32 (float64 for float64 input); tiles and rows are summed in float64,
+// in their order.
 #pragma once
 
 #include <cmath>
@@ -13,17 +13,17 @@
 
 namespace entropy_rl {
 
-// Tokens of a row that are summed together: a unit of parallel work.
+// Tokens of a row that one worker sums.
 constexpr int64_t kTileTokens = 2048;
 
-// What one token brings; fields that a loss does not name are not used by it.
+// The values of one token; each loss uses some of them.
 template <class T>
 struct Token {
   T log_prob;      // of aggregate: the value
   T old_log_prob;  // of a KL penalty: the reference policy's
   T advantage;
   T sequence_log_ratio;  // log of the probability ratio's geometric mean over the row
-  bool chosen;           // by its covariance
+  bool chosen;           // because of its covariance (clip_cov, kl_cov)
 };
 
 template <class T>
@@ -35,7 +35,7 @@ struct TokenResult {
   T kl;
 };
 
-// The value itself: what aggregate sums.
+// The value itself, which aggregate sums.
 template <class T>
 struct PlainValue {
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
@@ -46,13 +46,14 @@ struct PlainValue {
   }
 };
 
-// Whether a loss is a function of sums over its row (sequence_loss below), not a sum over tokens.
+// Whether a loss is a function of sums over its row (sequence_loss below) instead of a sum over
+// tokens.
 template <class TokenLoss>
 inline constexpr bool kIsSequenceLoss = false;
 
 // ---- Sums ----
 
-// What a call reads: contiguous [rows, cols]; null where the caller has none.
+// The inputs of a call, contiguous [rows, cols]; null where the caller gave none.
 template <class T>
 struct TokenInputs {
   const T* log_prob;
@@ -70,9 +71,9 @@ struct TokenInputs {
   ENTROPY_RL_HD int64_t tiles() const { return rows * tiles_per_row(); }
 };
 
-// Of a tile in T, of a row and of the batch in double. `loss` is over selected tokens, the rest
-// over response tokens; the last two are kept for a sequence loss alone. {} is zero; trivial, so
-// that it can live in shared memory.
+// Sums over a tile in T, or over a row or the batch in double. `loss` is over selected tokens, the
+// others over response tokens; only a sequence loss needs the last two. {} is zero. The struct is
+// trivial, so that it can live in shared memory.
 template <class T>
 struct LossSums {
   T loss;
@@ -157,14 +158,15 @@ struct BatchSums {
   }
 };
 
-// A row's part of the loss, and d loss / d (sum over the row of loss or, for a sequence loss, of
-// its tokens' clipped d).
+// A row's part of the loss, and d loss / d S, where S is the row's sum of losses or, for a sequence
+// loss, of its tokens' clipped d.
 struct RowLoss {
   double loss;
   double scale;
 };
 
-// A sum over tokens. A divisor of 0 means that nothing counts: loss and scale are 0.
+// A loss that is a sum over tokens. A divisor of 0 means that no token counts: loss and scale are
+// 0.
 ENTROPY_RL_HD inline RowLoss sum_loss(const LossSums<double>& row, const BatchSums& batch,
                                       const Normalization& normalization) {
   const double counted = normalization.counted(row);
@@ -200,8 +202,9 @@ ENTROPY_RL_HD inline RowLoss row_loss(const LossSums<double>& row, const BatchSu
   }
 }
 
-// d loss / d value of a token from its two factors, `scale` being row_scale times the incoming
-// gradient. Selected, not multiplied: a token that is out has 0 even where the scale is NaN.
+// d loss / d value of a token from its two factors; `scale` is row_scale times the incoming
+// gradient. A token outside the mask has gradient 0, and its result is 0 even where the scale is
+// NaN.
 template <class T>
 ENTROPY_RL_HD inline T token_gradient(T gradient, T scale) {
   return gradient == T(0) ? T(0) : gradient * scale;

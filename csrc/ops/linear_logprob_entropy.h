@@ -1,11 +1,11 @@
 // The two tile ops of linear_logprob_entropy over a backend, which has
-//   static void forward(const TileArguments&, bool statistics, const Tensor& state);
+//   static void forward(const TileArguments&, bool token_statistics, const Tensor& state);
 //   static void backward(const TileArguments&, const TileGradients&, const Tensor& gradient);
 // The GEMMs and the loop over tiles are in entropy_rl_ext/ops/linear_logprob_entropy.py.
 #pragma once
 
 #include "../kernels/linear_logprob_entropy_math.h"
-#include "checks.h"
+#include "softmax.h"
 
 namespace entropy_rl {
 
@@ -15,10 +15,9 @@ struct TileArguments {
   int64_t width;
   ScalarType dtype;
   int64_t vocab_start;
-  Tensor targets;                         // [rows] int64
-  double temperature = 1.0;               // used where row_temperature is absent
-  std::optional<Tensor> row_temperature;  // [rows]
-  std::optional<Tensor> bias;             // [width]
+  Tensor targets;  // [rows] int64
+  Temperature temperature;
+  std::optional<Tensor> bias;  // [width]
   double logit_scale;
   double softcap;  // 0: none
 
@@ -37,17 +36,15 @@ struct TileArguments {
           "; it must be [rows, width]");
     rows = tile.size(0);
     width = tile.size(1);
-    check(width < (int64_t{1} << 31), "tile has ", width, " columns; it must have below 2^31");
+    check(rows < (int64_t{1} << 31) && width < (int64_t{1} << 31), "tile has shape ",
+          shape_name(shape_of(tile)), "; both sizes must be below 2^31");
     check_rows_contiguous("tile", tile);
     check(targets.scalar_type() == ScalarType::Long, "targets is ",
           dtype_name(targets.scalar_type()), "; it must be int64");
     targets = row_values("targets", targets_in, {rows}, ScalarType::Long);
-    if (is_host_number(temperature_in)) {
-      temperature = host_number(temperature_in);
-      check(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
-            "; it must be a finite number above 0");
-    } else {
-      row_temperature = row_values("temperature", temperature_in, {rows}, dtype);
+    temperature = Temperature(temperature_in);
+    if (temperature.of_rows) {
+      temperature.of_rows = row_values("temperature", temperature_in, {rows}, dtype);
     }
     if (bias_in) bias = row_values("bias", *bias_in, {width}, dtype);
     check(std::isfinite(logit_scale) && logit_scale > 0, "logit_scale is ", logit_scale,
@@ -79,7 +76,7 @@ struct TileGradients {
   std::optional<Tensor> grad_log_prob;  // [rows]
   std::optional<Tensor> grad_entropy;   // [rows]
   Tensor entropy;                       // [rows]
-  Tensor statistics;                    // [rows, 2]: max and log sum
+  Tensor max_log_sum;                   // [rows, 2]
 };
 
 // Calls fn(Acc{}, Out{}) with the element types of a tile and of what its gradient is written to.
@@ -95,27 +92,27 @@ template <class Backend>
 void linear_logprob_entropy_tile_forward(const Tensor& tile, const Tensor& targets,
                                          const Tensor& temperature, std::optional<Tensor> bias,
                                          int64_t vocab_start, double logit_scale, double softcap,
-                                         bool statistics, Tensor state) {
+                                         bool token_statistics, Tensor state) {
   const TileArguments in(tile, targets, temperature, bias, vocab_start, logit_scale, softcap);
   check(state.scalar_type() == ScalarType::Double, "state is ", dtype_name(state.scalar_type()),
         "; it must be float64");
   check_shape("state", state, {in.rows, kVocabStateColumns}, "the state of each row of the tile");
   check_same_device("state", state, "tile", tile);
   check(state.is_contiguous(), "state is not contiguous; it must be");
-  if (in.rows > 0 && in.width > 0) Backend::forward(in, statistics, state);
+  if (in.rows > 0 && in.width > 0) Backend::forward(in, token_statistics, state);
 }
 
 template <class Backend>
 void linear_logprob_entropy_tile_backward(std::optional<Tensor> grad_log_prob,
                                           std::optional<Tensor> grad_entropy, const Tensor& entropy,
-                                          const Tensor& statistics, const Tensor& targets,
+                                          const Tensor& max_log_sum, const Tensor& targets,
                                           const Tensor& temperature, std::optional<Tensor> bias,
                                           int64_t vocab_start, double logit_scale, double softcap,
                                           Tensor tile, std::optional<Tensor> narrow) {
   const TileArguments in(tile, targets, temperature, bias, vocab_start, logit_scale, softcap);
   TileGradients gradients{std::nullopt, std::nullopt,
                           in.row_values("entropy", entropy, {in.rows}, in.dtype),
-                          in.row_values("statistics", statistics, {in.rows, 2}, in.dtype)};
+                          in.row_values("max_log_sum", max_log_sum, {in.rows, 2}, in.dtype)};
   if (grad_log_prob) {
     gradients.grad_log_prob = in.row_values("grad_log_prob", *grad_log_prob, {in.rows}, in.dtype);
   }

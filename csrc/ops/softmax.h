@@ -1,5 +1,5 @@
-// Checks and normalises the arguments that the ops over logits share: a [..., vocab] tensor of any
-// leading strides, a row mask, and a temperature that is one number or one value a row.
+// The arguments that the ops over logits share, checked: a [..., vocab] tensor of any leading
+// strides, a row mask, and a temperature that is one number or one value a row.
 #pragma once
 
 #include "../kernels/row_layout.h"
@@ -7,17 +7,34 @@
 
 namespace entropy_rl {
 
+// One number, or one value a row.
+struct Temperature {
+  double number = 1.0;            // used where of_rows is absent
+  std::optional<Tensor> of_rows;  // [rows], accumulate dtype
+
+  Temperature() = default;
+  // A 0-dim float64 tensor on the CPU is one number. Any other tensor is taken as it is given: the
+  // caller checks its shape and dtype.
+  explicit Temperature(const Tensor& temperature) {
+    if (!is_host_number(temperature)) {
+      of_rows = temperature;
+      return;
+    }
+    number = host_number(temperature);
+    check(std::isfinite(number) && number > 0, "temperature is ", number,
+          "; it must be a finite number above 0");
+  }
+};
+
 struct LogitsRows {
   Tensor logits;  // [..., vocab], last dimension contiguous
   std::vector<int64_t> row_shape;
   int64_t rows = 1;
   int64_t vocab = 0;
   RowLayout layout;
-  std::optional<Tensor> mask;             // [rows] bool
-  double temperature = 1.0;               // used where row_temperature is absent
-  std::optional<Tensor> row_temperature;  // [rows], accumulate dtype
+  std::optional<Tensor> mask;  // [rows] bool
+  Temperature temperature;
 
-  // `temperature_in` is a 0-dim float64 tensor on the CPU (one number), or holds one value a row.
   LogitsRows(const Tensor& logits_in, const std::optional<Tensor>& mask_in,
              const Tensor& temperature_in)
       : logits(logits_in) {
@@ -36,13 +53,10 @@ struct LogitsRows {
       check_same_device("mask", *mask_in, "logits", logits);
       mask = as_bool_mask(*mask_in);
     }
-    if (is_host_number(temperature_in)) {
-      temperature = host_number(temperature_in);
-      check(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
-            "; it must be a finite number above 0");
-    } else {
+    temperature = Temperature(temperature_in);
+    if (temperature.of_rows) {
       check_floating("temperature", temperature_in);
-      row_temperature = row_values("temperature", temperature_in, accumulate_dtype());
+      temperature.of_rows = row_values("temperature", temperature_in, accumulate_dtype());
     }
     set_layout();
   }
@@ -77,8 +91,8 @@ struct LogitsRows {
   // [..., vocab], contiguous.
   Tensor new_grad_logits() const { return torch::stable::new_empty(logits, row_shape_with(vocab)); }
 
-  // (max, log sum) of each row, what the backward needs beside the logits.
-  Tensor new_statistics() const {
+  // What the backward needs of each row beside the logits: its maximum, and its log sum.
+  Tensor new_max_log_sum() const {
     return torch::stable::new_empty(logits, row_shape_with(2), accumulate_dtype());
   }
 

@@ -60,13 +60,18 @@ def _logprob_entropy(
     return log_prob, entropy if entropy_grad else entropy.detach()
 
 
+# The kernels of logprob_entropy and token_entropy. Without targets log_prob is empty, of shape [0].
+
+
 @torch.library.register_fake("entropy_rl::logprob_entropy_forward")
-def _(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, targets: Tensor | None, mask: Tensor | None, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(logits=logits, targets=targets, mask=mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
     return (
-        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if targets is not None else 0, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty((*rows, 2), dtype=dtype),
     )
@@ -77,29 +82,29 @@ def _(
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     mask: Tensor | None,
     temperature: Tensor,
     entropy: Tensor,
-    statistics: Tensor,
+    max_log_sum: Tensor,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, targets, mask, temperature = inputs
-    _, entropy, statistics = output
-    ctx.mark_non_differentiable(statistics)
+    log_prob, entropy, max_log_sum = output
+    ctx.mark_non_differentiable(max_log_sum, *([log_prob] if targets is None else []))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, temperature, entropy, statistics)
+    ctx.save_for_backward(logits, targets, mask, temperature, entropy, max_log_sum)
 
 
 def _backward(
     ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits, targets, mask, temperature, entropy, statistics = ctx.saved_tensors
+    logits, targets, mask, temperature, entropy, max_log_sum = ctx.saved_tensors
     grad_logits = torch.ops.entropy_rl.logprob_entropy_backward(
-        grad_log_prob, grad_entropy, logits, targets, mask, temperature, entropy, statistics
+        grad_log_prob, grad_entropy, logits, targets, mask, temperature, entropy, max_log_sum
     )
     return grad_logits, None, None, None
 

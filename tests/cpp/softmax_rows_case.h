@@ -1,9 +1,9 @@
-// Rows of logits in the shim's device memory, for the tests of token_entropy and logprob_entropy.
+// Rows of logits in the shim's device memory, for the tests of logprob_entropy.
 #pragma once
 
 #include <gtest/gtest.h>
 
-#include "kernels/softmax_rows.cuh"
+#include "kernels/logprob_entropy.cuh"
 #include "simt.h"
 #include "softmax_reference.h"
 

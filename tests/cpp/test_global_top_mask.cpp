@@ -2,6 +2,7 @@
 // under the SIMT shim, against rules written on sorted values. std::sort stands in for CUB's sort
 // of the tiles, std::stable_sort for its sort of the rows.
 #include "kernels/radix_select.cuh"
+#include "kernels/sort_select.cuh"
 
 #include <gtest/gtest.h>
 
@@ -236,9 +237,10 @@ template <class Keys>
 void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, int64_t rows,
                int64_t columns, const SelectionRule& rule, bool block_a_segment, uint8_t* mask) {
   using Key = typename Keys::Key;
-  const int blocks = 2, threads = 64;
+  const int threads = 64;
   if (block_a_segment) {
     const RadixInputs<Keys> in{keys, ids, row_order, TileLayout(rows, columns), rule};
+    const int blocks = 2;  // fewer than segments, so that a block takes several
     simt::launch(blocks, threads, radix_segment_kernel<Keys>, in, mask);
     return;
   }
@@ -248,18 +250,19 @@ void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, i
   simt::Buffer<RadixCut<Key>> cuts(kPasses * rows);
   simt::Buffer<Key> tile_values(in.layout.tiles());
   const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), rows};
+  const unsigned tiles = in.layout.tiles();
   for (int pass = 0; pass < kPasses; ++pass) {
-    simt::launch(blocks, threads, radix_histogram_kernel<Keys>, in, state, pass);
+    simt::launch(tiles, threads, radix_histogram_kernel<Keys>, in, state, pass);
   }
-  simt::launch(blocks, threads, radix_ties_kernel<Keys>, in, state);
-  simt::launch(blocks, threads, radix_mask_kernel<Keys>, in, state, mask);
+  simt::launch(tiles, threads, radix_ties_kernel<Keys>, in, state);
+  simt::launch(tiles, threads, radix_mask_kernel<Keys>, in, state, mask);
 }
 
 template <class Element>
 std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& rule,
                                  Algorithm algorithm) {
   using Key = selection_key_t<accumulate_t<Element>>;
-  // Fewer blocks than tiles or rows, so that every kernel goes around its grid-stride loop.
+  // Fewer blocks than tiles or rows, so that a block takes several.
   const int blocks = 2, threads = 64;
   const TileLayout layout(problem.rows, problem.columns);
   const size_t n = problem.rows * problem.columns;
@@ -271,7 +274,8 @@ std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& ru
     mask[i] = problem.mask[i];
   }
   simt::Buffer<int64_t> row_order(problem.rows), ids(problem.rows);
-  simt::launch(blocks, threads, row_indices_kernel<int64_t>, problem.rows, row_order.data());
+  simt::launch(problem.rows / threads + 1, threads, row_indices_kernel<int64_t>, problem.rows,
+               row_order.data());
   std::stable_sort(row_order.begin(), row_order.end(),
                    [&](int64_t a, int64_t b) { return problem.segment(a) < problem.segment(b); });
   for (int64_t row = 0; row < problem.rows; ++row) ids[row] = problem.segment(row_order[row]);
@@ -443,7 +447,7 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
   using Keys = EntropyKeys<Element>;
   using Key = typename Keys::Key;
   using Value = typename KeyTraits<Key>::Value;
-  const int blocks = 2, threads = 64, processes = sizes.size();
+  const int threads = 64, processes = sizes.size();
   std::deque<simt::Buffer<Element>> values;  // a buffer stays where it is
   std::deque<simt::Buffer<bool>> masks;
   std::vector<Keys> keys;
@@ -471,8 +475,8 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
     std::vector<std::vector<int64_t>> own_counts;
     for (int p = 0; p < processes; ++p) {
       simt::Buffer<unsigned long long> own(std::vector<unsigned long long>(digits, 0));
-      simt::launch(blocks, threads, radix_counts_kernel<Keys>, keys[p], layouts[p], pass, prefix,
-                   own.data());
+      simt::launch(layouts[p].tiles(), threads, radix_counts_kernel<Keys>, keys[p], layouts[p],
+                   pass, prefix, own.data());
       own_counts.emplace_back(own.begin(), own.end());
       for (int digit = 0; digit < digits; ++digit) counts[digit] += own_counts[p][digit];
     }
@@ -496,8 +500,8 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
   next[0] = signed_key(kNaNKey<Key>);
   for (int p = 0; p < processes; ++p) {
     simt::launch(1, 1, set_kernel<signed_key_t<Key>>, signed_key(kNaNKey<Key>), own_next.data());
-    simt::launch(blocks, threads, radix_next_key_kernel<Keys>, keys[p], layouts[p], key.data(),
-                 own_next.data());
+    simt::launch(layouts[p].tiles(), threads, radix_next_key_kernel<Keys>, keys[p], layouts[p],
+                 key.data(), own_next.data());
     next[0] = std::min(next[0], own_next[0]);
   }
 
@@ -521,8 +525,8 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
     simt::Buffer<Key> tile_values(in.layout.tiles());
     simt::Buffer<uint8_t> mask(sizes[p]);
     const RadixState<Key> state{nullptr, cuts.data(), tile_values.data(), 1};
-    simt::launch(blocks, threads, radix_ties_kernel<Keys>, in, state);
-    simt::launch(blocks, threads, radix_mask_kernel<Keys>, in, state, mask.data());
+    simt::launch(in.layout.tiles(), threads, radix_ties_kernel<Keys>, in, state);
+    simt::launch(in.layout.tiles(), threads, radix_mask_kernel<Keys>, in, state, mask.data());
     result.insert(result.end(), mask.begin(), mask.end());
   }
 

@@ -289,8 +289,9 @@ TYPED_TEST(PolicyLossKernels, SequenceRatioIsTheMeanOverTheRow) {
     simt::Buffer<Moments<T>> moments(in.tiles());
     simt::Buffer<T> ratios(in.rows);
     simt::launch(kBlocks, kThreads, moments_kernel<T>, in, moments.data());
-    simt::launch(kBlocks, 32, sequence_log_ratio_kernel<T>, moments.data(), in.rows,
-                 in.tiles_per_row(), ratios.data());
+    const int rows_per_block = 32 / lanes_per_row(in.tiles_per_row());
+    simt::launch((in.rows - 1) / rows_per_block + 1, 32, sequence_log_ratio_kernel<T>,
+                 moments.data(), in.rows, in.tiles_per_row(), ratios.data());
     for (int64_t row = 0; row < 3; ++row) {
       double sum = 0, count = 0;
       for (int64_t i = row * cols; i < (row + 1) * cols; ++i) {
