@@ -35,7 +35,8 @@ def aggregate(
         loss_agg_mode: one of the names above.
         dp_size: data-parallel ranks whose gradients are averaged.
         batch_num_tokens: tokens to divide by in token-mean, over all ranks and micro-batches; this batch's
-            where None. A number or a 0-dim tensor on the device.
+            where None. A number or a 0-dim tensor on the device, 0 or above. On CUDA, where looking at a tensor's
+            value would wait for the device, one below 0 gives NaN.
         global_batch_size: rows to divide by in the means over rows, likewise.
         loss_scale_factor: S where None.
 

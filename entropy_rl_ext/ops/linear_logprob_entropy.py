@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ._autograd import register_no_derivative
+from ._autograd import register_autograd, register_no_derivative
 from ._fakes import check_same_device
 from ._linear_tiles import (
     BEFORE_TARGET,
@@ -408,12 +408,12 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
     hidden, weight, targets, bias, mask, temperature = inputs
-    _, entropy, is_top1, sum_squared_probs, max_log_sum = output
+    _, entropy, is_top1, sum_squared_probs, max_log_sum = outputs
     ctx.mark_non_differentiable(is_top1, sum_squared_probs, max_log_sum)
     ctx.set_materialize_grads(False)
-    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "token_statistics"}
+    ctx.options.pop("token_statistics", None)
     ctx.save_for_backward(hidden, weight, targets, bias, mask, temperature, entropy, max_log_sum)
 
 
@@ -440,7 +440,8 @@ def _autograd(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | Non
     return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
-torch.library.register_autograd("entropy_rl::linear_logprob_entropy_forward", _autograd, setup_context=_setup_context)
+# hidden, weight, targets and bias; targets are integers.
+register_autograd("linear_logprob_entropy_forward", _autograd, _setup_context, differentiable=4)
 register_no_derivative("linear_logprob_entropy_backward", "second derivatives are not offered")
 
 

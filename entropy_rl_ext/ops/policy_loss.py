@@ -89,7 +89,8 @@ def policy_loss(
         global_batch_size: likewise for the means over rows.
         loss_scale_factor: divisor of seq-mean-token-sum-norm; S where None.
 
-    `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device.
+    `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device. On CUDA, where looking at
+    their values would wait for the device, a divisor below 0 gives a loss of NaN.
 
     Returns:
         (loss, metrics). The loss is 0-dim, float32 (float64 for float64 log-probs), as is all arithmetic. The
