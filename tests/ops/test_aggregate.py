@@ -1,4 +1,4 @@
-"""aggregate: the five aggregations against their statements, gradient, compile and bad input."""
+"""aggregate: the five aggregations against their formulas, gradient, compile and bad input."""
 
 import math
 

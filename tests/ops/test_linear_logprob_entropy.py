@@ -1,4 +1,4 @@
-"""linear_logprob_entropy: parity, gradients, rows that are left out, shards, compile, properties, bad input."""
+"""linear_logprob_entropy: parity, gradients, rows without mask or gradient, shards, compile, properties, bad input."""
 
 import math
 
@@ -20,17 +20,17 @@ HEADS = {
     "plain": {},
     "temperature": {"temperature": 0.6},
     "bias": {"bias": True},
-    "softcap": {"softcap": 4.0},  # below the largest logits, so that it bends
+    "softcap": {"softcap": 4.0},  # below the largest logits, so that it has an effect
     "scale": {"logit_scale": 0.25},
     "all of them": {"bias": True, "softcap": 6.0, "logit_scale": 0.7, "temperature": 1.3},
 }
 
 VOCABULARIES = [
-    1,  # nothing to choose
-    17,  # below every unit of work
+    1,  # one entry
+    17,  # less than one vector of the CPU loop
     2048,  # one tile on the CPU
     2055,  # a tile and a tail
-    9001,  # more than one tile on CUDA, too, and an odd row length
+    9001,  # more than one tile on CUDA, and an odd row length
 ]
 
 
@@ -62,10 +62,10 @@ def sparse_grads(shape, dtype, device, seed=5, density=0.4):
 
 
 def assert_gradient_close(actual, expected, grad_scale, other):
-    """A gradient sums products of dlogits, right within 1e-6 |g| (DESIGN), with the rows of `other`.
+    """A gradient is a sum of products of dlogits and the rows of `other`.
 
-    At most sum |other| times that, in float32's unit where a sum rounds; and one rounding to the own dtype, for
-    16-bit input another one of dlogits on CUDA, whose GEMM takes 16-bit factors.
+    dlogits are within 1e-6 |g| of the exact ones, so the sum is within sum |other| times that. Then the gradient is
+    rounded to its dtype. On CUDA the GEMM takes 16-bit factors, so with 16-bit inputs dlogits are rounded, too.
     """
     expected, other = expected.double(), other.double().abs()
     unit = 1e-13 if actual.dtype == torch.float64 else 1e-6
@@ -135,10 +135,10 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("share", [1.0, 0.2])
 def test_16_bit_gradients_are_the_exact_ones_rounded(device, share):
-    """Several tiles of rows and of vocabulary: no tile's part is rounded before it is summed.
+    """With several tiles of rows and vocabulary, no tile's part is rounded before it is summed.
 
-    The error is at most a tenth above that of the float64 gradient rounded to bfloat16; on CUDA, whose GEMMs take
-    dlogits in bfloat16, at most twice it. Autograd through logits in bfloat16 is several times as far off.
+    The error is at most 1.1 times that of the float64 gradient rounded to bfloat16, and at most twice it on CUDA, whose
+    GEMMs take dlogits in bfloat16. The error of autograd through bfloat16 logits is several times as large.
     """
     hidden, weight, targets, _ = make_case(torch.bfloat16, device, 9001, rows=(96,), width=64)
     generator = torch.Generator().manual_seed(1)
@@ -154,7 +154,7 @@ def test_16_bit_gradients_are_the_exact_ones_rounded(device, share):
         assert error < of_dense
 
 
-# ---- Rows that are left out
+# ---- Rows without mask or gradient
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.bfloat16], ids=str)
@@ -182,10 +182,10 @@ def test_rows_without_gradient_never_meet_the_backward(device, monkeypatch):
     )
     grad = torch.zeros(40, device=device)
     grad[::5] = 1.0
-    hidden.data[1] = torch.nan  # behind autograd's back, which refuses a saved tensor that changed
+    hidden.data[1] = torch.nan  # through .data: autograd refuses a saved tensor that changed
     got = torch.autograd.grad([log_prob, entropy], [hidden, weight], [grad, torch.zeros_like(grad)])
     assert all(g.isfinite().all() for g in got)
-    # Recomputed logits, hidden's gradient and weight's: eight rows of the forty in each.
+    # The logits, the gradient of hidden and that of weight, each with eight of the forty rows.
     assert multiplied == [(8, 24, 300), (8, 300, 24), (300, 8, 24)]
 
 
@@ -236,7 +236,7 @@ def test_bounds_change_nothing(device, bounds):
 
 @pytest.mark.parametrize("bound", [0, 7, 19])
 def test_max_grad_rows_too_small(device, bound):
-    """The call that has too many rows reports it, and no other."""
+    """The call with too many rows reports it, and no other call does."""
     hidden, weight, targets, bias = make_case(torch.float32, device, 50, rows=(20,), bias=True)
 
     def step(**options):
@@ -298,7 +298,7 @@ def test_an_empty_place_does_not_read_a_masked_row(device):
     assert all(gradient.isfinite().all() for gradient in got)
 
 
-# ---- What a trainer does with it
+# ---- Uses in training
 
 
 def test_chunk_rows_does_not_change_the_result(device):
@@ -356,7 +356,7 @@ def test_autocast_takes_its_dtype(device):
     expected = reference.linear_logprob_entropy(rounded[0], rounded[1], targets)
     with torch.autocast(device.type, torch.bfloat16):
         log_prob, entropy = linear_logprob_entropy(hidden, weight, targets)
-        # A backbone under autocast hands over bfloat16.
+        # A backbone under autocast returns bfloat16.
         mixed, _ = linear_logprob_entropy(hidden.bfloat16(), weight, targets)
     torch.testing.assert_close(log_prob, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, expected[1], atol=1e-5, rtol=1e-5)
@@ -389,7 +389,7 @@ def test_padding_of_the_vocabulary_is_not_read(device):
 
 def test_minus_infinity_in_the_bias_takes_an_entry_out(device):
     hidden, weight, targets, bias = make_case(torch.float32, device, 3000, bias=True)
-    bias.data[100:] = -torch.inf  # all of a tile, too
+    bias.data[100:] = -torch.inf  # includes all of a tile
     targets %= 100
     log_prob, entropy = linear_logprob_entropy(hidden, weight, targets, bias=bias, entropy_grad=True)
     expected = reference.linear_logprob_entropy(hidden, weight[:100], targets, bias=bias[:100])
@@ -400,7 +400,7 @@ def test_minus_infinity_in_the_bias_takes_an_entry_out(device):
 
 
 def test_is_top1_at_ties(device):
-    # Logits 0 1 1 0: the first of the largest is the one that argmax names.
+    # Logits 0 1 1 0: argmax returns the first of the largest.
     weight = torch.tensor([[0.0], [1.0], [1.0], [0.0]], device=device)
     hidden, targets = torch.ones(4, 1, device=device), torch.arange(4, device=device)
     *_, is_top1, squared = linear_logprob_entropy(hidden, weight, targets, token_statistics=True)
@@ -480,7 +480,7 @@ def test_sharded_vocabulary_equals_the_unsharded_one(device, world, tmp_path):
     assert results == dict.fromkeys(range(world))
 
 
-# ---- PyTorch's own machinery
+# ---- Registration, compilation, autograd
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -581,7 +581,7 @@ def test_properties(device, data):
         hidden, weight, targets, chunk_rows=data.draw(st.integers(1, 10)), max_grad_rows=rows
     )
     assert (log_prob <= 1e-5).all() and (entropy >= 0).all() and (entropy <= math.log(vocab) + 1e-5).all()
-    # A gradient on the chosen rows is that of the chosen rows alone.
+    # With gradients on the chosen rows only, the result is that of a call with only those rows.
     sparse = torch.autograd.grad(log_prob, [hidden, weight], chosen.float())
     few = hidden.detach()[chosen].requires_grad_()
     alone = torch.autograd.grad(linear_logprob_entropy(few, weight, targets[chosen])[0].sum(), [few, weight])
