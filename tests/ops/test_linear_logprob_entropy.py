@@ -27,7 +27,7 @@ HEADS = {
 
 VOCABULARIES = [
     1,  # one entry
-    17,  # less than one vector of the CPU loop
+    17,  # a small part of a tile
     2048,  # one tile on the CPU
     2055,  # a tile and a tail
     9001,  # more than one tile on CUDA, and an odd row length

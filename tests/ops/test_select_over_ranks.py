@@ -161,7 +161,7 @@ def test_counts_add_up_beyond_32_bits(device):
 
 
 def test_quantile_rounds_the_product_before_the_sum(device):
-    """The numbers of QuantileKey.RoundsTheProductBeforeTheSum in tests/cpp: rounded once, the result would be the next."""
+    """The numbers of QuantileKey.RoundsTheProductBeforeTheSum in tests/cpp, where one rounding gives another result."""
     low, high = 1.0, 1 + 3 * 2.0**-52
     values = torch.tensor([low, high], dtype=torch.float64, device=device)
     weight = number(float.fromhex("0x1.5555555555556p-3"), device, torch.float64)
