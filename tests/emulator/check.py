@@ -15,9 +15,6 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # global_top_mask_steps
 
 import check_linear
 import check_losses

@@ -10,7 +10,7 @@ from device import to_device
 from torch import Tensor
 
 from entropy_rl_ext import reference
-from global_top_mask_steps import select
+from entropy_rl_ext.ops._select_over_ranks import digit_shifts
 
 ops = torch.ops.entropy_rl
 
@@ -77,6 +77,23 @@ def global_top_mask(rng: Random) -> Iterator[str]:
         None if ids is None else to_device(ids), algorithm,
     )  # fmt: skip
     equal("mask", actual, expected)
+
+
+def select(
+    values: list[Tensor], masks: list[Tensor], k: Tensor, rule: str, weight: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(mask, lowest) of each process, by the steps that the processes take together; sums stand in for all-reduces."""
+    parts = list(zip(values, masks, strict=True))
+    key = None
+    for shift in digit_shifts(values[0].dtype):
+        counts = torch.stack([ops.global_top_mask_counts(*part, key, shift) for part in parts])
+        key, k = ops.global_top_mask_key(counts.sum(0), key, k, shift)
+    ties = next_key = None
+    if rule == "topk":
+        ties = counts.index_select(1, (key & (counts.shape[1] - 1)).view(1)).flatten()
+    elif rule == "quantile":
+        next_key = torch.stack([ops.global_top_mask_next_key(*part, key) for part in parts]).amin()
+    return [ops.global_top_mask_at_key(*part, key, k, ties, i, next_key, weight) for i, part in enumerate(parts)]
 
 
 def global_top_mask_steps(rng: Random) -> Iterator[str]:

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 #include "runtime.h"
 
@@ -15,10 +16,12 @@ constexpr int kL2Bytes = 50 << 20;
 thread_local int device_of_thread = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 std::map<const void*, size_t> pinned;
+std::recursive_mutex mutex;
 
 uint64_t address_of(const void* pointer) { return reinterpret_cast<uint64_t>(pointer); }
 
 cudaError_t copy(void* to, const void* from, size_t size) {
+  Lock lock;
   memmove(to, from, size);
   machine().memory.mark_written(address_of(to), size);
   return cudaSuccess;
@@ -26,6 +29,7 @@ cudaError_t copy(void* to, const void* from, size_t size) {
 
 // Reports a copy that leaves the allocation in which it begins.
 void check_range(const void* pointer, size_t size, const char* what) {
+  Lock lock;
   Memory& memory = machine().memory;
   const uint64_t address = address_of(pointer);
   if (size && memory.find(address, 1) && !memory.find(address, size)) {
@@ -72,6 +76,9 @@ Machine& machine() {
   static Machine* instance = new Machine;
   return *instance;
 }
+
+Lock::Lock() { mutex.lock(); }
+Lock::~Lock() { mutex.unlock(); }
 
 int current_device() { return device_of_thread; }
 
@@ -151,11 +158,13 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 // ---- Memory
 
 cudaError_t cudaMalloc(void** pointer, size_t size) {
+  Lock lock;
   if (const cudaError_t error = check_not_capturing()) return error;
   *pointer = size ? machine().memory.allocate(size, current_device()) : nullptr;
   return size == 0 || *pointer ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFree(void* pointer) {
+  Lock lock;
   if (!pointer || machine().memory.release(pointer)) return cudaSuccess;
   return fail(cudaErrorInvalidValue);
 }
@@ -164,21 +173,25 @@ cudaError_t cudaMallocAsync(void** pointer, size_t size, cudaStream_t) {
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return cudaFree(pointer); }
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+  Lock lock;
   *total = kTotalMemory;
   *available = kTotalMemory - machine().memory.live_bytes(current_device());
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned) {
+  Lock lock;
   *pointer = malloc(size);
   pinned[*pointer] = size;
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* pointer) {
+  Lock lock;
   return pinned.erase(pointer), free(pointer), cudaSuccess;
 }
 cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
+  Lock lock;
   memset(out, 0, sizeof(*out));
   if (const Allocation* allocation = machine().memory.find(address_of(pointer), 1)) {
     out->type = cudaMemoryTypeDevice;
@@ -218,6 +231,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
   check_range(to, size, "a memset");
   return enqueue(stream, [=] {
+    Lock lock;
     memset(to, value, size);
     machine().memory.mark_written(address_of(to), size);
     return cudaSuccess;

@@ -7,6 +7,7 @@ extern "C" {
 
 // Reports since the last call, one a line.
 const char* cudaemu_reports() {
+  Lock lock;
   static std::string text;
   text.clear();
   for (const std::string& line : machine().reports) text += line + "\n";
@@ -16,6 +17,7 @@ const char* cudaemu_reports() {
 
 // "kernel \t times" of every kernel that ran.
 const char* cudaemu_launches() {
+  Lock lock;
   static std::string text;
   text.clear();
   for (const auto& [name, count] : launches()) text += name + "\t" + std::to_string(count) + "\n";
@@ -25,6 +27,7 @@ const char* cudaemu_launches() {
 // "kernel \t PTX line \t opcode \t file:line \t times" of every instruction that ran since the last
 // call.
 const char* cudaemu_profile() {
+  Lock lock;
   static std::string text;
   text.clear();
   each_function([](const Module& module, Function& function) {
@@ -58,6 +61,7 @@ void cudaemu_load_ptx(const char* file) { load_ptx(file); }
 unsigned long long cudaemu_executed() { return machine().executed; }
 
 void cudaemu_mark_written(void* pointer, size_t size) {
+  Lock lock;
   machine().memory.mark_written(reinterpret_cast<uint64_t>(pointer), size);
 }
 

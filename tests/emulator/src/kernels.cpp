@@ -59,6 +59,7 @@ Module* module_of(const Kernel& kernel) {
 }
 
 Function* function_of(const Kernel& kernel) {
+  Lock lock;
   try {
     Module* module = module_of(kernel);
     return module ? module->find(kernel.name) : nullptr;
@@ -70,6 +71,7 @@ Function* function_of(const Kernel& kernel) {
 
 // A handle is the address of the host's stub, or the kernel itself.
 Kernel* kernel_of(const void* handle) {
+  Lock lock;
   const auto found = kernels_by_host.find(handle);
   if (found != kernels_by_host.end()) return found->second;
   return kernels.count(handle) ? static_cast<Kernel*>(const_cast<void*>(handle)) : nullptr;
@@ -115,6 +117,7 @@ std::pair<cudaError_t, const char*> refusal(const Kernel& kernel, const Function
 
 cudaError_t launch(Kernel* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                    cudaStream_t stream) {
+  Lock lock;
   if (!kernel) return fail(cudaErrorInvalidDeviceFunction);
   Function* function = function_of(*kernel);
   if (!function) {
@@ -146,6 +149,7 @@ cudaError_t launch(Kernel* kernel, dim3 grid, dim3 block, void** arguments, size
     memcpy(&what.parameters[parameter.offset], arguments[k], parameter.size);
   }
   return enqueue(stream, [what, kernel] {
+    Lock lock;
     count_launch(kernel->name);
     return machine().run(what) ? cudaSuccess : cudaErrorIllegalAddress;
   });

@@ -21,6 +21,13 @@ constexpr size_t kSharedPerMultiprocessor = 228 << 10, kSharedReserved = 1 << 10
 
 Machine& machine();
 
+// Held while a thread uses the machine or the tables of handles: several threads may launch at
+// once. Not held while Python is called, which waits for its own lock.
+struct Lock {
+  Lock();
+  ~Lock();
+};
+
 // Of the calling thread.
 int current_device();
 // Remembers an error for cudaGetLastError and returns it.

@@ -26,6 +26,7 @@ int global_captures = 0;          // under way, in the mode that forbids waiting
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 Graph* capture_of(cudaStream_t stream) {
+  Lock lock;
   const auto found = streams.find(stream);
   return found == streams.end() ? nullptr : found->second.capture;
 }
@@ -47,6 +48,7 @@ cudaError_t enqueue(cudaStream_t stream, Work work) {
 }
 
 int device_of(cudaStream_t stream) {
+  Lock lock;
   const auto found = streams.find(stream);
   return found == streams.end() ? current_device() : found->second.device;
 }
@@ -67,6 +69,7 @@ extern "C" {
 // ---- Streams
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+  Lock lock;
   *stream = new_handle<cudaStream_t>();
   streams[*stream] = {current_device()};
   return cudaSuccess;
@@ -77,7 +80,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   return cudaStreamCreateWithPriority(stream, 0, 0);
 }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return streams.erase(stream), cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  Lock lock;
+  return streams.erase(stream), cudaSuccess;
+}
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   return is_capturing(stream) ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
@@ -91,15 +97,20 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cu
 // ---- Events
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  Lock lock;
   *event = new_handle<cudaEvent_t>();
   events[*event] = {current_device()};
   return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return events.erase(event), cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  Lock lock;
+  return events.erase(event), cudaSuccess;
+}
 cudaError_t cudaEventQuery(cudaEvent_t) { return check_not_capturing(); }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return check_not_capturing(); }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+  Lock lock;
   if (events[event].device == device_of(stream)) return cudaSuccess;
   machine().reports.push_back("EVENT: recorded in a stream of another device");
   return fail(cudaErrorInvalidResourceHandle);
