@@ -27,6 +27,15 @@ bool all_written(const uint8_t* is_written) {
   return all;
 }
 
+template <uint32_t size>
+bool is_contiguous(uint32_t lanes, const uint64_t* address) {
+  uint64_t different = lanes ^ kAllLanes;
+  for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    different |= address[lane] ^ (address[0] + lane * size);
+  }
+  return different == 0;
+}
+
 }  // namespace
 
 // ---- Reports
@@ -97,54 +106,96 @@ const char* Machine::find_race(const Warp& warp, uint32_t lane, const Accesses& 
   return nullptr;
 }
 
-// Looks for a race and records the access. Almost every stamp is of an earlier launch or epoch:
-// that is tested for all bytes at once, and find_race() looks at the others.
+// Whether every stamp of the bytes is of an earlier launch or epoch, as almost all are. find_race()
+// decides about the others.
+template <bool is_shared, uint32_t bytes>
+bool Machine::surely_ordered(const Accesses& accesses, uint64_t at, int kind) const {
+  const uint32_t launch_stamp = (is_shared ? epoch_segment_ : launch_segment_) * kLanes;
+  const uint32_t block_stamp = block_segment_ * kLanes;
+  const uint32_t epoch = (epoch_segment_ - block_segment_) * kLanes;
+  const auto any_unsure = [&](const std::vector<uint32_t>& stamps) {
+    const uint32_t* stamp = &stamps[at];
+    uint32_t any = 0;
+    for (uint32_t k = 0; k < bytes; ++k) {
+      any |= uint32_t{stamp[k] >= launch_stamp} & uint32_t{stamp[k] - block_stamp >= epoch};
+    }
+    return any != 0;
+  };
+  if (any_unsure(accesses.writer)) return false;
+  if (!(kind & kAtomic) && any_unsure(accesses.atomic)) return false;
+  const bool writes = kind & (kWrite | kAtomic);
+  return !writes || !(any_unsure(accesses.reader) || any_unsure(accesses.other_reader));
+}
+
+// Records an access by one lane, or by consecutive lanes of `size` bytes each from the lane of
+// `stamp` on.
+template <uint32_t size, uint32_t bytes>
+void record(Accesses* accesses, uint64_t at, uint32_t stamp, int kind) {
+  if (kind & (kWrite | kAtomic)) {
+    uint32_t* field = &(kind & kAtomic ? accesses->atomic : accesses->writer)[at];
+    for (uint32_t k = 0; k < bytes; ++k) field[k] = stamp + k / size;
+    return;
+  }
+  uint32_t* reader = &accesses->reader[at];
+  uint32_t* other_reader = &accesses->other_reader[at];
+  for (uint32_t k = 0; k < bytes; ++k) {
+    const uint32_t mine = stamp + k / size;
+    other_reader[k] = reader[k] == mine ? other_reader[k] : reader[k];
+    reader[k] = mine;
+  }
+}
+
+// Looks for a race and records the access.
 template <bool is_shared, uint32_t size>
 void Machine::check_race(const Warp& warp, uint32_t lane, const Instruction& i, Accesses* accesses,
                          uint64_t at, int kind) {
   if (kind & kVolatile) return;  // a flag that blocks wait for: a protocol, not a race
-  const uint32_t launch_stamp = (is_shared ? epoch_segment_ : launch_segment_) * kLanes;
-  const uint32_t block_stamp = block_segment_ * kLanes;
-  const uint32_t epoch = (epoch_segment_ - block_segment_) * kLanes;
-  const auto unsure = [&](uint32_t stamp) {
-    return uint32_t{stamp >= launch_stamp} & uint32_t{stamp - block_stamp >= epoch};
-  };
-  uint32_t* writer = &accesses->writer[at];
-  uint32_t* reader = &accesses->reader[at];
-  uint32_t* other_reader = &accesses->other_reader[at];
-  uint32_t* atomic = &accesses->atomic[at];
-  uint32_t any = 0;
-  for (uint32_t k = 0; k < size; ++k) any |= unsure(writer[k]);
-  if (kind & (kWrite | kAtomic)) {
-    for (uint32_t k = 0; k < size; ++k) any |= unsure(reader[k]) | unsure(other_reader[k]);
-  }
-  if (!(kind & kAtomic)) {
-    for (uint32_t k = 0; k < size; ++k) any |= unsure(atomic[k]);
-  }
-  if (any) {
+  if (!surely_ordered<is_shared, size>(*accesses, at, kind)) {
     if (const char* race = find_race<is_shared, size>(warp, lane, *accesses, at, kind)) {
       return report(warp, lane, i,
                     std::string("RACE: ") + race + " in " + (is_shared ? "shared" : "global") +
                         " memory without synchronisation");
     }
   }
-  const uint32_t stamp = warp.segment * kLanes + lane;
-  if (kind & (kWrite | kAtomic)) {
-    uint32_t* field = kind & kAtomic ? atomic : writer;
-    for (uint32_t k = 0; k < size; ++k) field[k] = stamp;
-  } else {
-    for (uint32_t k = 0; k < size; ++k) {
-      other_reader[k] = reader[k] == stamp ? other_reader[k] : reader[k];
-      reader[k] = stamp;
-    }
-  }
+  record<size, size>(accesses, at, warp.segment * kLanes + lane, kind);
+}
+
+// The same for a warp whose lanes access consecutive elements. Returns false, without effect, where
+// that has to be decided lane by lane.
+template <bool is_shared, uint32_t size>
+bool Machine::check_races_together(const Warp& warp, Accesses* accesses, uint64_t at, int kind) {
+  if (kind & kVolatile) return true;
+  if (!surely_ordered<is_shared, size * kLanes>(*accesses, at, kind)) return false;
+  record<size, size * kLanes>(accesses, at, warp.segment * kLanes, kind);
+  return true;
 }
 
 // ---- Global memory
 
+// Checks a full warp that accesses consecutive elements. Returns false, without effect, where
+// something has to be decided lane by lane.
+template <uint32_t size>
+bool Machine::global_together(const Warp& warp, uint64_t address, int kind) {
+  constexpr uint32_t kBytes = size * kLanes;
+  Allocation* allocation = memory.find(address, kBytes);
+  if (!allocation || allocation->device != launch->device || address % size != 0) return false;
+  const uint64_t offset = address - allocation->base;
+  uint8_t* is_written = &allocation->is_written[offset];
+  if (kind & (kRead | kAtomic) && !all_written<kBytes>(is_written)) return false;
+  if (check_races && allocation->size <= kLargestChecked) {
+    if (allocation->accesses.writer.empty()) return false;
+    if (!check_races_together<false, size>(warp, &allocation->accesses, offset, kind)) return false;
+  }
+  if (kind & (kWrite | kAtomic)) memset(is_written, 1, kBytes);
+  return true;
+}
+
 template <uint32_t size>
 bool Machine::global_of_size(const Warp& warp, const Instruction& i, uint32_t lanes,
                              const uint64_t* address, int kind) {
+  if (is_contiguous<size>(lanes, address) && global_together<size>(warp, address[0], kind)) {
+    return true;
+  }
   Allocation* allocation = nullptr;
   for (uint32_t left = lanes; left; left &= left - 1) {
     const uint32_t lane = first_lane(left);
@@ -188,10 +239,32 @@ bool Machine::global(const Warp& warp, const Instruction& i, uint32_t lanes,
 
 // ---- Shared memory and parameters
 
+template <uint32_t bytes>
+bool Machine::is_shared_written(uint64_t at) const {
+  const uint32_t block_stamp = block_segment_ * kLanes;
+  const uint32_t* writer = &shared_accesses_.writer[at];
+  const uint32_t* atomic = &shared_accesses_.atomic[at];
+  uint32_t unwritten = 0;
+  for (uint32_t k = 0; k < bytes; ++k) {
+    unwritten |= uint32_t{writer[k] < block_stamp} & uint32_t{atomic[k] < block_stamp};
+  }
+  return !unwritten;
+}
+
+template <uint32_t size>
+bool Machine::shared_together(const Warp& warp, uint64_t address, int kind) {
+  constexpr uint32_t kBytes = size * kLanes;
+  if (address % size != 0 || address + kBytes > shared_.size()) return false;
+  if (kind & (kRead | kAtomic) && !is_shared_written<kBytes>(address)) return false;
+  return check_races_together<true, size>(warp, &shared_accesses_, address, kind);
+}
+
 template <uint32_t size>
 bool Machine::shared_of_size(const Warp& warp, const Instruction& i, uint32_t lanes,
                              const uint64_t* address, int kind) {
-  const uint32_t block_stamp = block_segment_ * kLanes;
+  if (is_contiguous<size>(lanes, address) && shared_together<size>(warp, address[0], kind)) {
+    return true;
+  }
   for (uint32_t left = lanes; left; left &= left - 1) {
     const uint32_t lane = first_lane(left);
     const uint64_t at = address[lane];
@@ -201,15 +274,8 @@ bool Machine::shared_of_size(const Warp& warp, const Instruction& i, uint32_t la
                         " bytes of shared memory at " + std::to_string(at) + " of " +
                         std::to_string(shared_.size()));
     }
-    if (kind & (kRead | kAtomic)) {
-      uint32_t unwritten = 0;
-      for (uint32_t k = 0; k < size; ++k) {
-        unwritten |= uint32_t{shared_accesses_.writer[at + k] < block_stamp} &
-                     uint32_t{shared_accesses_.atomic[at + k] < block_stamp};
-      }
-      if (unwritten) {
-        report(warp, lane, i, "UNINITIALISED: shared memory at " + std::to_string(at));
-      }
+    if (kind & (kRead | kAtomic) && !is_shared_written<size>(at)) {
+      report(warp, lane, i, "UNINITIALISED: shared memory at " + std::to_string(at));
     }
     check_race<true, size>(warp, lane, i, &shared_accesses_, at, kind);
   }

@@ -413,7 +413,7 @@ inline HANDLER(rcp_approx_f64) { return apply<uint64_t, double>(w, i, lanes, rcp
 // ---- Memory: mode is the space
 
 struct Addresses {
-  uint64_t of[kLanes];
+  uint64_t of[kLanes] = {};
 
   Addresses(const Warp& w, const Instruction& i, uint32_t lanes) {
     const uint64_t mask = i.mode == kGlobal ? ~uint64_t{0} : 0xffffffff;

@@ -146,6 +146,16 @@ struct Machine {
   template <bool is_shared, uint32_t size>
   void check_race(const Warp& warp, uint32_t lane, const Instruction& i, Accesses* accesses,
                   uint64_t at, int kind);
+  template <bool is_shared, uint32_t bytes>
+  bool surely_ordered(const Accesses& accesses, uint64_t at, int kind) const;
+  template <bool is_shared, uint32_t size>
+  bool check_races_together(const Warp& warp, Accesses* accesses, uint64_t at, int kind);
+  template <uint32_t size>
+  bool global_together(const Warp& warp, uint64_t address, int kind);
+  template <uint32_t size>
+  bool shared_together(const Warp& warp, uint64_t address, int kind);
+  template <uint32_t bytes>
+  bool is_shared_written(uint64_t at) const;
   template <bool is_shared, uint32_t size>
   const char* find_race(const Warp& warp, uint32_t lane, const Accesses& accesses, uint64_t at,
                         int kind) const;
