@@ -1,11 +1,9 @@
 // linear_logprob_entropy: one tile [rows, width] of LM-head products at a time, one block a row.
-//   forward   folds the tile into each row's state (linear_logprob_entropy_math.h): width *
-//   sizeof(Acc)
-//             bytes read a row, 96 of state read and written.
-//   backward  turns the tile into its gradient, in place or into a narrower dtype for the next
-//   GEMM:
-//             width * sizeof(Acc) read, width * sizeof(Out) written. A row without a gradient is
-//             only filled with zeros.
+//   forward   folds the tile into each row's state (VocabState): width sizeof(Acc) bytes read a row,
+//             96 of state read and written.
+//   backward  turns the tile into its gradient, in place or in the narrower dtype of the next GEMM:
+//             width sizeof(Acc) read, width sizeof(Out) written. A row without a gradient is only
+//             filled with zeros.
 // Accumulation is float (double for double) in a tile, double over tiles.
 #pragma once
 
@@ -14,7 +12,7 @@
 
 namespace entropy_rl {
 
-// The arguments of one launch; pointers that do not apply are null.
+// The arguments of one launch; a pointer is null if its argument is absent.
 template <class Acc>
 struct LogitTile {
   const Acc* products;  // rows of [width], `stride` apart
@@ -32,7 +30,7 @@ struct LogitTile {
     const Acc value = row_temperature ? row_temperature[row] : temperature;
     return value > Acc(0) ? value : static_cast<Acc>(NAN);
   }
-  // Column of the row's target in this tile; below 0 or from `width` on, it is in another.
+  // Column of the row's target; one outside [0, width) means that the target is in another tile.
   __device__ __forceinline__ int64_t target_column(int64_t row) const {
     return targets[row] - vocab_start;
   }

@@ -129,7 +129,7 @@ enum class Aggregation {
 
 struct Normalization {
   Aggregation aggregation;
-  bool by_response;     // divide by response tokens, else by selected tokens
+  bool by_response;     // divide by response tokens instead of selected tokens
   double dp_size;       // data-parallel ranks whose losses are averaged
   double scale_factor;  // of kSeqMeanTokenSumNorm
   // The divisor over all ranks and micro-batches; null: of this batch.
