@@ -89,8 +89,8 @@ samples.
   call.
 - **Against ours** is the contender's time divided by ours: above 1 the contender is slower.
 - **GB/s** counts the fewest bytes that the work must read and write. **Of a copy** compares it with
-  a copy on the same device, whose reads and writes both count, so work that only reads can pass 100
-  %.
+  a copy on the same device, whose reads and writes both count, so work that only reads can pass
+  100 %.
 - **Memory** is the most that a call holds beside its inputs.
 - Headings name the threads and the instruction set of our CPU kernels. The brackets after torch's
   version name the instruction set of torch, and so of the peers.
