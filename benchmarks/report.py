@@ -70,7 +70,7 @@ HEADLINE_PEERS = {
 OTHER_PARTS = (
     ("the selection over several ranks", "tested with gloo", "**never executed**; NCCL has not been run"),
     ("`entropy_rl.train`, one process, DDP and FSDP2", "tested, ranks with gloo", "**never executed**"),
-    ("verl with FSDP2", "tested, with whole runs of `main_ppo`", "**never executed**"),
+    ("verl with FSDP2", "tested, including full runs of `main_ppo`", "**never executed**"),
     ("verl with FSDP1, vLLM, SGLang or Ulysses sequence parallelism", "not run", "**never executed**"),
     ("verl with Megatron", "configuration tested; Megatron needs a GPU", "**never executed**"),
     ("TRL's trainer, one and two processes", "tested with gloo", "**never executed**"),
@@ -91,7 +91,7 @@ samples.
 - **GB/s** counts the fewest bytes that the work must read and write. **Of a copy** compares it with
   a copy on the same device, whose reads and writes both count, so work that only reads can pass
   100 %.
-- **Memory** is the most that a call holds beside its inputs.
+- **Memory** is the most that a call holds in addition to its inputs.
 - Headings name the threads and the instruction set of our CPU kernels. The brackets after torch's
   version name the instruction set of torch, and so of the peers.
   `ENTROPY_RL_SIMD=avx2 ATEN_CPU_CAPABILITY=avx2` restricts both to AVX2. Older results lack one or
@@ -290,7 +290,7 @@ def shortfall_table(results: list[dict[str, Any]]) -> str:
 
 def device_table(results: list[dict[str, Any]]) -> str:
     """What has run on a CPU and on a GPU, as Markdown; `results` are the GPU's."""
-    # The benchmarks of whole training steps have no op of their own.
+    # A benchmark of a training step belongs to no op.
     ops = [path.stem for path in sorted((ROOT / "entropy_rl_ext" / "ops").glob("*.py"))]
     ops = [op for op in ops if (ROOT / "benchmarks" / f"bench_{op}.py").exists()]
     lines = ["| part | CPU | GPU |", "|---|---|---|"]
