@@ -74,7 +74,7 @@ OTHER_PARTS = (
     ("verl with FSDP1, vLLM, SGLang or Ulysses sequence parallelism", "not run", "**never executed**"),
     ("verl with Megatron", "configuration tested; Megatron needs a GPU", "**never executed**"),
     ("TRL's trainer, one and two processes", "tested with gloo", "**never executed**"),
-    ("TRL's trainer with LoRA (PEFT)", "run by hand on Llama and Gemma 2; no test", "**never executed**"),
+    ("TRL's trainer with LoRA (PEFT)", "run by hand on small models; no test", "**never executed**"),
     ("TRL's trainer with FSDP, DeepSpeed, vLLM or images", "not run", "**never executed**"),
 )
 
