@@ -1,6 +1,6 @@
 // linear_logprob_entropy: one tile [rows, width] of LM-head products at a time, one block a row.
-//   forward   folds the tile into each row's state (VocabState): width sizeof(Acc) bytes read a row,
-//             96 of state read and written.
+//   forward   folds the tile into each row's state (VocabState): width sizeof(Acc) bytes read a
+//             row, 96 of state read and written.
 //   backward  turns the tile into its gradient, in place or in the narrower dtype of the next GEMM:
 //             width sizeof(Acc) read, width sizeof(Out) written. A row without a gradient is only
 //             filled with zeros.
