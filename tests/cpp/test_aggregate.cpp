@@ -1,6 +1,6 @@
 // How tokens add up: the arithmetic of rows and batch, and the kernels of aggregate, unmodified,
 // under the SIMT shim.
-#include "kernels/token_loss.cuh"
+#include "kernels/aggregate_math.h"
 
 #include <gtest/gtest.h>
 
