@@ -61,10 +61,11 @@ class Kernel:
 
 PAGE = """# What the compiler made of the CUDA kernels
 
-`make cuda-build` writes this page (`tools/compile_report.py`). It fails if a kernel uses local memory, or if a kernel
-that streams data has no 16-byte load or store. The first rule also applies to CUB's kernels, which are not listed. A row
-stands for all variants of a kernel (dtype, loss, source of keys): registers, shared memory and stack are the maximum
-over the variants, 16-byte accesses the minimum. That minimum is 0 for a kernel with a variant for 2-byte elements.
+`make cuda-build` writes this page (`tools/compile_report.py`). It fails if a kernel uses local
+memory, or if a kernel that streams data has no 16-byte load or store. The first rule also applies to
+CUB's kernels, which are not listed. A row stands for all variants of a kernel (dtype, loss, source
+of keys): registers, shared memory and stack are the maximum over the variants, 16-byte accesses the
+minimum. That minimum is 0 for a kernel with a variant for 2-byte elements.
 
 """
 
