@@ -3,6 +3,7 @@
 #include "../ops/linear_logprob_entropy.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 #include "softmax_backend.h"

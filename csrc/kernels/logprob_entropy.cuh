@@ -10,6 +10,8 @@
 // Accumulation is float (double for double).
 #pragma once
 
+#include <type_traits>
+
 #include "row_layout.h"
 #include "softmax_rows.cuh"
 

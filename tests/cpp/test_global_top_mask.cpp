@@ -9,6 +9,7 @@
 #include <deque>
 #include <map>
 #include <numeric>
+#include <type_traits>
 
 namespace entropy_rl {
 namespace {

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <random>
+#include <type_traits>
 
 #include "kernels/token_loss.cuh"
 #include "simt.h"
