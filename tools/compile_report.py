@@ -2,9 +2,9 @@
 
     python tools/compile_report.py path/to/_cuda.abi3.so [--markdown docs/cuda_kernels.md]
 
-No kernel may use local memory (a spilled register, an array indexed at run time), and kernels that stream must load,
-and store where they write as much, 16 bytes at a time. Needs cuobjdump: of the CUDA toolkit, or the one that Triton, a
-dependency of torch's CUDA builds, brings.
+No kernel may use local memory (spilled registers, arrays indexed at run time). Kernels that stream data must load 16
+bytes at a time, and also store 16 bytes at a time if they write as much as they read. Needs cuobjdump, from the CUDA
+toolkit or from Triton, which torch's CUDA builds depend on.
 """
 
 import argparse
@@ -19,19 +19,19 @@ from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_90")
 
-# Kernels that must move 16 bytes at a time: pattern of the name -> instructions that must be there. Those over keys and
-# tokens do so for 4-byte elements and wider.
+# Kernels that must move 16 bytes at a time: pattern of the name -> instructions that must be there. Kernels over keys
+# and tokens do so for elements of 4 bytes and more.
 WIDE = {
-    r"(token|logprob)_entropy_kernel": ("LDG",),
+    r"logprob_entropy_kernel": ("LDG",),
     r"softmax_parts_kernel": ("LDG",),
-    r"(token|logprob)_entropy_backward_kernel": ("LDG", "STG"),
+    r"logprob_entropy_backward_kernel": ("LDG", "STG"),
     r"linear_logprob_entropy_tile(_backward)?_kernel": ("LDG",),
     r"radix_(segment|histogram|mask|ties|counts|next_key)_kernel<EntropyKeys<(float|double)>": ("LDG",),
     r"token_loss_kernel": ("LDG", "STG"),
     r"scale_rows_kernel<(float|double)>": ("LDG", "STG"),
 }
 
-# Not ours to mend: CUB's sort of 64-bit keys, for float64 entropies, spills one register on sm_90.
+# Bytes of stack that CUB may use: its sort of 64-bit keys, for float64 entropies, spills one register on sm_90.
 MAY_SPILL = {("sm_90", "DeviceSegmentedRadixSortKernel"): 8}
 
 
@@ -61,10 +61,11 @@ class Kernel:
 
 PAGE = """# What the compiler made of the CUDA kernels
 
-Written by `make cuda-build` (`tools/compile_report.py`), which fails where a kernel uses local memory, or where one
-that streams has no 16-byte load or store. CUB's kernels are held to the first rule and not listed. A kernel that takes
-a dtype, a loss or a source of keys stands in one row: registers and shared memory are the most that any of them uses,
-16-byte accesses the fewest (0: those for 2-byte elements, or a kernel that has none).
+`make cuda-build` writes this page (`tools/compile_report.py`). It fails if a kernel uses local
+memory, or if a kernel that streams data has no 16-byte load or store. The first rule also applies to
+CUB's kernels, which are not listed. A row stands for all variants of a kernel (dtype, loss, source
+of keys): registers, shared memory and stack are the maximum over the variants, 16-byte accesses the
+minimum. That minimum is 0 for a kernel with a variant for 2-byte elements.
 
 """
 
@@ -122,7 +123,7 @@ def parse(resources: str, code: str) -> list[Kernel]:
 
 
 def missing(kernels: list[Kernel]) -> list[str]:
-    """Rules that no kernel was there to be held to: a renamed kernel must not pass unseen."""
+    """Rules that apply to no kernel: a renamed kernel must not escape its rule."""
     return [
         f"{architecture}: no kernel named {part}"
         for architecture in ARCHITECTURES

@@ -1,4 +1,4 @@
-#include "../ops/token_loss.h"
+#include "../ops/aggregate.h"
 
 #include "token_loss_backend.h"
 

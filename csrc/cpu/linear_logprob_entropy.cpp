@@ -1,8 +1,9 @@
-// linear_logprob_entropy on the CPU: the rows of a tile in parallel, in chunks that stay in the
-// first-level cache, as softmax_backend.h has them.
+// linear_logprob_entropy on the CPU: the rows of a tile in parallel, each in the chunks of
+// softmax_backend.h.
 #include "../ops/linear_logprob_entropy.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 #include "softmax_backend.h"
@@ -129,7 +130,8 @@ struct Tiles {
         std::copy(products + begin, products + begin + count, gradient);
       }
       chunk_gradient(gradient, count, at, gradient);
-      // The target's term joins before rounding to Out: added after, p - 1 would be rounded twice.
+      // The target's term is added before rounding to Out; added after it, p - 1 would be rounded
+      // twice.
       if (target >= begin && target < begin + count) {
         gradient[target - begin] += at.inverse_temperature * at.grad_log_prob;
       }

@@ -7,7 +7,7 @@
 namespace entropy_rl::cpu {
 namespace {
 
-// The arguments of one call as the loops read them; pointers that do not apply are null.
+// The arguments of one call for the loops; a pointer is null if its argument is absent.
 template <class T>
 struct RowReader {
   using Acc = accumulate_t<T>;

@@ -1,8 +1,8 @@
-// Exact selection of the k largest keys on the CPU: a histogram radix select, 11 bits a digit. A
-// source makes keys block by block in the first-level cache, so that none need be stored: one pass
-// over all counts the first digit, one copies the few keys that share it, over which the further
-// digits go, and one writes the mask. Counts are integers, so the result does not depend on how
-// many threads share the work.
+// Exact selection of the k largest keys on the CPU, by radix select over digits of 11 bits. A
+// source computes keys block by block in the first-level cache, so the keys are not stored. The
+// first pass counts the first digit; the second copies the few keys that share it, which the passes
+// for the further digits read; the last writes the mask. Counts are integers, so the result does
+// not depend on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,11 +20,11 @@
 
 namespace entropy_rl::cpu {
 
-// Below this many keys a range is not worth a thread of its own.
+// A thread takes at least this many keys.
 constexpr int64_t kKeysPerRange = 1 << 14;
-// No counter of a range overflows.
+// So that no counter of a range overflows.
 constexpr int64_t kMaxKeysPerRange = int64_t{1} << 31;
-// Keys that a source makes at a time.
+// Keys that a source computes at a time.
 constexpr int kBlockKeys = 1024;
 
 // Contiguous ranges of nearly equal length, one for each thread where n is neither small nor huge.
@@ -36,8 +36,7 @@ struct Ranges {
   int64_t begin(int64_t range) const { return range * (n / count) + std::min(range, n % count); }
   int64_t end(int64_t range) const { return begin(range + 1); }
 
-  // Calls f(range, begin, end) for every range, in parallel where the caller is not parallel
-  // itself.
+  // Calls f(range, begin, end) for every range, in parallel unless the caller is.
   template <class F>
   void for_each(const F& f) const {
     simd();
@@ -58,9 +57,10 @@ struct KthLargest {
   int64_t equal;
 };
 
-// A source of keys that lie in memory. A source has
+// A source of keys in memory. A source has
 //   const Key* read(int64_t begin, int count, Key* buffer) const;
-// which gives the keys [begin, begin + count), count <= kBlockKeys, in `buffer` or where they lie.
+// which returns the keys [begin, begin + count), count <= kBlockKeys; it may write them to
+// `buffer`.
 template <class KeyType>
 struct StoredKeys {
   using Key = KeyType;
@@ -80,8 +80,8 @@ void for_each_block(const Source& source, int64_t begin, int64_t end, const F& f
 }
 
 // Counters of one digit: 2048 of 4 bytes, so that a thread's histograms stay in its L1 cache.
-// Neighbouring keys are often alike: counted in turn by several histograms, an increment need not
-// wait for the one before.
+// Neighbouring keys often have the same digit. Several histograms take turns, so that an increment
+// need not wait for the previous one.
 struct DigitCounts {
   static constexpr int kHistograms = 4;
   uint32_t counts[kHistograms][kDigits] = {};
@@ -103,8 +103,9 @@ struct DigitCounts {
   }
 };
 
-// Copies the keys whose bits from `shift` up are `prefix`, without a branch that would be
-// mispredicted; returns how many. Writes one key more than that. `out` may be `in`.
+// Copies the keys whose bits from `shift` up are `prefix`, and returns how many they are. Has no
+// branch, which would be mispredicted, and so writes one more key than it returns. `out` may be
+// `in`.
 template <class Key>
 int64_t copy_matching(const Key* in /*[n]*/, int64_t n, int shift, Key prefix, Key* out) {
   int64_t count = 0;
@@ -121,8 +122,7 @@ bool any_matches(const Key* keys, int count, int shift, Key prefix) {
   ENTROPY_RL_SIMD_CALL(any_matches(keys, count, shift, prefix));
 }
 
-// For each range, a histogram of the digit at `shift` of those keys whose bits above it are
-// `prefix`.
+// For each range, a histogram of the digit at `shift` of the keys whose higher bits are `prefix`.
 template <class Source>
 std::vector<uint32_t> count_digits(const Source& source, const Ranges& ranges, int shift,
                                    typename Source::Key prefix) {
@@ -169,7 +169,7 @@ KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, in
       result.above += result.equal;
     }
   };
-  // Not count_digits: that the shift is a constant saves some of the time of this pass.
+  // Not count_digits, because this pass is faster with a constant shift.
   ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
     DigitCounts counts;
     for_each_block(source, begin, end, [&](int64_t, int count, const Key* keys) {
@@ -179,7 +179,7 @@ KthLargest<typename Source::Key> kth_largest(const Source& source, int64_t n, in
   });
   descend(kDigitBits);
 
-  // The keys of a range that share the digits found so far, and room for one more.
+  // The keys of a range that share the digits found so far, with room for one more.
   struct Candidates {
     Key* keys;
     int64_t count;
@@ -262,7 +262,7 @@ void first_ties_mask(const Source& source, int64_t n, Key key, int64_t ties,
 }
 
 // Sets mask to 1 for the k largest eligible keys, equal keys in order of their index, and to 0
-// elsewhere. Where fewer than k keys are eligible, all of these; none where k <= 0.
+// elsewhere. If fewer than k keys are eligible, all of them are set; if k <= 0, none.
 template <class Source>
 void top_k_mask(const Source& source, int64_t n, int64_t k, uint8_t* mask /*[n]*/) {
   using Key = typename Source::Key;

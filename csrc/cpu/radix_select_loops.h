@@ -4,8 +4,8 @@ template <class Element>
 void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int64_t n,
                 selection_key_t<accumulate_t<Element>>* keys /*[n]*/) {
   using Key = selection_key_t<accumulate_t<Element>>;
-  // Made for every token and then selected, so that the loop has no branch; a mask read as bool
-  // would keep it from vectorising all the same.
+  // A key is computed for every token and then selected, so that the loop has no branch. The mask
+  // is read as bytes, because the loop does not vectorise over bool.
   for (int64_t i = 0; i < n; ++i) {
     const Key key = selection_key(load_value(entropy[i]));
     keys[i] = mask[i] != 0 ? key : kIneligibleKey<Key>;
@@ -24,7 +24,7 @@ void write_at_least(const Key* keys /*[count]*/, int count, Key key, uint8_t* ma
   for (int i = 0; i < count; ++i) mask[i] = keys[i] >= key;
 }
 
-// Whether a key has `prefix` for its bits from `shift` up.
+// Whether the bits from `shift` up of any key are `prefix`.
 template <class Key>
 bool any_matches(const Key* keys /*[count]*/, int count, int shift, Key prefix) {
   Key any = 0;
@@ -32,11 +32,12 @@ bool any_matches(const Key* keys /*[count]*/, int count, int shift, Key prefix) 
   return any != 0;
 }
 
-// The smallest of the keys above `key`; kNaNKey where there is none.
+// The smallest of the keys above `key`; kNaNKey if there is none.
 template <class Key>
 Key smallest_above(const Key* keys /*[count]*/, int count, Key key) {
   if (key == kNaNKey<Key>) return key;
-  // Counted from the first key above, the others wrap around and are larger than all above.
+  // Relative to the smallest possible key above, the differences of keys below wrap around and are
+  // larger than those of all keys above.
   const Key first = key + 1;
   Key nearest = kNaNKey<Key> - first;
   for (int i = 0; i < count; ++i) {

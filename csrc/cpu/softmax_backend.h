@@ -1,8 +1,7 @@
-// One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and its
-// gradient. A row is taken in chunks that stay in the first-level cache: widen to float, maximum,
-// then sums. Chunk sums are float32 over the lanes of vectors, chunks in float64; float64 input is
-// float64 throughout. The chunk loops (softmax_loops.h) are compiled for AVX-512, AVX2 and the
-// baseline, and chosen at the first call (simd.h).
+// One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and the
+// gradient. A row is processed in chunks that stay in the first-level cache: conversion to float,
+// maximum, sums. The sums of a chunk are float32, over the lanes of vectors; chunks are added in
+// float64. For float64 input all is float64. The loops over a chunk are in softmax_loops.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,7 +22,7 @@ constexpr int kChunk = 1024;
 // Calls fn(row) for every row, on all threads.
 template <class Fn>
 void for_each_row(int64_t rows, int64_t width, Fn fn) {
-  simd();  // a wrong ENTROPY_RL_SIMD is refused here: an error inside loses its message
+  simd();  // throws here for a wrong ENTROPY_RL_SIMD; inside parallel_for the message would be lost
   const int64_t rows_per_task = std::max<int64_t>(1, 32768 / width);
   torch::stable::parallel_for(0, rows, rows_per_task, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) fn(row);
@@ -32,12 +31,12 @@ void for_each_row(int64_t rows, int64_t width, Fn fn) {
 
 float chunk_max(const float* x, int count);
 double chunk_max(const double* x, int count);
-// Sets sum and dot of one chunk against `shift`.
+// Sets sum and dot of one chunk, relative to `shift`.
 void chunk_sums(const float* x, int count, float shift, float inverse_temperature, float* sum,
                 float* dot);
 void chunk_sums(const double* x, int count, double shift, double inverse_temperature, double* sum,
                 double* dot);
-// `out`, which may be x, becomes the gradient but for the target's own term, which is the caller's.
+// Writes the gradient without the target's own term, which the caller adds. `out` may be x.
 void chunk_gradient(const float* x, int count, const SoftmaxGradient<float>& gradient, float* out);
 void chunk_gradient(const double* x, int count, const SoftmaxGradient<double>& gradient,
                     double* out);
@@ -83,7 +82,7 @@ RowSoftmax<accumulate_t<T>> row_softmax(const T* logits /*[vocab]*/, int64_t voc
           static_cast<Acc>(entropy(row))};
 }
 
-// Writes one row of dL/dlogits. `target` is outside [0, vocab) where the row has none.
+// Writes one row of dL/dlogits. A `target` outside [0, vocab) means that the row has none.
 template <class T>
 void row_gradient(const T* logits /*[vocab]*/, int64_t vocab, int64_t target,
                   const SoftmaxGradient<accumulate_t<T>>& gradient, T* grad_logits /*[vocab]*/) {
@@ -99,7 +98,8 @@ void row_gradient(const T* logits /*[vocab]*/, int64_t vocab, int64_t target,
       widen(logits + begin, count, buffer);
       chunk_gradient(buffer, count, gradient, buffer);
     }
-    // The target's term joins before rounding to T: added after, p - 1 would be rounded twice.
+    // The target's term is added before rounding to T; added after it, p - 1 would be rounded
+    // twice.
     if (target >= begin && target < begin + count) {
       out[target - begin] += gradient.inverse_temperature * gradient.grad_log_prob;
     }

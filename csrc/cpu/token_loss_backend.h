@@ -1,5 +1,5 @@
-// Token losses on the CPU: tiles in parallel, each in chunks that stay in the first-level cache: a
-// loop that maps tokens to results, which vectorises, then one that sums them. Tiles and rows are
+// Token losses on the CPU. Tiles run in parallel, each in chunks that stay in the first-level
+// cache: one loop maps tokens to results and vectorises, and another sums them. Tiles and rows are
 // summed in order, so results do not depend on the number of threads.
 #pragma once
 
@@ -13,12 +13,12 @@
 namespace entropy_rl::cpu {
 
 constexpr int kChunkTokens = 256;
-// Fewer tokens than this are not worth a thread of their own.
+// A thread takes at least this many tokens.
 constexpr int64_t kTokensPerTask = 1 << 14;
 
-// The inputs of up to kChunkTokens tokens of one row, masks as 0 and 1, absent inputs as their
-// defaults. In arrays of its own, which the compiler knows to be readable: it vectorises selections
-// between loaded values only where no load may fault.
+// The inputs of up to kChunkTokens tokens of one row: masks as 0 and 1, absent inputs as their
+// defaults. They are copied to local arrays, because the compiler vectorises a selection between
+// loaded values only if no load can fault.
 template <class T>
 struct Chunk {
   alignas(64) T log_prob[kChunkTokens];
@@ -84,7 +84,7 @@ void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
 
 namespace entropy_rl::cpu {
 
-// Gradient and sums of the tokens [begin, end), all of one row.
+// Writes the gradients, and returns the sums, of the tokens [begin, end) of one row.
 template <class T, class TokenLoss>
 LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row,
                       int64_t begin, int64_t end, T* gradient /*[rows, cols]*/) {

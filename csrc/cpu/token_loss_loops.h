@@ -1,5 +1,6 @@
 // The loops of token_loss_backend.h and policy_loss.cpp (see each_simd.h). Losses, keys and moments
-// are taken by value, so that their constants are in registers: no load in the loop may fault.
+// are passed by value, so that their constants are in registers: a load that may fault would keep a
+// loop from vectorising.
 
 template <class T>
 __attribute__((always_inline)) inline T sum_of(const T* x, int count) {
@@ -26,7 +27,7 @@ LossSums<T> tile_loss(TokenLoss token_loss, const TokenInputs<T>& in, int64_t ro
     for (int i = 0; i < chunk.count; ++i) {
       const TokenResult<T> result = token_loss(chunk.token(i));
       const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weight[i];
-      // A token that is out may hold NaN: select, where multiplying by 0 would keep it.
+      // A selection, because a token outside the mask may hold NaN, and 0 * NaN is NaN.
       loss[i] = chunk.selected[i] != 0 ? result.loss * weight : T(0);
       gradient[begin + i] = chunk.selected[i] != 0 ? result.gradient * weight : T(0);
       clipped[i] = chunk.response[i] != 0 ? result.clipped : T(0);
@@ -88,7 +89,8 @@ void tile_keys(CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments mo
     const Chunk<T> chunk(in, row, begin, end);
     Key* out = keys + begin;
     for (int i = 0; i < chunk.count; ++i) {
-      // Made for every token and then selected: without a branch the loop vectorises.
+      // A key is computed for every token and then selected: a loop with a branch does not
+      // vectorise.
       const Key made = key(chunk.token(i), moments, seed, begin + i);
       out[i] = chunk.response[i] != 0 ? made : kIneligibleKey<Key>;
     }

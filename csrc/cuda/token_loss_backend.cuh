@@ -1,4 +1,4 @@
-// Token losses on the device: a pass over the tokens and one block that sums up.
+// Token losses on the device: a pass over the tokens, and one block that adds up the tiles.
 #pragma once
 
 #include "../kernels/token_loss.cuh"

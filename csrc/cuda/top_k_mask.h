@@ -1,5 +1,5 @@
-// Selection on the device from keys that are already there (../kernels/selection.h). Work is
-// ordered by the stream and sized by shapes alone, so that a CUDA graph can hold it.
+// Selection on the device among given keys (../kernels/selection.h). Launches depend on shapes
+// alone, so that a CUDA graph can capture them.
 #pragma once
 
 #include "device_array.h"
@@ -7,8 +7,9 @@
 
 namespace entropy_rl::cuda {
 
-// Marks the *k largest keys that are not 0, equal keys in order of their index; all of these where
-// there are fewer than *k, none where *k <= 0. What cpu::top_k_mask does, with k in device memory.
+// Sets mask to 1 for the *k largest keys other than 0, equal keys in order of their index, and to 0
+// elsewhere. If fewer than *k keys are not 0, all of them are set; if *k <= 0, none. As
+// cpu::top_k_mask, with k in device memory.
 // Key is uint32_t or uint64_t.
 template <class Key>
 void top_k_mask(const Key* keys /*[n]*/, int64_t n, const int64_t* k /*[1]*/, uint8_t* mask /*[n]*/,

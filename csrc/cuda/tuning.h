@@ -18,7 +18,7 @@ inline int softmax_row_threads(int64_t vocab) {
 // fewer rows a block takes a part of a row, and a second kernel merges the parts.
 constexpr int64_t kWholeRowsFrom = 768;
 
-// How many of a row's `row_parts` parts the backward makes, each with a block of its own: as many
+// How many of a row's `row_parts` parts the backward makes, one block each: as many
 // as it takes to have kWholeRowsFrom blocks.
 inline int backward_row_parts(int64_t rows, int row_parts) {
   const int64_t wanted = (kWholeRowsFrom + rows - 1) / rows;

@@ -1,11 +1,9 @@
 // linear_logprob_entropy: one tile [rows, width] of LM-head products at a time, one block a row.
-//   forward   folds the tile into each row's state (linear_logprob_entropy_math.h): width *
-//   sizeof(Acc)
-//             bytes read a row, 96 of state read and written.
-//   backward  turns the tile into its gradient, in place or into a narrower dtype for the next
-//   GEMM:
-//             width * sizeof(Acc) read, width * sizeof(Out) written. A row without a gradient is
-//             only filled with zeros.
+//   forward   folds the tile into each row's state (VocabState): width sizeof(Acc) bytes read a
+//             row, 96 of state read and written.
+//   backward  turns the tile into its gradient, in place or in the narrower dtype of the next GEMM:
+//             width sizeof(Acc) read, width sizeof(Out) written. A row without a gradient is only
+//             filled with zeros.
 // Accumulation is float (double for double) in a tile, double over tiles.
 #pragma once
 
@@ -14,7 +12,7 @@
 
 namespace entropy_rl {
 
-// The arguments of one launch; pointers that do not apply are null.
+// The arguments of one launch; a pointer is null if its argument is absent.
 template <class Acc>
 struct LogitTile {
   const Acc* products;  // rows of [width], `stride` apart
@@ -32,7 +30,7 @@ struct LogitTile {
     const Acc value = row_temperature ? row_temperature[row] : temperature;
     return value > Acc(0) ? value : static_cast<Acc>(NAN);
   }
-  // Column of the row's target in this tile; below 0 or from `width` on, it is in another.
+  // Column of the row's target; one outside [0, width) means that the target is in another tile.
   __device__ __forceinline__ int64_t target_column(int64_t row) const {
     return targets[row] - vocab_start;
   }
@@ -59,37 +57,36 @@ __device__ __forceinline__ VocabPart<Acc> thread_part(const LogitTile<Acc>& tile
   LogitSums<Acc> sums;
   Acc before_target = -static_cast<Acc>(INFINITY);
   const bool is_identity = tile.transform.is_identity();
-  for_each_pair(reader, 0, reader.packs(),
-                [&](const Pack<Acc>& a, const Pack<Acc>& b, int index_a, int index_b) {
-                  Acc z[2 * kCount];
+  const auto add = [&](const Pack<Acc>& a, const Pack<Acc>& b, int index_a, int index_b) {
+    Acc z[2 * kCount];
 #pragma unroll
-                  for (int i = 0; i < 2 * kCount; ++i) {
-                    z[i] = i < kCount ? a.values[i] : b.values[i - kCount];
-                  }
-                  const auto column = [&](int i) {
-                    return static_cast<int64_t>(i < kCount ? index_a : index_b) * kCount +
-                           i % kCount;
-                  };
-                  if (!is_identity) {
+    for (int i = 0; i < kCount; ++i) {
+      z[i] = a.values[i];
+      z[kCount + i] = b.values[i];
+    }
+    const auto column = [&](int i) {
+      return static_cast<int64_t>(i < kCount ? index_a : index_b) * kCount + i % kCount;
+    };
+    if (!is_identity) {
 #pragma unroll
-                    for (int i = 0; i < 2 * kCount; ++i) {
-                      // Elements after the row's last stay -inf.
-                      if (column(i) < tile.width) z[i] = tile.transform(z[i], column(i));
-                    }
-                  }
-                  sums.template add<kStatistics>(z, scale);
-                  if constexpr (kStatistics) {
+      for (int i = 0; i < 2 * kCount; ++i) {
+        // Elements after the row's last stay -inf.
+        if (column(i) < tile.width) z[i] = tile.transform(z[i], column(i));
+      }
+    }
+    sums.template add<kStatistics>(z, scale);
+    if constexpr (kStatistics) {
 #pragma unroll
-                    for (int i = 0; i < 2 * kCount; ++i) {
-                      if (column(i) < target) before_target = larger(before_target, z[i]);
-                    }
-                  }
-                });
+      for (int i = 0; i < 2 * kCount; ++i) {
+        if (column(i) < target) before_target = larger(before_target, z[i]);
+      }
+    }
+  };
+  for_each_pair(reader, 0, reader.packs(), add);
   return {sums.state(scale), sums.squares, before_target};
 }
 
-// A block a row. With statistics, one block an SM at least: held to the registers of two, they
-// spill.
+// A block a row. With statistics a thread needs more registers than two blocks an SM leave it.
 template <class Acc, bool kStatistics>
 __global__ void __launch_bounds__(kMaxRowThreads, kStatistics ? 1 : kRowBlocks<Acc>)
     linear_logprob_entropy_tile_kernel(LogitTile<Acc> tile, VocabState* state /*[rows]*/) {
@@ -119,8 +116,8 @@ __global__ void __launch_bounds__(kMaxRowThreads) linear_logprob_entropy_tile_ba
     LogitTile<Acc> tile, const Acc* grad_log_prob /*[rows]*/, const Acc* grad_entropy /*[rows]*/,
     const Acc* entropy /*[rows]*/, const Acc* max_log_sum /*[rows, 2]*/,
     Out* gradient /*[rows, width]*/, int64_t gradient_stride) {
-  constexpr int kCount =
-      4;  // of Acc 16 bytes; doubles are taken one by one, since four would spill
+  // 16 bytes of float. Doubles are taken one by one, since four would spill.
+  constexpr int kCount = 4;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int64_t row = blockIdx.x;

@@ -1,6 +1,6 @@
 // What linear_logprob_entropy adds to online_softmax.h. A row's logits come tile by tile as
 // products of the LM head, and become z before the softmax:
-//   y = scale (x + bias),  z = softcap tanh(y / softcap), or y where there is no soft-cap
+//   y = scale (x + bias),  z = softcap tanh(y / softcap), or y without a soft-cap
 //   dz/dx = scale (1 - (z / softcap)^2), or scale
 // Each tile's partial row is folded into the row's state. Partial rows are Acc (float; double for
 // double). The state is double, since its roundings would add up over tiles and vocabulary shards.
@@ -36,7 +36,7 @@ ENTROPY_RL_HD inline double tanh_vectorizable(double y) { return tanh(y); }
 
 template <class Acc>
 struct LogitTransform {
-  const Acc* bias;  // [width] of the tile, null where there is none
+  const Acc* bias;  // [width] of the tile, null if there is none
   Acc scale;
   Acc softcap;  // 0: none
 

@@ -1,5 +1,5 @@
 // logprob_entropy: log p_y = d_y - log sum, H = log sum - dot / sum of each row (online_softmax.h);
-// without targets, H alone, which is token_entropy. A row is cut into parts by vocabulary, dtype
+// without targets only H, which is token_entropy. A row is cut into parts by vocabulary, dtype
 // and block size alone, so it gives the same bits in every batch and at every alignment.
 //   forward   a block a row, or a block a part and a warp a row that merges them. Reads V sizeof(T)
 //             bytes a row, writes 3 or 4 values. An element takes a conversion, a maximum, a
@@ -10,12 +10,14 @@
 // Accumulation is float (double for double).
 #pragma once
 
+#include <type_traits>
+
 #include "row_layout.h"
 #include "softmax_rows.cuh"
 
 namespace entropy_rl {
 
-// The arguments of one launch; pointers that do not apply are null.
+// The arguments of one launch; a pointer is null if its argument is absent.
 template <class T>
 struct SoftmaxRows {
   using Acc = accumulate_t<T>;
@@ -43,8 +45,8 @@ struct SoftmaxRows {
 
 // ---- Forward ----
 
-// The parts of a row. Each but the last is a whole number of rounds, in which every thread of the
-// block has kPacksInFlight packs.
+// The parts of a row. In a round every thread of the block takes kPacksInFlight packs; all parts
+// but the last have the same number of rounds.
 struct RowParts {
   int packs;  // of a part
   int count;
@@ -84,7 +86,7 @@ __device__ __forceinline__ OnlineSoftmax<Acc> warp_state(const PackReader<T>& re
   return warp_merge(sums.state(scale), scale.inverse_temperature);
 }
 
-// What the forward writes; null where it does not apply.
+// The outputs of the forward; log_prob is null without targets.
 template <class Acc>
 struct SoftmaxOutputs {
   Acc* log_prob;     // [rows]
@@ -92,7 +94,7 @@ struct SoftmaxOutputs {
   Acc* max_log_sum;  // [rows, 2]
 };
 
-// By one thread.
+// Called by one thread of a row.
 template <class T, class Acc>
 __device__ __forceinline__ void write_row(const SoftmaxRows<T>& in, int64_t row,
                                           const OnlineSoftmax<Acc>& state,
@@ -217,8 +219,8 @@ __device__ __forceinline__ Pack<T> rounded_pack(const Acc (&x)[Pack<T>::kCount])
   return pack;
 }
 
-// One part of a row that is written: elements before the first 16-byte boundary (the first part
-// alone), packs [begin, end), elements after the last pack (the last part alone).
+// One part of a row that is written: packs [begin, end), for the first part also the elements
+// before the first 16-byte boundary, for the last part also the elements after the last pack.
 template <class T>
 struct OutputPart {
   static constexpr int kCount = Pack<T>::kCount;
@@ -273,7 +275,7 @@ __device__ __forceinline__ void write_gradient_packs(const PackReader<T>& reader
     const int64_t begin = part.head + static_cast<int64_t>(pack) * kCount;
     const int64_t in_pack = target - begin;
     if (in_pack >= 0 && in_pack < kCount) {
-      // It joins before rounding to T: added after, p - 1 would be rounded twice.
+      // It is added before rounding to T; added after it, p - 1 would be rounded twice.
 #pragma unroll
       for (int j = 0; j < kCount; ++j) values[j] += j == in_pack ? gradient.pull : Acc(0);
     }

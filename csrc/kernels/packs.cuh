@@ -61,7 +61,7 @@ struct Pack {
     return of(raw);
   }
   // An intrinsic, because nvcc merges a plain store with a neighbouring branch that stores the
-  // elements one by one, and then emits the latter alone.
+  // elements one by one, and then emits only the latter.
   __device__ __forceinline__ void store(T* to) const {
     Access raw[kAccesses];
     memcpy(raw, values, kBytes);

@@ -1,16 +1,15 @@
 // global_top_mask by radix select (global_top_mask.cuh has the rule): a histogram of the keys that
-// share the bits found so far gives 11 more bits of the k-th largest key. Keys are computed as they
-// are read.
+// share the bits found so far gives 11 more bits of the k-th largest key.
 //   radix_segment_kernel    a block a segment does all of it, with histograms in shared memory
-//   radix_histogram_kernel  a block a tile: one pass, which adds its counts to those of the
-//   segment;
-//                           each block finds the previous pass's digit for itself
+//   radix_histogram_kernel  a block a tile: one pass, added to the counts of the segment; each
+//   block
+//                           finds the previous pass's digit for itself
 //   radix_ties_kernel       a block a tile: what the masks of other tiles must know of this one
 //   radix_mask_kernel       a block a tile
-// For keys of several processes, radix_counts_kernel and radix_key_kernel are a pass; in between
-// the processes add up their counts. Bytes for a float32 token: 5 in each of 3 passes (6 for
-// double), 5 to find ties if only some are kept, 6 for the mask. The counts are integers: any order
-// gives the same bits.
+// For keys of several processes, radix_counts_kernel and radix_key_kernel are a pass, and between
+// them the processes add up their counts. Bytes for a float32 token: 5 in each of 3 passes (6 for
+// double), 5 to find ties if only some are kept, 6 for the mask. Keys are computed as they are
+// read. Counts are integers, so any order gives the same bits.
 #pragma once
 
 #include "global_top_mask.cuh"

@@ -2,9 +2,7 @@
 // waits for a result.
 //   selection_keys_kernel  a block a tile: keys of the entropies; CUB then sorts each tile
 //   selection_cut_kernel   a block a segment, whose threads share its tiles: counts n, computes k,
-//   and
-//                          finds the k-th largest key bit by bit, each by a binary search in every
-//                          tile
+//                          and finds the k-th largest key bit by bit, by binary search in each tile
 //   selection_mask_kernel  a block a tile
 // Counts are int64. Bytes for a float32 token: 9 for its key, 8 for each of CUB's passes, 5 for the
 // mask; the search reads some 200 of the 4096 keys of a tile.

@@ -7,6 +7,8 @@
 // and writes 4; its backward reads 4 and writes 4.
 #pragma once
 
+#include <type_traits>
+
 #include "dtypes.h"
 #include "packs.cuh"
 #include "token_loss_math.h"

@@ -35,17 +35,6 @@ struct TokenResult {
   T kl;
 };
 
-// The value itself, which aggregate sums.
-template <class T>
-struct PlainValue {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    TokenResult<T> out{};
-    out.loss = token.log_prob;
-    out.gradient = T(1);
-    return out;
-  }
-};
-
 // Whether a loss is a function of sums over its row (sequence_loss below) instead of a sum over
 // tokens.
 template <class TokenLoss>
@@ -129,7 +118,7 @@ enum class Aggregation {
 
 struct Normalization {
   Aggregation aggregation;
-  bool by_response;     // divide by response tokens, else by selected tokens
+  bool by_response;     // divide by response tokens instead of selected tokens
   double dp_size;       // data-parallel ranks whose losses are averaged
   double scale_factor;  // of kSeqMeanTokenSumNorm
   // The divisor over all ranks and micro-batches; null: of this batch.

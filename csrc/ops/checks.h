@@ -1,5 +1,6 @@
 // The argument checks that both backends share. A failed check throws std::invalid_argument, which
-// PyTorch hands to Python as ValueError, with the argument, its value and what is allowed.
+// PyTorch raises in Python as ValueError. The message has the argument, its value and what is
+// allowed.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -88,7 +89,7 @@ inline void check_same_device(const char* name, const Tensor& tensor, const char
         "; all tensors of one call must be on the same device");
 }
 
-// The choice that `value` names, or an error that lists the valid names.
+// The choice named `value`; an error that lists the valid names if there is none.
 template <class Choice, size_t count>
 inline Choice parse_choice(const char* argument, const std::string& value,
                            const std::pair<const char*, Choice> (&choices)[count]) {
@@ -101,7 +102,7 @@ inline Choice parse_choice(const char* argument, const std::string& value,
   return choices[0].second;
 }
 
-// A mask of any dtype as contiguous bool, nonzero meaning in.
+// A mask of any dtype as contiguous bool: nonzero is true.
 inline Tensor as_bool_mask(const Tensor& mask) {
   Tensor result = mask;
   if (mask.scalar_type() != ScalarType::Bool) result = torch::stable::to(mask, ScalarType::Bool);
@@ -114,7 +115,8 @@ inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(result);
 }
 
-// A number handed to a kernel's op: see library.cpp.
+// Whether an argument is a number as the kernels' ops take it (library.cpp): 0-dim float64 on the
+// CPU.
 inline bool is_host_number(const Tensor& tensor) {
   return tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double;
 }

@@ -1,4 +1,4 @@
-// Checks and normalises the arguments of global_top_mask for both backends.
+// The arguments of global_top_mask and of its steps over several processes, checked.
 #pragma once
 
 #include "../kernels/selection.h"
@@ -7,7 +7,7 @@
 namespace entropy_rl {
 
 enum class TopScope { kBatch, kSequence, kGroup };
-// On CUDA; all give the same mask. The CPU has one.
+// The algorithm on CUDA; all give the same mask. The CPU has one algorithm.
 enum class TopAlgorithm { kAuto, kSort, kRadix };
 
 struct TopMaskArguments {
@@ -17,9 +17,9 @@ struct TopMaskArguments {
   TopRule rule;
   TopScope scope;
   TopAlgorithm algorithm;
-  int64_t rows = 1;  // scope batch: one row that holds everything
+  int64_t rows = 1;  // scope batch: one row with all tokens
   int64_t columns = 0;
-  std::optional<Tensor> group_ids;  // [rows] int64, contiguous; scope group alone
+  std::optional<Tensor> group_ids;  // [rows] int64, contiguous; scope group only
 
   TopMaskArguments(const Tensor& entropy_in, const Tensor& response_mask, const Tensor& top_ratio,
                    const std::string& rule_name, const std::string& scope_name,
@@ -75,7 +75,7 @@ struct TopMaskArguments {
   }
 };
 
-// ---- The steps of global_top_mask for values that several processes hold ----
+// ---- The steps for values that several processes hold ----
 
 // The values of one process.
 struct ProcessValues {
@@ -100,11 +100,11 @@ inline void check_number(const char* name, const Tensor& tensor, ScalarType dtyp
   check_same_device(name, tensor, other_name, other);
 }
 
-// Which digit is sought, below those that `key` holds.
+// The digit that a step counts: the one after the digits of `key`.
 struct DigitArguments {
   int shift;
   int bits;
-  int pass;  // digits above it
+  int pass;  // how many digits are above it
 
   DigitArguments(int64_t shift_in, int key_bits, const std::optional<Tensor>& key,
                  const Tensor& values) {
@@ -121,7 +121,7 @@ struct DigitArguments {
   }
 };
 
-// What the processes counted of a digit.
+// How many keys of all processes have each value of a digit.
 struct CountsArguments {
   Tensor counts;  // [digits] int64, contiguous
   int digits;

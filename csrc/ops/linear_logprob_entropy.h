@@ -53,7 +53,7 @@ struct TileArguments {
           "; it must be a finite number above 0, or 0 for none");
   }
 
-  // Contiguous and of this dtype, or refused: results would else be written to a copy.
+  // Checks one value for each row (or column), and makes it contiguous and of dtype `of`.
   Tensor row_values(const char* name, const Tensor& values, const std::vector<int64_t>& shape,
                     ScalarType of) const {
     check_shape(name, values, shape, "one value for each row (bias: column) of the tile");
@@ -79,7 +79,7 @@ struct TileGradients {
   Tensor max_log_sum;                   // [rows, 2]
 };
 
-// Calls fn(Acc{}, Out{}) with the element types of a tile and of what its gradient is written to.
+// Calls fn(Acc{}, Out{}) with the element types of a tile and of its gradient.
 template <class Fn>
 inline void dispatch_tile_gradient(ScalarType tile, ScalarType out, Fn fn) {
   if (tile == ScalarType::Double) return fn(double{}, double{});

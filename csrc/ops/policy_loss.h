@@ -1,7 +1,8 @@
-// policy_loss over a backend, which has, beside run (token_loss.h),
+// policy_loss over a backend. Beside run (token_loss.h), the backend has
 //
-//   // Writes uint8 [rows, cols]: 1 for the response tokens that a covariance key chooses, where
-//   // the caller has not chosen them.
+//   // Writes uint8 [rows, cols]: 1 for the response tokens with the largest covariance keys.
+//   Called
+//   // only if the caller gives no covariance_mask.
 //   template <class T, class CovarianceKey>
 //   static void choose(const CovarianceKey&, const TokenInputs<T>&, const Tensor& seed,
 //                      const Tensor& chosen);
@@ -40,8 +41,8 @@ struct PolicyLossNumbers {
   }
 };
 
-// Calls fn with the token loss of a mode. The two losses that choose tokens by covariance are given
-// to choose first, with their key.
+// Calls fn with the token loss of a mode; before it, for the two losses that choose tokens by
+// covariance, choose with their key.
 template <class T, class Choose, class Fn>
 void with_policy_loss(LossMode mode, const PolicyLossNumbers& numbers, Choose choose, Fn fn) {
   const auto scalar = [](double value) { return static_cast<T>(value); };
@@ -118,7 +119,7 @@ LossTuple policy_loss_forward(
   }
   if (entropy_mask) {
     tokens.entropy_mask = tokens.mask_of("entropy_mask", *entropy_mask);
-    // They weigh a sequence as a whole.
+    // These two aggregate over the sequence, and do not apply entropy_mask.
     if (mode == LossMode::kGspo || mode == LossMode::kGeoMean) tokens.entropy_mask.reset();
   }
   if (covariance_mask) {
@@ -126,8 +127,8 @@ LossTuple policy_loss_forward(
           "loss_mode is '", loss_mode, "'; it must be clip_cov or kl_cov");
     covariance_mask = tokens.mask_of("covariance_mask", *covariance_mask);
   }
-  // Two losses bring their own average: in verl, too, sapo is always seq-mean-token-mean and
-  // geo_mean the mean over rows. A misspelt name is an error all the same.
+  // As in verl, sapo is always seq-mean-token-mean, and geo_mean is always the mean over rows.
+  // Their loss_agg_mode has no effect, but a misspelt name is still an error.
   parse_aggregation(loss_agg_mode);
   if (mode == LossMode::kSapo) loss_agg_mode = "seq-mean-token-mean";
   if (mode == LossMode::kGeoMean) loss_agg_mode = "token-sum";

@@ -13,7 +13,7 @@ struct Temperature {
   std::optional<Tensor> of_rows;  // [rows], accumulate dtype
 
   Temperature() = default;
-  // A 0-dim float64 tensor on the CPU is one number. Any other tensor is taken as it is given: the
+  // A 0-dim float64 tensor on the CPU is one number. Any other tensor is kept unchanged: the
   // caller checks its shape and dtype.
   explicit Temperature(const Tensor& temperature) {
     if (!is_host_number(temperature)) {
@@ -81,7 +81,7 @@ struct LogitsRows {
     return row_values("targets", targets_in, ScalarType::Long);
   }
 
-  // Of sums and of per-row results.
+  // The dtype of sums and of results.
   ScalarType accumulate_dtype() const { return entropy_rl::accumulate_dtype(logits.scalar_type()); }
 
   Tensor new_row_tensor() const {
@@ -106,7 +106,7 @@ struct LogitsRows {
     }
   }
 
-  // Folds neighbouring leading dimensions that one stride describes; false where too many are left.
+  // Merges neighbouring leading dimensions that one stride describes; false if too many are left.
   bool merge_dimensions() {
     RowLayout merged;
     int dims = 0;

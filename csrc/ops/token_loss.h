@@ -1,5 +1,5 @@
-// aggregate over a backend, and what the loss ops share in front of the kernels: the checks of
-// arguments, and the tensors that a kernel reads and writes. A backend has
+// What the loss ops share: the checks of arguments, the tensors that a kernel reads and writes, and
+// the backward. A backend has
 //
 //   // Writes all outputs of a token loss.
 //   template <class T, class TokenLoss>
@@ -18,7 +18,7 @@
 
 namespace entropy_rl {
 
-// The value of an argument, checked.
+// Both return `value`, checked.
 inline double at_least_zero(const char* name, double value) {
   check(std::isfinite(value) && value >= 0, name, " is ", value,
         "; it must be a finite number, 0 or above");
@@ -30,7 +30,8 @@ inline double above(double bound, const char* name, double value) {
   return value;
 }
 
-// What a call reads. Half-precision tensors are widened here: log-probs are float32 in practice.
+// The inputs of a call. 16-bit tensors are converted to float32 here, since in practice log-probs
+// are float32 already.
 struct TokenTensors {
   int64_t rows = 0;
   int64_t cols = 0;
@@ -94,8 +95,8 @@ struct TokenTensors {
 struct LossOutputs {
   Tensor loss;       // []
   Tensor metrics;    // [kMetrics]
-  Tensor gradient;   // [rows, cols], d loss / d values but for the factor of the row
-  Tensor row_scale;  // [rows], that factor
+  Tensor gradient;   // [rows, cols]; times row_scale, d loss / d values
+  Tensor row_scale;  // [rows]
 
   explicit LossOutputs(const TokenTensors& in)
       : loss(torch::stable::new_empty(in.values, {}, in.dtype)),
@@ -108,7 +109,7 @@ struct LossOutputs {
   }
 };
 
-// How a loss is averaged, as the caller says it.
+// The caller's arguments on how a loss is averaged.
 struct AggregationArguments {
   std::string loss_agg_mode;
   std::string normalize;
@@ -127,7 +128,7 @@ inline Aggregation parse_aggregation(const std::string& name) {
                                     {"seq-mean-token-mean", Aggregation::kSeqMeanTokenMean}});
 }
 
-// Normalization with the tensor that its pointer points into.
+// Normalization, and the tensor that its pointer points to.
 struct CheckedNormalization : Normalization {
   std::optional<Tensor> divisor;
 
@@ -166,7 +167,7 @@ void dispatch_accumulate(ScalarType dtype, Fn fn) {
   dtype == ScalarType::Double ? fn(double{}) : fn(float{});
 }
 
-// What the backward of every loss op multiplies, in the accumulate dtype.
+// The factors that the backward of every loss op multiplies, in the accumulate dtype.
 struct LossGradient {
   int64_t rows;
   int64_t cols;
@@ -200,22 +201,5 @@ Tensor loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tens
 }
 
 using LossTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-template <class Backend>
-LossTuple aggregate_forward(const Tensor& values, const Tensor& mask,
-                            std::optional<Tensor> batch_num_tokens,
-                            std::optional<Tensor> global_batch_size, std::string loss_agg_mode,
-                            int64_t dp_size, std::optional<double> loss_scale_factor) {
-  const TokenTensors tokens("values", values, "mask", mask);
-  const CheckedNormalization normalization(
-      {loss_agg_mode, "response", dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
-      tokens);
-  const LossOutputs out(tokens);
-  dispatch_accumulate(tokens.dtype, [&](auto element) {
-    using T = decltype(element);
-    Backend::run(PlainValue<T>{}, tokens.inputs<T>(), normalization, out);
-  });
-  return out.tuple();
-}
 
 }  // namespace entropy_rl

@@ -23,20 +23,20 @@ def logprob_entropy(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; any strides (a copy is made only where the
             last dimension is not contiguous).
-        targets: [...], integer, in [0, V). Where `mask` is 0 a target may be anything (-100, say).
-        mask: [...], any dtype, nonzero = in. Rows left out are not read; they give 0 and a zero gradient.
+        targets: [...], integer, in [0, V). Where `mask` is 0 a target may have any value, such as -100.
+        mask: [...], any dtype; rows with 0 are not read, and their results and gradients are 0.
         temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
-        entropy_grad: whether the entropy carries a gradient: selection needs none, an entropy bonus does.
+        entropy_grad: whether the entropy carries a gradient; an entropy bonus needs it, selection does not.
 
     Returns:
         (log_prob, entropy), both [...], in nats, float32 (float64 for float64 logits). Arithmetic is float32
         (float64). The backward does not read rows whose incoming gradients are zero. -inf logits have
-        probability 0; a row that is all -inf, or holds +inf or NaN, gives NaN in its own row alone.
+        probability 0; a row that is all -inf, or holds +inf or NaN, gives NaN in its own row only.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a temperature that is not
-            above 0, a target outside the vocabulary. On CUDA, where looking would wait for the device, a bad
-            target or per-row temperature gives NaN for its own row instead.
+            above 0, a target outside the vocabulary. On CUDA, where reading the values would wait for the device,
+            a bad target or per-row temperature gives NaN for its own row instead.
     """
     number, row_temperature = split_temperature(temperature, logits)
     outputs: tuple[Tensor, Tensor] = torch.ops.entropy_rl.logprob_entropy(

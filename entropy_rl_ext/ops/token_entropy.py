@@ -1,4 +1,4 @@
-"""token_entropy: entropy of softmax(logits / temperature). Its kernels are those of logprob_entropy, without targets."""
+"""token_entropy: entropy of softmax(logits / temperature), by the kernels of logprob_entropy without targets."""
 
 import torch
 from torch import Tensor
@@ -12,17 +12,18 @@ def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: fl
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; any strides (a copy is made only where the
             last dimension is not contiguous).
-        mask: [...], any dtype, nonzero = in. Rows left out are not read; their entropy and gradient are 0.
+        mask: [...], any dtype; rows with 0 are not read, and their entropy and gradient are 0.
         temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
 
     Returns:
         [...], float32 (float64 for float64 logits), differentiable with respect to `logits`. Arithmetic is
         float32 (float64). -inf logits have probability 0; a row that is all -inf, or holds +inf or NaN,
-        gives NaN in its own row alone.
+        gives NaN in its own row only.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a temperature that is not
-            above 0 (on CUDA a per-row temperature is not looked at; one that is not above 0 gives NaN).
+            above 0. On CUDA, where reading a per-row temperature would wait for the device, a bad one gives NaN
+            for its own row instead.
 
     Source: the token entropy of "Beyond the 80/20 Rule", arXiv 2506.01939, Eq. 1.
     """

@@ -1,6 +1,6 @@
-// Keys, counts and thresholds of csrc/kernels/selection.h, and the kernels of global_top_mask.cuh
-// under the SIMT shim, against rules written on sorted values. std::sort stands in for CUB's sort
-// of the tiles, std::stable_sort for its sort of the rows.
+// Keys, counts and thresholds of csrc/kernels/selection.h, and the kernels of sort_select.cuh and
+// radix_select.cuh under the SIMT shim, against the rules applied to sorted values. std::sort
+// replaces CUB's sort of the tiles, and std::stable_sort its sort of the rows.
 #include "kernels/radix_select.cuh"
 #include "kernels/sort_select.cuh"
 
@@ -9,6 +9,7 @@
 #include <deque>
 #include <map>
 #include <numeric>
+#include <type_traits>
 
 namespace entropy_rl {
 namespace {
@@ -120,7 +121,7 @@ TEST(ProcessCut, GivesTiesToTheFirstProcesses) {
   EXPECT_EQ(kept(15, 0), 0);
 }
 
-TEST(ProcessCut, KeepsNothingWhereNothingIsSought) {
+TEST(ProcessCut, KeepsNothingForKOfZero) {
   const FoundKey none{-1, 0};
   for (const ProcessCut<uint64_t>& cut : {cut_at<uint64_t>(none), cut_ties<uint64_t>(none, 0, 4),
                                           cut_quantile<uint64_t>(none, 5, 0.5)}) {
@@ -228,7 +229,7 @@ std::vector<uint8_t> expected_mask(const Problem& problem, const SelectionRule& 
   return mask;
 }
 
-// How a mask comes about: CUB's sort, one block a segment, or blocks that share segments.
+// CUB's sort, radix select with a block a segment, and radix select with a block a tile.
 enum class Algorithm { kSort, kRadixSegments, kRadixTiles };
 constexpr Algorithm kAlgorithms[] = {Algorithm::kSort, Algorithm::kRadixSegments,
                                      Algorithm::kRadixTiles};
@@ -382,7 +383,7 @@ TEST(GlobalTopMask, NothingEligible) {
 TEST(GlobalTopMask, EqualEntropiesGoToTheLowestIndex) {
   Problem problem = make_problem(1, kTileKeys + 300, 0, 1.0, 9);
   std::fill(problem.entropy.begin(), problem.entropy.end(), 1.5);
-  // The last tie kept lies before, at and beyond the end of the first tile, and within the second.
+  // The last tie kept is before, at and after the end of the first tile, and within the second.
   for (const int64_t k : {kTileKeys - 1, kTileKeys, kTileKeys + 1, kTileKeys + 100}) {
     simt::Buffer<int64_t> count(std::vector<int64_t>{k});
     for (const Algorithm algorithm : kAlgorithms) {
@@ -402,8 +403,8 @@ TEST(GlobalTopMask, CountsGivenOnTheDevice) {
   }
 }
 
-TEST(GlobalTopMask, KeysThatAreThere) {
-  // Among them 1, whose high digits are those of the key that is not eligible.
+TEST(GlobalTopMask, KeysInMemory) {
+  // The key 1 has the same high digits as kIneligibleKey.
   std::mt19937 random(13);
   std::vector<uint32_t> values(2500);
   for (uint32_t& value : values) value = random() % 3 == 0 ? random() % 3 : uint32_t(random());
@@ -440,7 +441,7 @@ TEST(GlobalTopMask, Ratios) {
 
 // ---- Values that several processes hold ----
 
-// The whole selection, sums over the processes in place of their messages.
+// The selection over several processes, whose messages are sums here.
 template <class Element>
 std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& rule,
                                    const std::vector<int64_t>& sizes) {
@@ -557,7 +558,7 @@ void expect_equal_over_processes(const Problem& problem, const std::vector<int64
 }
 
 TYPED_TEST(GlobalTopMaskTest, ProcessesOfSeveralTiles) {
-  // Of several tiles, of one, and at an odd place of the batch.
+  // A process of several tiles, one of a single token, and one that begins at an odd index.
   expect_equal_over_processes<TypeParam>(make_problem(1, 4000, 0, 0.7, 14), {2500, 1, 1499});
 }
 
@@ -572,7 +573,7 @@ TEST(GlobalTopMask, ProcessesWithDistinctValues) {
 TEST(GlobalTopMask, ProcessesWithEqualValues) {
   Problem problem = make_problem(1, 3000, 0, 1.0, 16);
   std::fill(problem.entropy.begin(), problem.entropy.end(), 1.5);
-  // The last tie kept lies within the first process, at its end, and in another.
+  // The last tie kept is within the first process, at its end, and in the second.
   for (const int64_t first : {2000, 600, 100}) {
     expect_equal_over_processes<float>(problem, {first, 3000 - first});
   }

@@ -1,8 +1,10 @@
-// What linear_logprob_entropy.h adds to a row's state, and the tile kernels, unmodified, under the
-// SIMT shim: a row's vocabulary comes in several tiles, through bias, scale and soft-cap.
+// What linear_logprob_entropy_math.h adds to a row's state, and the tile kernels, unmodified, under
+// the SIMT shim: a row's vocabulary comes in several tiles, through bias, scale and soft-cap.
 #include "kernels/linear_logprob_entropy.cuh"
 
 #include <gtest/gtest.h>
+
+#include <type_traits>
 
 #include "simt.h"
 #include "softmax_reference.h"

@@ -111,8 +111,8 @@ TYPED_TEST(LogprobEntropyKernel, LogitsFarFromZeroCostNoDigits) {
 }
 
 TYPED_TEST(LogprobEntropyKernel, RowsStartAnywhereInMemory) {
-  // Every offset from a 16-byte boundary that the type allows, and rows a gap apart: the gradient,
-  // which has no gap, is then aligned otherwise than the logits.
+  // Every offset from a 16-byte boundary that the type allows. There is a gap between the rows of
+  // the logits but not between those of the gradient, so their alignments differ.
   for (int64_t first = 0; first < int64_t(16 / sizeof(TypeParam)); ++first) {
     for (const int vocab : {67, 1100}) {
       const int64_t stride = vocab + 3;
@@ -150,7 +150,7 @@ TYPED_TEST(LogprobEntropyKernel, RowsLeftOutAreNotReadAndGiveZero) {
   RowsCase<TypeParam> rows(3, 100);
   rows.with_mask = true;
   rows.mask[1] = rows.mask[2] = false;
-  // Rows 1 and 2 lie outside the tensor: ASan reports a read.
+  // Rows 1 and 2 are outside the tensor, so ASan reports a read.
   rows.layout.stride[0] = 1 << 20;
   typename TestFixture::Forward forward(rows);
   rows.expect_entropy(0, forward.entropy[0]);
@@ -254,7 +254,7 @@ TYPED_TEST(LogprobEntropyKernel, TemperatureThatIsNotPositiveGivesNanForItsRow) 
 }
 
 TYPED_TEST(LogprobEntropyKernel, MinusInfinityHasNoProbabilityAndNoGradient) {
-  // In the head, body and tail of a row, and everywhere but in one place.
+  // In the head, body and tail of a row, and everywhere but in one entry.
   const auto minus_inf = testing::element<TypeParam>(-this->kInf);
   RowsCase<TypeParam> rows(2, 257);
   for (int j : {0, 1, 100, 101, 102, 103, 255, 256}) rows.logit(0, j) = minus_inf;
@@ -344,7 +344,7 @@ TYPED_TEST(LogprobEntropyKernel, RowsLeftOutMayHaveAnyTarget) {
   rows.with_mask = true;
   rows.mask[1] = rows.mask[2] = false;
   rows.targets[1] = -100;           // the usual label of a padded token
-  rows.layout.stride[0] = 1 << 20;  // rows 1 and 2 lie outside the tensor: ASan reports a read
+  rows.layout.stride[0] = 1 << 20;  // rows 1 and 2 are outside the tensor, so ASan reports a read
   typename TestFixture::Forward forward(rows);
   typename TestFixture::Backward backward(rows, forward, {1, 1, 1}, {1, 1, 1});
   rows.expect_log_prob(0, forward.log_prob[0]);

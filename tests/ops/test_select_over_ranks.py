@@ -4,8 +4,6 @@ import functools
 import inspect
 import math
 import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,30 +25,38 @@ from selections import DTYPES, GROUPS, RULES, cut_up, make_inputs, make_steps
 # ---- The steps
 
 
-class ThreadRanks:
-    """Stands for `Ranks`: ranks that are threads of this process, so that one device can have several."""
+class Stopped(Exception):
+    pass
 
-    def __init__(self, own: int, tensors: list[Tensor], barrier: threading.Barrier) -> None:
-        self.own, self.size, self._tensors, self._barrier = own, len(tensors), tensors, barrier
+
+class ReplayedRanks:
+    """Stands for `Ranks`: replays the results of the first all-reduces, and stops the rank at the next one."""
+
+    def __init__(self, own: int, size: int, results: list[Tensor]) -> None:
+        self.own, self.size, self._results = own, size, iter(results)
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        self._tensors[self.own] = tensor
-        self._barrier.wait(60)
-        stacked = torch.stack(self._tensors)
-        self._barrier.wait(60)
-        tensor.copy_(stacked.sum(0) if operation == dist.ReduceOp.SUM else stacked.amin(0))
+        result = next(self._results, None)
+        if result is None:
+            raise Stopped(tensor, operation)
+        tensor.copy_(result)
 
 
 def select(values: list[Tensor], masks: list[Tensor], k: Tensor, rule: str, weight: Tensor | None = None):
-    """(mask, lowest) of each rank; the ranks are as many as `values`."""
-    tensors, barrier = list(values), threading.Barrier(len(values))
-
-    def run(own: int) -> tuple[Tensor, Tensor]:
-        ranks = ThreadRanks(own, tensors, barrier)
-        return select_over_ranks(values[own], masks[own], lambda _: (k, weight), rule, ranks)
-
-    with ThreadPoolExecutor(len(values)) as pool:
-        return list(pool.map(run, range(len(values))))
+    """(mask, lowest) of each rank. The ranks, as many as `values`, take turns in this process, on any device."""
+    size, results = len(values), []
+    while True:
+        outputs, sent = [], []
+        for own in range(size):
+            try:
+                ranks = ReplayedRanks(own, size, results)
+                outputs.append(select_over_ranks(values[own], masks[own], lambda _: (k, weight), rule, ranks))
+            except Stopped as stop:
+                sent.append(stop.args)
+        if outputs:
+            return outputs
+        tensors = torch.stack([tensor for tensor, _ in sent])
+        results.append(tensors.sum(0) if sent[0][1] == dist.ReduceOp.SUM else tensors.amin(0))
 
 
 KINDS = ["random", "tied", "constant", "zeros", "special", "all masked"]
