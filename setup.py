@@ -12,15 +12,33 @@ ENTROPY_RL_ABI3=1 makes the wheel that serves Python 3.10 and later.
 import glob
 import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+from importlib.util import find_spec
 
-import pybind11
-import torch
 from setuptools import Extension, setup
-from torch.utils import cpp_extension
+
+ABI3 = os.environ.get("ENTROPY_RL_ABI3") == "1"
+
+missing = [name for name in ("torch", "ninja", *([] if ABI3 else ["pybind11"])) if find_spec(name) is None]
+if "ninja" in missing and shutil.which("ninja"):
+    missing.remove("ninja")
+if missing:
+    sys.exit(
+        f"entropy_rl_ext: the build needs {' and '.join(missing)}, missing from {sys.prefix}: "
+        f"pip install setuptools {' '.join(missing)}"
+    )
+if find_spec("ninja"):  # torch looks for the program on the PATH, where an environment that is not activated lacks it
+    import ninja
+
+    os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
+
+import torch  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
 
 CUDA_ARCHS = "8.0;9.0+PTX"
-ABI3 = os.environ.get("ENTROPY_RL_ABI3") == "1"
 
 with open(os.path.join(os.path.dirname(__file__), "pyproject.toml")) as project:
     VERSION = re.search(r'^version = "(.+)"$', project.read(), re.MULTILINE)[1]
@@ -105,6 +123,8 @@ if BUILD_CUDA:
         )
     )
 if not ABI3:
+    import pybind11
+
     extensions.append(
         Extension(
             "entropy_rl_ext._bindings",
@@ -115,6 +135,51 @@ if not ABI3:
             language="c++",
         )
     )
+
+
+class Build(cpp_extension.BuildExtension):
+    """Checks the compiler, reports progress, and keeps the objects of an in-place build for the next one."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:
+            self.build_temp = os.path.join("build", "inplace")
+
+    def build_extensions(self):
+        check_compiler()
+        files = sum(len(extension.sources) for extension in self.extensions)
+        jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
+        print(f"entropy_rl_ext: compiling {files} files, {jobs} at a time (MAX_JOBS); this takes minutes", flush=True)
+        os.environ.setdefault("NINJA_STATUS", "[%f of %t done, %e s] ")
+        os.environ.setdefault("MAX_JOBS", str(jobs))
+        if not self.debug:  # Python's own flags have -g, which makes the library five times as large
+            for extension in self.extensions:
+                flags = extension.extra_compile_args
+                (flags["cxx"] if isinstance(flags, dict) else flags).append("-g0")
+                extension.extra_link_args.append("-Wl,-s")
+        super().build_extensions()
+
+    def build_extension(self, extension):
+        """Gives each library its own folder of objects: each has its own build.ninja."""
+        parent = self.build_temp
+        self.build_temp = os.path.join(parent, extension.name.rpartition(".")[2])
+        super().build_extension(extension)
+        self.build_temp = parent
+
+
+def check_compiler():
+    """Exits with one line where there is no C++17 compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    command = [*shlex.split(compiler), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    program = "#include <charconv>\n#include <optional>\nstd::optional<int> value;\n"
+    try:
+        result = subprocess.run(command, input=program, capture_output=True, text=True)
+    except OSError:
+        sys.exit(f"entropy_rl_ext: no C++ compiler: {compiler!r} does not run; install g++, or set CXX to a compiler")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[0]
+        sys.exit(f"entropy_rl_ext: {compiler!r} does not compile C++17 ({reason}); install a newer g++, or set CXX")
+
 
 setup(
     packages=[
@@ -135,6 +200,6 @@ setup(
         "entropy_rl.report": ["page.html", "page.css", "page.js"],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
 )
