@@ -35,7 +35,8 @@ def test_wheel_has_a_tag_that_indexes_accept(wheel: Path) -> None:
 def test_sdist_holds_every_source() -> None:
     """The CUDA sources, too, although `make wheel` runs with a CPU build of torch. The wheel is built from it."""
     (path,) = (ROOT / "dist").glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     sources = tracked("csrc", "entropy_rl_ext", "python")
     assert any(name.endswith(".cu") for name in sources) and any(name.endswith(".cuh") for name in sources)
     assert not sources - names
