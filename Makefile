@@ -133,8 +133,8 @@ release: wheel
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/check-wheel-contents dist/*.whl
-	rm -rf build/kernels  # separate from .venv: transformers loads any `kernels` it finds, and needs another version
-	$(BIN)/pip install -q --no-deps --target build/kernels 'kernels>=0.17'
+	rm -rf build/kernels  # outside .venv, where transformers would load it and need another version
+	$(BIN)/pip install -q --target build/kernels 'kernels>=0.17'
 	$(BIN)/pip install -q pytest
 	$(BIN)/pytest tests/wheel -q
 	@for wheel in dist/*.whl; do $(BIN)/python -m zipfile --list $$wheel; done; ls -l dist
