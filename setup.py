@@ -16,32 +16,45 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from setuptools import Extension, setup
 
 ABI3 = os.environ.get("ENTROPY_RL_ABI3") == "1"
 
-missing = [name for name in ("torch", "ninja", *([] if ABI3 else ["pybind11"])) if find_spec(name) is None]
-if "ninja" in missing and shutil.which("ninja"):
-    missing.remove("ninja")
-if missing:
-    sys.exit(
-        f"entropy_rl_ext: the build needs {' and '.join(missing)}, missing from {sys.prefix}: "
-        f"pip install setuptools {' '.join(missing)}"
-    )
-if find_spec("ninja"):  # torch looks for the program on the PATH, where an environment that is not activated lacks it
-    import ninja
+with open(os.path.join(os.path.dirname(__file__), "pyproject.toml")) as project:
+    PROJECT = project.read()
+VERSION = re.search(r'^version = "(.+)"$', PROJECT, re.MULTILINE)[1]
 
-    os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
+
+def check_requirements():
+    """Exits with one line where this environment lacks a build requirement of pyproject.toml."""
+    requirements = re.findall(r'"(.+?)"', re.search(r"^requires = \[(.+)\]$", PROJECT, re.MULTILINE)[1])
+    missing = []
+    for requirement in requirements:
+        name, _, oldest = requirement.partition(">=")
+        try:
+            met = numbers(version(name)) >= numbers(oldest)
+        except PackageNotFoundError:
+            met = (name == "ninja" and shutil.which("ninja")) or (name == "pybind11" and ABI3)
+        if not met:
+            missing.append(shlex.quote(requirement))
+    if missing:
+        sys.exit(f"entropy_rl_ext: {sys.prefix} lacks what the build needs; run pip install {' '.join(missing)}")
+
+
+def numbers(text):
+    return [int(digits) for digits in re.findall(r"\d+", text)[:2]]
+
+
+check_requirements()
+# torch looks for ninja on the PATH, which lacks an environment that is not activated.
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
 
 import torch  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
 CUDA_ARCHS = "8.0;9.0+PTX"
-
-with open(os.path.join(os.path.dirname(__file__), "pyproject.toml")) as project:
-    VERSION = re.search(r'^version = "(.+)"$', project.read(), re.MULTILINE)[1]
 
 
 def find_cuda_toolkit():
