@@ -1,5 +1,7 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
+# make develop     builds the package in place in .venv; run it again after a change of C++ code
 # make test        gtests and pytest on the CPU
+# make gtest       the C++ tests; with TEST=test_online_softmax only those of one file of tests/cpp
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   the verl integration in a separate environment; make test-verl-full: every loss mode and recipe
 # make test-trl    the TRL trainer against TRL itself, in a separate environment
@@ -45,15 +47,15 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build lint format compile-commands clean
+.PHONY: help demo develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-# What a build of the package needs.
+# What the builds of the package and of the gtests need.
 .venv/build-tools: constraints.txt
 	[ -d .venv ] || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch setuptools ninja pybind11
+	$(BIN)/pip install -q torch setuptools ninja pybind11 cmake
 	touch $@
 
 # The development environment, with the package built in place. A changed source builds it again. setup.py runs first,
@@ -63,16 +65,19 @@ help:
 	$(BIN)/pip install -q --no-build-isolation -e '.[train,test,lint]'
 	touch $@
 
+develop: .venv/libraries
+
 demo: .venv/libraries
 	$(BIN)/python -m entropy_rl.demo
 
 test: gtest pytest
 
-gtest: .venv/libraries
+TEST :=
+gtest: .venv/build-tools
 	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DTORCH_INCLUDE_DIRS="$$($(BIN)/python -c 'import torch.utils.cpp_extension as e; print(";".join(e.include_paths()))')"
-	$(BIN)/cmake --build build/gtest -j $(JOBS)
-	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
+	$(BIN)/cmake --build build/gtest -j $(JOBS) --target $(or $(TEST),all)
+	$(if $(TEST),build/gtest/$(TEST),$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS))
 
 pytest: .venv/libraries
 	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
@@ -175,7 +180,7 @@ format: .venv/libraries
 	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-compile-commands: gtest
+compile-commands: develop gtest
 	$(BIN)/python tools/compile_commands.py
 
 clean:
