@@ -53,8 +53,8 @@ def test_a_missed_goal_is_reported() -> None:
     assert report._goal("copy", 0.9, run, 100.0)[1] == "100%, met"
 
 
-def test_memory_that_the_op_keeps_counts_for_nobody_else() -> None:
-    """A dropped gradient's pages stay for the next of its size: a call that does not take them has no part in them."""
+def test_memory_that_the_op_keeps_does_not_count_in_later_calls() -> None:
+    """The op keeps the pages of a dropped gradient; a call that does not use them does not count them."""
     logits = torch.randn(128, 151936)
     targets = torch.zeros(128, dtype=torch.int64)
 
@@ -184,7 +184,7 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
         assert run["ranks"] == ranks
         ours, alone = (run["contenders"][name] for name in ("ours, topk", "each rank alone"))
         assert len(ours["seconds"]) == len(ours["wire_bytes"]) == 2
-        # What a ring sends of four all-reduces, at the least; others may use the loopback interface meanwhile.
+        # A ring sends at least this much for four all-reduces. Other programs may use the loopback interface meanwhile.
         assert min(ours["wire_bytes"]) >= 2 * (ranks - 1) * (40_960 + 8 * ranks)
         assert len(alone["wire_bytes"]) == 2
         assert f"| {ranks} | 8,192 | ours, topk |" in selection_over_ranks.table(result)
