@@ -12,7 +12,8 @@
 # make wheel       an sdist and the CPU wheel built from it, for torch 2.11 and Python 3.10 and later, in dist/
 # make release     make wheel, then the checks that a release must pass; make test-wheel: also under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
-# make test-emulated  the CUDA wheel on an emulated device, without a GPU; make test-emulated-full: every op test
+# make emulator    an emulated CUDA device, and the CUDA wheel for it
+# make test-emulated  tests of the CUDA wheel on the emulated device; make test-emulated-full: all of them
 # make instruction-counts  docs/cuda_instructions.md from the emulated device
 # make lint        formatting and types; make format fixes the formatting
 # make compile-commands  build/compile_commands.json, for clangd and other editors
