@@ -9,9 +9,9 @@ rm -rf "$logs"
 mkdir -p "$logs"
 export CUDAEMU_LAUNCHES=$PWD/$logs/launches
 
-# test NAME COMMAND...: adds a test.
+# add NAME COMMAND...: adds a test.
 tests=()
-test() {
+add() {
   local name=$1
   shift
   tests+=("$name tests/emulator/run.sh $*")
@@ -19,19 +19,19 @@ test() {
 op_tests="$bin/pytest -p emulated -p no:cacheprovider -q --device cuda"
 
 full() {
-  test check "$bin/python tests/emulator/check.py --cases 300 --seconds 120"
-  test check_shuffled "$bin/python tests/emulator/check.py --cases 300 --seconds 30 --threads 7 --error 2.4e-7"
-  for file in tests/ops/test_*.py; do test "$(basename "$file" .py)" "$op_tests $file"; done
-  test gpu "--graphs $op_tests tests/gpu"
+  add check "$bin/python tests/emulator/check.py --cases 300 --seconds 120"
+  add check_shuffled "$bin/python tests/emulator/check.py --cases 300 --seconds 30 --threads 7 --error 2.4e-7"
+  for file in tests/ops/test_*.py; do add "$(basename "$file" .py)" "$op_tests $file"; done
+  add gpu "--graphs $op_tests tests/gpu"
   common
 }
 quick() {
-  test check "$bin/python tests/emulator/check.py --cases 60 --seconds 10"
+  add check "$bin/python tests/emulator/check.py --cases 60 --seconds 10"
   common
 }
 common() {
-  test sanitize "$bin/python tests/emulator/device.py tests/gpu/sanitize.py"
-  test emulator "$bin/pytest -q -p no:cacheprovider tests/emulator --ignore tests/emulator/test_kernels.py"
+  add sanitize "$bin/python tests/emulator/device.py tests/gpu/sanitize.py"
+  add emulator "$bin/pytest -q -p no:cacheprovider tests/emulator --ignore tests/emulator/test_kernels.py"
 }
 
 # Runs one test of the list, and prints its log where it fails.
