@@ -1,11 +1,11 @@
-"""After the other tests: every kernel of the library has run."""
+"""tests/gpu/sanitize.py runs every kernel of the library. CUDAEMU_LAUNCHES names the file with those that it ran."""
 
 import os
 import re
 from pathlib import Path
 
-# Kernels that no test reaches, and why.
-UNREACHED: dict[str, str] = {}
+# Kernels that nothing launches, and why. Patterns of mangled names.
+UNREACHED = {r"\w*EmptyKernel\w*": "CUB reads the attributes of this kernel to learn the architecture"}
 
 
 def kernels_of(folder: Path) -> set[str]:
@@ -18,7 +18,8 @@ def test_every_kernel_ran() -> None:
     kernels = kernels_of(Path(os.environ["CUDAEMU_PTX"]))
     ran = {line.split()[0] for line in Path(os.environ["CUDAEMU_LAUNCHES"]).read_text().splitlines()}
     assert len(kernels) > 100
-    missing = sorted(kernels - ran - UNREACHED.keys())
+    unreached = {name for name in kernels if any(re.fullmatch(pattern, name) for pattern in UNREACHED)}
+    missing = sorted(kernels - ran - unreached)
     assert not missing, f"{len(missing)} of {len(kernels)} kernels never ran:\n" + "\n".join(missing)
-    assert not UNREACHED.keys() & ran, "these kernels run: take them from UNREACHED"
-    assert UNREACHED.keys() <= kernels, "these kernels no longer exist: take them from UNREACHED"
+    assert len(unreached) == len(UNREACHED), "a kernel of UNREACHED is not in the library"
+    assert not unreached & ran, "a kernel of UNREACHED runs"
