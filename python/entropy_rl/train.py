@@ -286,8 +286,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], conf
     """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
-        text = pretrained.conversation_text(tokenizer, problem.messages, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = pretrained.prompt_ids(tokenizer, problem.messages)
         if not prompt:
             raise ConfigError("data: a prompt has no tokens; at least one was expected")
         if len(prompt) <= limit:
