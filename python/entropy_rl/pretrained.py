@@ -1,4 +1,4 @@
-"""Models and tokenizers in Hugging Face's format: loading them, and what the trainer and `inspect` do with them alike."""
+"""Models and tokenizers in Hugging Face's format, and the token ids that the trainer and `inspect` share."""
 
 import re
 from collections.abc import Iterable, Sequence

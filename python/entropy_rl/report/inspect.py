@@ -75,7 +75,7 @@ def _check_writable(output: Path) -> None:
 
 
 def _name(path: str) -> str:
-    """The last part of the path; for a checkpoint of the trainer, .../global_step_N/actor/huggingface, global_step_N."""
+    """The last part of the path; global_step_N for a checkpoint of the trainer, global_step_N/actor/huggingface."""
     parts = Path(path).resolve().parts if Path(path).exists() else Path(path).parts
     return parts[-3] if parts[-2:] == ("actor", "huggingface") else parts[-1]
 

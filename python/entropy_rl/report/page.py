@@ -96,7 +96,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def _hexadecimal(token: str) -> str:
-    """The bytes of a token like <0xE4>, or of byte-level BPE, whose alphabet has a printable character for each byte."""
+    """The bytes of a token like <0xE4> or of byte-level BPE, which has a printable character for each byte."""
     if token.startswith("<0x"):
         return token[3:-1].lower()
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

@@ -144,5 +144,5 @@ def test_a_file_that_does_not_exist(tmp_path: Path, tokenizer: PreTrainedTokeniz
     with pytest.raises(UserError, match="there is no such file"):
         read(tmp_path / "a.jsonl", tokenizer)
     (tmp_path / "b.jsonl").mkdir()
-    with pytest.raises(UserError, match="this is a directory; a .jsonl file was expected"):
+    with pytest.raises(UserError, match=r"this is a directory; a \.jsonl file was expected"):
         read(tmp_path / "b.jsonl", tokenizer)
