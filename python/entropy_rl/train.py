@@ -140,7 +140,7 @@ def run(config: DictConfig, device: torch.device) -> None:
         if first_rank:
             print(f"going on from {resumed}")
     # After the state is restored: a forward leaves the root of a sharded model whole until its backward.
-    if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
+    if settings.use_fused_kernels and (reason := lm_head.unsupported_reason(model)) and first_rank:
         print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
     elif settings.use_fused_kernels and selects_for_step(actor) and (reason := needs_all_tokens(actor)) and first_rank:
         print(
@@ -477,7 +477,7 @@ def compute_advantages(rewards: Tensor, mask: Tensor, config: DictConfig) -> Ten
 
 
 def uses_fused_head(model: PreTrainedModel, config: DictConfig) -> bool:
-    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.unsupported_reason(model) is None
 
 
 def log_prob_and_entropy(
