@@ -222,7 +222,7 @@ def kl_loss(
     )
 
 
-def splitmix64(x: Tensor) -> Tensor:
+def _splitmix64(x: Tensor) -> Tensor:
     """The next word of splitmix64 (Steele, Lea, Flood, 2014) after each state, int64 standing for unsigned words."""
 
     def shifted(x: Tensor, by: int) -> Tensor:
@@ -232,6 +232,12 @@ def splitmix64(x: Tensor) -> Tensor:
     x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ shifted(x, 31)
+
+
+def _covariance(log_p: Tensor, advantage: Tensor, response: Tensor, loss_mode: str) -> Tensor:
+    """Each token's covariance of log-probability and advantage, whose means verl takes in these two ways."""
+    n = _count(response) + (1e-8 if loss_mode == "clip_cov" else 0.0)
+    return (advantage - advantage.sum() / n) * (log_p - log_p.sum() / n)
 
 
 def _first_largest(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
@@ -299,14 +305,12 @@ def policy_loss(
     elif loss_mode == "gpg":
         losses, reported = -advantage * log_p, []
     elif loss_mode in ("clip_cov", "kl_cov"):
-        epsilon = 1e-8 if loss_mode == "clip_cov" else 0.0
-        n = _count(response) + epsilon
-        covariance = (advantage - advantage.sum() / n) * (log_p - log_p.sum() / n).detach()
+        covariance = _covariance(log_p.detach(), advantage, response, loss_mode)
         if loss_mode == "clip_cov":
             losses, by_ratio = surrogate(d.exp())
             eligible = response & ~by_ratio & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
             index = torch.arange(d.numel(), device=d.device).view_as(response)
-            words = splitmix64(splitmix64(torch.full_like(index, seed)) + index)
+            words = _splitmix64(_splitmix64(torch.full_like(index, seed)) + index)
             keys = ((words >> 32) & 0xFFFFFFFF).clamp(min=1)
             chosen = _first_largest(keys, eligible, max(1, int(clip_cov_ratio * int(response.sum()))))
             clipped = chosen if covariance_mask is None else response & (covariance_mask != 0)
@@ -366,3 +370,36 @@ def policy_loss(
         ratio = _count(selected) / _count(response).clamp(min=1)
         metrics["actor/entropy_token_ratio"] = _as_result(ratio, log_prob)
     return _as_result(loss, log_prob), metrics
+
+
+def covariance_mask(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_mode: str,
+    *,
+    clip_ratio: float = 0.2,
+    clip_ratio_low: float | None = None,
+    clip_ratio_high: float | None = None,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    kl_cov_ratio: float = 0.0002,
+    seed: int = 0,
+) -> Tensor:
+    """The response tokens that clip_cov or kl_cov chooses: any shape -> bool of the same shape."""
+    response = response_mask != 0
+    log_p, old, advantage = (_inside(value, response) for value in (log_prob, old_log_prob, advantages))
+    covariance = _covariance(log_p, advantage, response, loss_mode)
+    n = int(response.sum())
+    if loss_mode == "kl_cov":
+        return _first_largest(covariance, response, max(1, int(kl_cov_ratio * n)))
+    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    ratio = (log_p - old).exp()
+    by_ratio = torch.where(advantage > 0, ratio > 1 + high, (advantage < 0) & (ratio < 1 - low))
+    eligible = response & ~by_ratio & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
+    place = response.flatten().cumsum(0).view_as(response) - 1
+    words = _splitmix64(_splitmix64(torch.full_like(place, seed)) + place)
+    return _first_largest((words >> 11) & (2**53 - 1), eligible, max(1, int(clip_cov_ratio * n)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import entropy_rl_ext
+import entropy_rl_ext.reference
 
 LIBRARY = Path(__file__).parent.parent / "csrc" / "library.cpp"
 OPS = sorted(set(re.findall(r'"(\w+)\(', LIBRARY.read_text())))
@@ -36,6 +36,7 @@ def test_kernel_is_registered(op, key):
 
 PUBLIC = [
     "aggregate",
+    "covariance_mask",
     "get_global_entropy_top_mask",
     "global_top_mask",
     "kl_loss",

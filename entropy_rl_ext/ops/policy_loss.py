@@ -64,9 +64,9 @@ def policy_loss(
         entropy_mask: which tokens train (see `global_top_mask`). It narrows `response_mask` where the loss is
             aggregated; metrics, covariances and the sequence sums use all response tokens. gspo and geo_mean
             weigh a sequence as a whole: they accept the mask, do not apply it, and warn once.
-        covariance_mask: which tokens clip_cov drops, or kl_cov adds to the loss of, in place of their own choice of
-            response tokens, which is made over this call's tokens alone: a choice over more tokens than those of one
-            call (see `entropy_rl.selection.select_by_covariance`). Those two modes only.
+        covariance_mask: for clip_cov, the tokens to drop; for kl_cov, the tokens whose loss gets the penalty. None:
+            each of the two chooses among the response tokens of this call. The function `covariance_mask` chooses
+            among those of several calls and ranks.
         rollout_is_weights: factor of each token's loss.
         loss_agg_mode: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm or
             seq-mean-token-mean. sapo is always seq-mean-token-mean, geo_mean always the mean over rows.

@@ -179,7 +179,7 @@ def check_ops() -> Iterator[Finding]:
     try:
         import torch
 
-        import entropy_rl_ext
+        import entropy_rl_ext.reference
 
         works = bool(entropy_rl_ext.build_info()["simd"])
     except Exception:  # check_library tells it
@@ -219,6 +219,7 @@ def self_test_arguments(torch: Any, device: str) -> dict[str, tuple[tuple[Any, .
     entropy = normal(4, 33).abs()
     return {
         "aggregate": ((log_prob, mask), {}),
+        "covariance_mask": ((log_prob, old, advantages, mask, "kl_cov"), {}),
         "get_global_entropy_top_mask": ((entropy, mask, 0.2), {}),
         "global_top_mask": ((entropy, mask, 0.2), {}),
         "kl_loss": ((log_prob, old, mask), {}),

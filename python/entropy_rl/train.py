@@ -33,21 +33,9 @@ from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
 from entropy_rl.rewards import Scorer
-from entropy_rl.selection import (
-    COVARIANCE_MODES,
-    SEQUENCE_MODES,
-    covariance_options,
-    movement_metrics,
-    needs_all_tokens,
-    prepass,
-    select_by_covariance,
-    select_mini_batch,
-    select_tokens,
-    token_divisor,
-    top_k_count,
-)
+from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass
 from entropy_rl.tasks import Problem, load_tasks
-from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
+from entropy_rl_ext import aggregate, kl_loss, logprob_entropy
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
 
@@ -153,7 +141,7 @@ def run(config: DictConfig, device: torch.device) -> None:
         if first_rank:
             print(f"going on from {resumed}")
     # After the state is restored: a forward leaves the root of a sharded model whole until its backward.
-    if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
+    if settings.use_fused_kernels and (reason := lm_head.unsupported_reason(model)) and first_rank:
         print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
     elif settings.use_fused_kernels and selects_for_step(actor) and (reason := needs_all_tokens(actor)) and first_rank:
         print(
@@ -498,7 +486,7 @@ def compute_advantages(rewards: Tensor, mask: Tensor, config: DictConfig) -> Ten
 
 
 def uses_fused_head(model: PreTrainedModel, config: DictConfig) -> bool:
-    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.unsupported_reason(model) is None
 
 
 def log_prob_and_entropy(
@@ -597,53 +585,35 @@ def mini_batches(experience: Experience, generator: torch.Generator, config: Dic
             yield experience.rows(rows[groups].flatten().to(device))
 
 
-def selects_for_step(actor: DictConfig) -> bool:
-    """Whether the selection is made before the optimizer step's first micro-batch."""
-    return actor.entropy_top_ratio is not None and actor.entropy_top_scope == "mini_batch"
-
-
-@dataclass
-class StepSelection:
-    """What is chosen before an optimizer step begins; lists have a [B, S] for each of its micro-batches."""
-
-    masks: list[Tensor]
-    log_probs: list[Tensor]  # of the policy that the selection goes by
-    metrics: dict[str, Tensor]
-    covariance_masks: list[Tensor] | None  # in COVARIANCE_MODES
-
-
-def select_for_step(
-    model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], seed: int, config: DictConfig
-) -> StepSelection:
-    """One selection for the whole optimizer step. The seed is of clip_cov's draw."""
-    actor = config.actor_rollout_ref.actor
-    if actor.entropy_top_source == "old_policy":
-        scored = [(mini_batch.old_log_prob[index], mini_batch.old_entropy[index]) for index in rows]
+def select_before_step(
+    model: PreTrainedModel,
+    mini_batch: Experience,
+    rows: Sequence[Tensor],
+    step: StepSelection,
+    seed: int,
+    config: DictConfig,
+) -> list[TokenSelection]:
+    """One selection for the whole optimizer step; returns the part of each micro-batch."""
+    if step.old_policy:
+        log_prob, entropy = mini_batch.old_log_prob, mini_batch.old_entropy
     else:
         with prepass(mini_batch.old_entropy.device):
             scored = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config) for index in rows]
-    log_probs, entropies = map(list, zip(*scored, strict=True))
-    mask = mini_batch.batch.response_mask
-    masks, metrics = select_mini_batch(
-        entropies,
-        [mask[index] for index in rows],
-        actor.entropy_top_ratio,
-        actor.entropy_top_rule,
-        actor.entropy_top_ranks,
-        complement=actor.entropy_top_complement,
+        log_prob, entropy = map(torch.cat, zip(*scored, strict=True))
+    tokens = step.select_mini_batch(
+        log_prob,
+        entropy,
+        mini_batch.batch.response_mask,
+        old_log_prob=mini_batch.old_log_prob,
+        advantages=mini_batch.advantages,
+        seed=seed,
+        only_selected=(
+            mini_batch.ref_log_prob is None
+            and needs_all_tokens(config.actor_rollout_ref.actor) is None
+            and uses_fused_head(model, config)
+        ),
     )
-    covariance_masks = None
-    if actor.policy_loss.loss_mode in COVARIANCE_MODES:
-        chosen = select_by_covariance(
-            torch.cat(log_probs),
-            mini_batch.old_log_prob,
-            mini_batch.advantages,
-            mask,
-            seed=seed,
-            **covariance_options(actor),
-        )
-        covariance_masks = [chosen[index] for index in rows]
-    return StepSelection(masks, log_probs, metrics, covariance_masks)
+    return tokens.split([len(index) for index in rows])
 
 
 def accumulate_gradients(
@@ -651,44 +621,26 @@ def accumulate_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics over all ranks.
 
-    The divisors of every mean are counts over the whole mini-batch, so that the losses of its micro-batches add up,
-    and over all ranks, whose gradients are averaged: hence their number, `dp_size`, as a factor of every loss.
+    Every mean divides by a count over the whole mini-batch and all ranks, so that the losses of the micro-batches add
+    up. Gradients are averaged over the ranks; each loss is therefore multiplied by their number, `dp_size`.
     """
-    actor, ratio = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.entropy_top_ratio
-    ranks, over_ranks = distributed.size(), actor.entropy_top_ranks == "global"
-    seed = int(torch.randint(2**62, (), generator=generator))  # once a step, however it is cut up
-    mask = mini_batch.batch.response_mask
+    actor, ranks, mask = config.actor_rollout_ref.actor, distributed.size(), mini_batch.batch.response_mask
+    seed = int(torch.randint(2**62, (), generator=generator))  # one draw per step, however it is split
     rows = torch.arange(len(mask), device=mask.device).split(actor.ppo_micro_batch_size_per_gpu or len(mask))
-    own_tokens = torch.stack([mask[index].sum() for index in rows])  # response tokens of each micro-batch
-    tokens = distributed.reduce(own_tokens)  # of the micro-batches that all ranks run at the same time
+    step = StepSelection(actor)
+    step.count_tokens(torch.stack([mask[index].sum() for index in rows]))
+    tokens: list[TokenSelection | None] = [None] * len(rows)
+    if step.mini_batch:
+        tokens = [*select_before_step(model, mini_batch, rows, step, seed, config)]
     aggregation = {
         "loss_agg_mode": actor.loss_agg_mode,
-        "batch_num_tokens": tokens.sum(),
+        "batch_num_tokens": step.response_tokens,
         "global_batch_size": len(mask) * ranks,
         "loss_scale_factor": actor.loss_scale_factor or config.data.max_response_length,
         "dp_size": ranks,
     }
-    policy_aggregation = dict(aggregation)
-    applied = actor.policy_loss.loss_mode not in SEQUENCE_MODES
-    divide_by_selected = ratio and applied and actor.entropy_top_normalize == "selected"
-    step_selection = select_for_step(model, mini_batch, rows, seed, config) if selects_for_step(actor) else None
-    # Then only the selected tokens meet the LM head.
-    preselected = (
-        step_selection is not None
-        and mini_batch.ref_log_prob is None
-        and needs_all_tokens(actor) is None
-        and uses_fused_head(model, config)
-    )
-    if step_selection is not None:
-        if divide_by_selected:
-            own_selected = torch.stack([selected.sum() for selected in step_selection.masks]).sum()
-            policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
-    elif ratio:
-        counts = top_k_count(tokens if over_ranks else own_tokens, ratio, complement=actor.entropy_top_complement)
-        mini_batch_count = counts.sum() if over_ranks else distributed.reduce(counts.sum())
-
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
-    for number, index in enumerate(rows):
+    for number, (index, selected) in enumerate(zip(rows, tokens, strict=True)):
         micro = mini_batch.rows(index)
         response_mask = micro.batch.response_mask
         distributed.reduces_gradients(model, number == len(rows) - 1)
@@ -696,41 +648,12 @@ def accumulate_gradients(
             model,
             micro.batch,
             config,
-            mask=step_selection.masks[number] if step_selection and preselected else None,
+            mask=None if selected is None or selected.log_prob is None else selected.mask,
             entropy_grad=actor.entropy_coeff != 0,
         )
-
-        selected, covariance_mask, means = None, None, {}
-        if step_selection is not None:
-            selected, means = step_selection.masks[number], dict(step_selection.metrics)
-            if step_selection.covariance_masks is not None:
-                covariance_mask = step_selection.covariance_masks[number]
-            if preselected:  # the others have no part in the loss, only in its metrics
-                log_prob = torch.where(selected, log_prob, step_selection.log_probs[number])
-        elif ratio:
-            selected, means = select_tokens(
-                entropy,
-                response_mask,
-                ratio,
-                actor.entropy_top_rule,
-                actor.entropy_top_ranks,
-                complement=actor.entropy_top_complement,
-            )
-            if divide_by_selected:
-                count = distributed.reduce(selected.sum()) if over_ranks else selected.sum()
-                policy_aggregation["batch_num_tokens"] = token_divisor(count, counts[number], mini_batch_count)
-        loss, policy_metrics = policy_loss(
-            log_prob,
-            micro.old_log_prob,
-            micro.advantages,
-            response_mask,
-            entropy_mask=selected,
-            covariance_mask=covariance_mask,
-            seed=seed + number,
-            **policy_loss_options(actor),
-            **policy_aggregation,
-        )
-        if actor.policy_loss.loss_mode == "geo_mean":  # a mean over the rows of its own batch, whatever the divisors
+        batch = (log_prob, entropy, micro.old_log_prob, micro.advantages, response_mask)
+        loss, means = step.policy_loss(number, *batch, tokens=selected, seed=seed + number, **aggregation)
+        if actor.policy_loss.loss_mode == "geo_mean":  # it ignores the divisors and averages over the rows it is given
             loss = loss * (len(index) / len(mask))
         sums = {"actor/pg_loss": loss.detach()}
         if actor.entropy_coeff != 0:
@@ -738,39 +661,16 @@ def accumulate_gradients(
             loss = loss - actor.entropy_coeff * bonus
             sums["actor/entropy_loss"] = bonus.detach()
         if micro.ref_log_prob is not None:
-            penalty = kl_loss(
-                log_prob, micro.ref_log_prob, response_mask, kl_loss_type=actor.kl_loss_type, **aggregation
-            )
+            kl_type = actor.kl_loss_type
+            penalty = kl_loss(log_prob, micro.ref_log_prob, response_mask, kl_loss_type=kl_type, **aggregation)
             loss = loss + actor.kl_loss_coef * penalty
             sums["actor/kl_loss"] = penalty.detach()
         loss.backward()
 
         sums["actor/loss"] = loss.detach()
-        means |= policy_metrics
-        for name, value in sums.items():
-            metrics[name] = metrics[name] + value / ranks
-        for name, value in means.items():
-            metrics[name] = metrics[name] + value * own_tokens[number] / tokens.sum().clamp(min=1)
-    metrics = dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
-    if preselected and actor.entropy_top_source == "old_policy":
-        metrics = of_selected_tokens(metrics, movement_metrics(actor.policy_loss.loss_mode))
-    return metrics
-
-
-def policy_loss_options(actor: DictConfig) -> dict[str, Any]:
-    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
-    return {"normalize": actor.entropy_top_normalize, **{name: actor[name] for name in names}, **actor.policy_loss}
-
-
-def of_selected_tokens(metrics: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """The metrics, those of `names` as means over the selected tokens, and called so.
-
-    Where the policy may have moved since the old log-probabilities, what it does to the other tokens is not known: they
-    entered the means over all tokens as unmoved.
-    """
-    share = metrics["actor/entropy_token_ratio"].clamp(min=torch.finfo(torch.float32).tiny)
-    changed = {f"{name}_selected": metrics[name] / share for name in names & metrics.keys()}
-    return {name: value for name, value in metrics.items() if name not in names} | changed
+        for name, value in ({name: value / ranks for name, value in sums.items()} | means).items():
+            metrics[name] = metrics[name] + value
+    return dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:

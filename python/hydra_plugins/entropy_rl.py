@@ -16,7 +16,7 @@ class EntropyRLSearchPath(SearchPathPlugin):
             return
         from entropy_rl.integrations.verl import plugin
 
-        reason = plugin.unsupported()
+        reason = plugin.unsupported_reason()
         if reason is not None:
             print(f"{reason}: actor_rollout_ref.actor.entropy_top_* are not available", file=sys.stderr)
             return

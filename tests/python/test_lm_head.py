@@ -58,7 +58,7 @@ def test_equals_the_plain_head(model: Any, config: Any, entropy_grad: bool, tied
 
 
 def test_the_logits_are_never_made(model: Any, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lm_head.why_not(model) is None
+    assert lm_head.unsupported_reason(model) is None
     calls = []
     monkeypatch.setattr(
         nn.Linear, "forward", lambda self, x: calls.append(self) or nn.functional.linear(x, self.weight)
@@ -86,7 +86,7 @@ def test_a_head_with_a_forward_of_its_own_is_left_alone(model: Any, config: Any)
             return super().forward(x) * 2
 
     model.get_output_embeddings().__class__ = Adapted
-    assert "Adapted with a forward of its own" in lm_head.why_not(model)
+    assert "Adapted with a forward of its own" in lm_head.unsupported_reason(model)
     log_prob, _ = train.log_prob_and_entropy(model, make_batch(), config)
     assert log_prob.isfinite().all()
 
@@ -94,7 +94,7 @@ def test_a_head_with_a_forward_of_its_own_is_left_alone(model: Any, config: Any)
 def test_a_model_that_soft_caps_its_logits_is_left_alone() -> None:
     settings = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     model = Gemma2ForCausalLM(Gemma2Config(**settings, num_key_value_heads=1, head_dim=16))
-    assert "soft-cap" in lm_head.why_not(model)
+    assert "soft-cap" in lm_head.unsupported_reason(model)
 
 
 def distributed_gradients(path: str, settings: dict[str, Any], strategy: str) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ def distributed_gradients(path: str, settings: dict[str, Any], strategy: str) ->
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    assert lm_head.why_not(wrapped) is None
+    assert lm_head.unsupported_reason(wrapped) is None
     log_prob, entropy = train.log_prob_and_entropy(wrapped, make_batch(), config)
     (log_prob * (entropy > 2)).sum().backward()
     return {
@@ -139,7 +139,7 @@ def test_the_hooks_of_ddp_and_fsdp2_hold(
 def test_the_run_says_why_not(
     overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lm_head, "_why_not", lambda model: "it is a test")
+    monkeypatch.setattr(lm_head, "_find_reason", lambda model: "it is a test")
     assert train.main(as_arguments(overrides)) == 0
     assert "use_fused_kernels: not for this model, it is a test; its logits are held whole" in capsys.readouterr().out
 

@@ -17,22 +17,20 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
+from entropy_rl.integrations import SUPPORTED, is_supported
 from entropy_rl.selection import prepass, select_mini_batch, select_tokens, top_k_count
 from entropy_rl_ext import linear_logprob_entropy
 
-SUPPORTED = "1.16"  # the replaced methods are not public: another minor version may call them otherwise
-
+_INSTALL = f"pip install 'trl=={SUPPORTED['trl']}.*'"
 try:
     import trl
 except ImportError as error:
-    raise ImportError(f"entropy_rl.integrations.trl needs TRL {SUPPORTED}: pip install 'trl=={SUPPORTED}.*'") from error
-if Version(trl.__version__).release[:2] != Version(SUPPORTED).release:
+    raise ImportError(f"entropy_rl.integrations.trl needs TRL {SUPPORTED['trl']}: {_INSTALL}") from error
+if not is_supported("trl", trl.__version__):
     raise ImportError(
-        f"trl {trl.__version__} is installed; entropy_rl.integrations.trl supports TRL {SUPPORTED}: "
-        f"pip install 'trl=={SUPPORTED}.*'"
+        f"trl {trl.__version__} is installed; entropy_rl.integrations.trl supports TRL {SUPPORTED['trl']}: {_INSTALL}"
     )
 
 import trl.trainer.utils  # noqa: E402

@@ -130,9 +130,9 @@ def test_a_plugin_that_failed_stops_the_run_with_its_reason(monkeypatch: pytest.
 def test_another_version_of_verl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"verl": "0.8.0", "entropy-rl-ext": "1.0"}
     monkeypatch.setattr(plugin, "version", versions.__getitem__)
-    assert plugin.unsupported() == "entropy-rl-ext 1.0 supports verl 0.9.x; verl 0.8.0 is installed"
+    assert plugin.unsupported_reason() == "entropy-rl-ext 1.0 supports verl 0.9.x; verl 0.8.0 is installed"
     versions["verl"] = "0.9.7"
-    assert plugin.unsupported() is None
+    assert plugin.unsupported_reason() is None
 
 
 def test_sequence_level_losses_accept_the_ratio_and_say_that_they_do_not_apply_it() -> None:

@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 
 from entropy_rl import cli, doctor
-from entropy_rl.integrations.verl import plugin
 
 
 def test_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"✓ verl +0\.9\.\S+; .*entropy_top_ratio composes, and its loss is installed", shown)
-    assert doctor.SUPPORTED["verl"] == plugin.SUPPORTED
 
 
 def test_a_plugin_that_verl_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from verl.workers.engine.fsdp import transformer_impl as fsdp
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from entropy_rl.integrations.verl import loss
-from entropy_rl.lm_head import answering
-from entropy_rl.selection import COVARIANCE_MODES, covariance_options, prepass, select_by_covariance, select_tokens
+from entropy_rl.lm_head import patched_forward
+from entropy_rl.selection import StepSelection, prepass
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy
 
 _MARK = "_entropy_rl"
@@ -39,7 +39,7 @@ def install(kernel: str) -> None:
     for name, engine in (("fsdp", "FSDPEngine"), ("megatron", "MegatronEngine")):
         module = sys.modules.get(f"verl.workers.engine.{name}.transformer_impl")
         if module is not None:
-            _replace(module, "prepare_micro_batches", _with_token_counts)
+            _replace(module, "prepare_micro_batches", _with_numbers)
             _replace(getattr(module, engine), "forward_backward_batch", _with_selection)
     if kernel == "entropy_rl":
         _replace(fsdp.FSDPEngineWithLMHead, "prepare_model_outputs", _with_logprob_entropy)
@@ -57,107 +57,96 @@ def _replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callabl
         setattr(owner, name, wrapped)
 
 
-def _with_token_counts(prepare_micro_batches: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells each micro-batch how many response tokens every micro-batch of the optimizer step has, on all ranks.
+def _with_numbers(prepare_micro_batches: Callable[..., Any]) -> Callable[..., Any]:
+    """Numbers the micro-batches of an optimizer step, and tells its selection how many response tokens each has.
 
-    The number of tokens to be selected follows from that alone, so that the divisor of the loss is known before the
-    first forward. And the engine is asked for entropies, whatever `calculate_entropy` says.
+    The engine then computes entropies, whatever `calculate_entropy` says.
     """
 
     def wrapped(data: TensorDict, dp_group: Any = None, **options: Any) -> tuple[list[TensorDict], Any]:
         micro_batches, indices = prepare_micro_batches(data, dp_group=dp_group, **options)
-        if "advantages" in data:  # what trains the actor, and no inference or critic
-            counts = _all_gather(torch.stack([_tokens(micro_batch) for micro_batch in micro_batches]), dp_group)
-            for micro_batch in micro_batches:
-                tu.assign_non_tensor(micro_batch, **{loss.MICRO_BATCH_TOKENS: counts}, calculate_entropy=True)
+        step = tu.get_non_tensor_data(data, loss.STEP, None)
+        if step is not None:
+            # verl gives every rank the same number of micro-batches.
+            counts = [_values(micro_batch["response_mask"]).bool().sum() for micro_batch in micro_batches]
+            step.count_tokens(torch.stack(counts).to(get_device_id()))
+            for number, micro_batch in enumerate(micro_batches):
+                tu.assign_non_tensor(micro_batch, **{loss.NUMBER: number}, calculate_entropy=True)
         return micro_batches, indices
 
     return wrapped
 
 
 def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """With the scope mini_batch, makes the selection of an optimizer step before its first micro-batch.
+    """Adds a StepSelection to the batch of an optimizer step and, with the scope mini_batch, makes the selection.
 
-    It travels as a field of the batch, of which verl hands each micro-batch its slice; so does a choice by covariance.
+    The selection of each token is in fields of the batch, of which verl gives each micro-batch its rows.
     """
 
     def wrapped(self: Any, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
         config = getattr(loss_function, "keywords", {}).get("config")
-        if not forward_only and loss.applies(config) and config.entropy_top_scope == "mini_batch":
-            # A loss of distillation looks at all tokens.
-            preselects = loss_function.func is loss.ppo_loss and loss.preselects(config)
-            forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
-            _select(data, config, self.get_data_parallel_group(), forward, preselects)
+        if not forward_only and loss.applies(config):
+            step = StepSelection(config, self.get_data_parallel_group())
+            if step.mini_batch:
+                # The loss of a distillation reads all tokens.
+                only_selected = loss_function.func is loss.ppo_loss and loss.only_selected(config)
+                forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
+                _select_mini_batch(step, data, config, forward, only_selected)
+            tu.assign_non_tensor(data, **{loss.STEP: step})
         return forward_backward_batch(self, data, loss_function, forward_only)
 
     return wrapped
 
 
-def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any], preselects: bool) -> None:
+def _select_mini_batch(
+    step: StepSelection, data: TensorDict, config: Any, forward: Callable[[], Any], only_selected: bool
+) -> None:
     mask = data["response_mask"]  # [B, S], nested or padded
-    if config.entropy_top_source == "old_policy":
-        if "entropy" not in data:
-            raise RuntimeError(
-                "actor_rollout_ref.actor.entropy_top_source=old_policy, but the batch has no entropies of the old "
-                "policy: the trainer keeps none (algorithm.rollout_correction.bypass_mode, or trainer.use_v1=false); "
-                "entropy_top_source must be prepass here"
-            )
-        log_prob, entropy = data["old_log_probs"], data["entropy"]
-    else:
-        tu.assign_non_tensor(data, calculate_entropy=True)
-        with prepass(torch.device(get_device_name())):
-            output = forward()["model_output"]
-        log_prob, entropy = (
-            response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
-            for name in ("log_probs", "entropy")
-        )
-
-    def on_device(tensor: Tensor) -> Tensor:
-        return _values(tensor).to(get_device_id())
-
-    def field(values: Tensor) -> Tensor:
-        values = values.to(_values(mask))
-        return torch.nested.nested_tensor_from_jagged(values, mask.offsets()) if mask.is_nested else values
-
-    selected, metrics = select_tokens(
-        on_device(entropy),
-        on_device(mask),
-        config.entropy_top_ratio,
-        config.entropy_top_rule,
-        config.entropy_top_ranks,
-        group,
+    log_prob, entropy = _old_policy(data) if step.old_policy else _prepass(data, forward)
+    batch = (log_prob, entropy, mask, data["old_log_probs"], data["advantages"])
+    log_prob, entropy, response_mask, old_log_prob, advantages = (_values(x).to(get_device_id()) for x in batch)
+    tokens = step.select_mini_batch(
+        log_prob,
+        entropy,
+        response_mask,
+        old_log_prob=old_log_prob,
+        advantages=advantages,
+        seed=int(torch.randint(2**62, ())) if config.policy_loss.loss_mode == "clip_cov" else 0,
+        only_selected=only_selected,
     )
-    count = selected.sum()
-    torch.distributed.all_reduce(count, group=group)
-    data[loss.SELECTED] = field(selected)
-    if config.policy_loss.loss_mode in COVARIANCE_MODES:
-        chosen = select_by_covariance(
-            *(on_device(tensor) for tensor in (log_prob, data["old_log_probs"], data["advantages"], mask)),
-            group=group,
-            seed=int(torch.randint(2**62, ())) if config.policy_loss.loss_mode == "clip_cov" else 0,
-            **covariance_options(config),
+    for name, key in loss.TOKENS.items():
+        value = getattr(tokens, name)
+        if value is not None:
+            value = value.to(mask.device, _values(mask).dtype if value.dtype == torch.bool else None)
+            data[key] = torch.nested.nested_tensor_from_jagged(value, mask.offsets()) if mask.is_nested else value
+
+
+def _old_policy(data: TensorDict) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, [B, S], that the trainer computed with the old policy."""
+    if "entropy" not in data:
+        raise RuntimeError(
+            "actor_rollout_ref.actor.entropy_top_source=old_policy, but the batch has no entropies of the old policy: "
+            "the trainer keeps none (algorithm.rollout_correction.bypass_mode, or trainer.use_v1=false); "
+            "entropy_top_source must be prepass here"
         )
-        data[loss.CHOSEN] = field(chosen)
-    if preselects:
-        data[loss.KNOWN_LOG_PROBS] = log_prob.to(mask.device)
-    # A field of the batch has a row for each of its own; these two are single numbers, and stay on the device.
-    tu.assign_non_tensor(data, **{loss.SELECTED_TOKENS: count, loss.THRESHOLD: metrics["actor/entropy_threshold"]})
+    return data["old_log_probs"], data["entropy"]
+
+
+def _prepass(data: TensorDict, forward: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, [B, S], from a forward before the optimizer step."""
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    with prepass(torch.device(get_device_name())):
+        output = forward()["model_output"]
+    mask = data["response_mask"]
+    log_prob, entropy = (
+        response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
+        for name in ("log_probs", "entropy")
+    )
+    return log_prob, entropy
 
 
 def _values(tensor: Tensor) -> Tensor:
     return tensor.values() if tensor.is_nested else tensor
-
-
-def _tokens(micro_batch: TensorDict) -> Tensor:
-    return _values(micro_batch["response_mask"]).bool().sum()
-
-
-def _all_gather(counts: Tensor, group: Any) -> tuple[int, ...]:
-    """[M] on each rank -> all ranks' counts. verl gives every rank the same number of micro-batches."""
-    counts = counts.to(get_device_id())
-    ranks = [torch.empty_like(counts) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(ranks, counts, group=group)
-    return tuple(torch.cat(ranks).tolist())
 
 
 def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,7 +219,8 @@ def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
     """Of the selected tokens, where the others' log-probs are known, else of the response tokens."""
-    mask = micro_batch[loss.SELECTED if loss.KNOWN_LOG_PROBS in micro_batch else "response_mask"]
+    only_selected = loss.TOKENS["log_prob"] in micro_batch
+    mask = micro_batch[loss.TOKENS["mask"] if only_selected else "response_mask"]
     input_ids = micro_batch["input_ids"]
     if not mask.is_nested:
         return None
@@ -297,6 +287,6 @@ def fused_log_prob_and_entropy(
     if head is None or not isinstance(weight, DTensor):
         return score(hidden, weight)
     # FSDP2 shards a head that is not tied to the embeddings by itself, and gathers it for its own forward alone.
-    with answering(head.module, lambda hidden: torch.stack(score(hidden, head.module.weight), -1)):
+    with patched_forward(head.module, lambda hidden: torch.stack(score(hidden, head.module.weight), -1)):
         log_prob, entropy = head.module(hidden).unbind(-1)
     return log_prob, entropy

@@ -1,0 +1,145 @@
+"""Selection of the largest values among those that several processes hold, without exchanging the values.
+
+A radix select finds the key of the k-th largest value in rounds of 11 bits. Each round all-reduces one histogram of the
+keys that share the digits found so far. Keys are integers, so the result does not depend on how the values are split
+over the processes. Every number stays on the device, so nothing waits for it.
+
+Four ops do the work of one process. `values` are float32, bfloat16, float16 or float64 of any shape. `mask` has their
+shape and any dtype; values where it is 0 are ignored. A key is the unsigned integer that stands for a value
+(csrc/kernels): 32 bits, or 64 for float64, in a 0-dim int64 tensor. It is found one digit at a time, at each of
+`digit_shifts` in turn.
+
+  counts(values, mask, key, shift) -> counts, [digits] int64
+      The histogram of the digit at `shift`, over the keys whose higher digits equal those of `key`. For the first digit
+      `key` is None and all keys are counted.
+  key(counts, key, k, shift) -> (key, k)
+      `key` with the digit of the k-th largest of the counted keys, and the rank of that value among the keys with this
+      digit. k is 0-dim int64, clamped to [0, number of keys]. For k = 0 all bits of the key are set, as for NaN.
+  next_key(values, mask, key) -> 0-dim int32, int64 for float64
+      The smallest key above `key`, or the key of NaN, as the signed integer of the same order: the minimum over the
+      processes is the smallest of all.
+  at_key(values, mask, key, k, ties, process, next_key, weight) -> (mask, lowest)
+      Keeps the values whose key is `key` or above. With `ties`, [processes] int64, the number of values that have `key`
+      on each process, only the first k of those are kept: process after process, and by flat index on this one, number
+      `process`. With `next_key` and `weight`, 0-dim float64, the threshold is the value that lies `weight` of the way
+      from the value of `key` to that of `next_key`. Keeps nothing where k is 0. `lowest`, float32 (float64 for float64
+      values), is the lowest value that any process keeps: inf where all of them are NaN, 0 where there is none.
+
+All raise ValueError for shapes, dtypes or devices that do not fit, a shift at which no digit begins, a key missing for
+a digit below the first or given for the first, ties with a next_key, and a next_key without a weight.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._autograd import register_no_derivative
+from ._fakes import check_same_device
+
+_DIGIT_BITS = 11
+
+
+class Ranks:
+    """The ranks of a process group, or this process alone for None."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.own = 0 if group is None else dist.get_rank(group)
+
+    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        if self._group is not None:
+            dist.all_reduce(tensor, operation, group=self._group)
+
+
+@torch.no_grad()
+def select_over_ranks(
+    values: Tensor,
+    mask: Tensor,
+    rank_of: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    rule: str,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of the mask over all ranks' values, and the lowest value that the rule keeps on any rank.
+
+    Args:
+        values: any shape, float32, bfloat16, float16 or float64.
+        mask: the same shape, any dtype, nonzero = in.
+        rank_of: from the number of values in the mask over all ranks, 0-dim int64, to (k, weight): the rule needs the
+            k-th largest value, and the quantile lies `weight` of the way from it to the next larger one.
+        rule: "topk", "threshold" or "quantile". Only "quantile" uses the weight.
+        ranks: whose values compete. Every rank must call, with the same rule and dtype.
+    """
+    ops = torch.ops.entropy_rl
+    values, mask = values.contiguous(), (mask != 0).contiguous()
+    key = k = weight = None
+    for shift in digit_shifts(values.dtype):
+        own_counts = ops.global_top_mask_counts(values, mask, key, shift)
+        counts = own_counts.clone()
+        ranks.all_reduce(counts)
+        if k is None:
+            k, weight = rank_of(counts.sum())
+        key, k = ops.global_top_mask_key(counts, key, k, shift)
+    assert key is not None
+
+    ties = next_key = None
+    if rule == "topk":
+        # The last round counted the keys that share all higher digits, so those with this last digit have this key.
+        ties = torch.zeros(ranks.size, dtype=torch.int64, device=values.device)
+        ties[ranks.own] = own_counts.take(key & (len(counts) - 1))
+        ranks.all_reduce(ties)
+    elif rule == "quantile":
+        next_key = ops.global_top_mask_next_key(values, mask, key)
+        ranks.all_reduce(next_key, dist.ReduceOp.MIN)
+    selected, lowest = ops.global_top_mask_at_key(values, mask, key, k, ties, ranks.own, next_key, weight)
+    return selected, lowest
+
+
+def digit_shifts(dtype: torch.dtype) -> tuple[int, ...]:
+    """Where the digits of the keys of `dtype` begin, from the highest."""
+    return (*range(_key_bits(dtype) - _DIGIT_BITS, 0, -_DIGIT_BITS), 0)
+
+
+def _key_bits(dtype: torch.dtype) -> int:
+    return 64 if dtype == torch.float64 else 32
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_counts")
+def _(values: Tensor, mask: Tensor, key: Tensor | None, shift: int) -> Tensor:
+    check_same_device(values=values, mask=mask, key=key)
+    bits = _DIGIT_BITS if shift > 0 else (_key_bits(values.dtype) - 1) % _DIGIT_BITS + 1
+    return values.new_empty(1 << bits, dtype=torch.int64)
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_key")
+def _(counts: Tensor, key: Tensor | None, k: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    check_same_device(counts=counts, key=key, k=k)
+    return torch.empty_like(k), torch.empty_like(k)
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_next_key")
+def _(values: Tensor, mask: Tensor, key: Tensor) -> Tensor:
+    check_same_device(values=values, mask=mask, key=key)
+    return values.new_empty((), dtype=torch.int64 if values.dtype == torch.float64 else torch.int32)
+
+
+@torch.library.register_fake("entropy_rl::global_top_mask_at_key")
+def _(
+    values: Tensor,
+    mask: Tensor,
+    key: Tensor,
+    k: Tensor,
+    ties: Tensor | None = None,
+    process: int = 0,
+    next_key: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_same_device(values=values, mask=mask, key=key, k=k, ties=ties, next_key=next_key, weight=weight)
+    lowest = values.new_empty((), dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    return values.new_empty(values.shape, dtype=torch.bool), lowest
+
+
+for _op in ("counts", "key", "next_key", "at_key"):
+    register_no_derivative(f"global_top_mask_{_op}", "a selection of tokens has none")
