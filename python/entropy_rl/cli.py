@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the model's"
     )
+    inspect.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     sampling = inspect.add_argument_group("sampling")
     sampling.add_argument(
         "--samples", type=_count, metavar="N", help="sample N completions of each prompt, whatever the input has"

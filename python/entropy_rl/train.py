@@ -32,8 +32,9 @@ from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained
 from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
+from entropy_rl.rewards import Scorer
 from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass
-from entropy_rl.tasks import Problem, Scorer, load_tasks
+from entropy_rl.tasks import Problem, load_tasks
 from entropy_rl_ext import aggregate, kl_loss, logprob_entropy
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
@@ -166,7 +167,8 @@ def run(config: DictConfig, device: torch.device) -> None:
                 batch = generate(whole_model, tokenizer, prompts, config, rollout, generator)
 
             with timer.phase("reward"):
-                rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer).to(device)
+                rewards, faults = score(tokenizer, batch, [problem for problem, _ in group], scorer)
+                rewards = rewards.to(device)
 
             with timer.phase("old_log_prob"):
                 old_log_prob, entropy = compute_log_prob(model, batch, config)
@@ -183,7 +185,7 @@ def run(config: DictConfig, device: torch.device) -> None:
                 experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy)
                 metrics |= update(model, optimizer, experience, step, total_steps, config)
 
-            metrics |= batch_metrics(batch, rewards, advantage, entropy, config)
+            metrics |= batch_metrics(batch, rewards, faults, advantage, entropy, config)
 
             last = step == total_steps
             if validation and (last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)):
@@ -274,8 +276,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], conf
     """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
-        text = pretrained.conversation_text(tokenizer, problem.messages, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = pretrained.prompt_ids(tokenizer, problem.messages)
         if not prompt:
             raise ConfigError("data: a prompt has no tokens; at least one was expected")
         if len(prompt) <= limit:
@@ -418,14 +419,22 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Te
     return torch.tensor(sorted({tokenizer.eos_token_id, *ids}), device=model.device)
 
 
-def score(tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer) -> Tensor:
-    """The reward of each response, [B] float32."""
-    rewards = []
-    for problem, response, mask in zip(problems, batch.responses.tolist(), batch.response_mask.tolist(), strict=True):
-        ids = [token for token, inside in zip(response, mask, strict=True) if inside]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rewards.append(scorer(problem.data_source, text, problem.ground_truth, problem.extra_info))
-    return torch.tensor(rewards, dtype=torch.float32)
+def score(
+    tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reward of each response, [B] float32, and which responses could not be scored, [B] float32 for a metric."""
+    answers = [
+        tokenizer.decode(
+            [token for token, inside in zip(response, mask, strict=True) if inside], skip_special_tokens=True
+        )
+        for response, mask in zip(batch.responses.tolist(), batch.response_mask.tolist(), strict=True)
+    ]
+    scores = scorer(problems, answers)
+    faults = {
+        f"reward/{fault}_ratio": torch.tensor([score.fault == fault for score in scores], dtype=torch.float32)
+        for fault in ("error", "timeout")
+    }
+    return torch.tensor([score.reward for score in scores], dtype=torch.float32), faults
 
 
 def validate(
@@ -446,7 +455,7 @@ def validate(
         for begin in range(0, len(own), size):
             group = [example for example in own[begin : begin + size] for _ in range(sampling.n)]
             batch = generate(whole_model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
-            rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer)
+            rewards, _ = score(tokenizer, batch, [problem for problem, _ in group], scorer)
             scored += zip((problem.data_source for problem, _ in group), rewards.tolist(), strict=True)
     by_source: dict[str, list[float]] = defaultdict(list)
     for of_rank in distributed.gather(scored):
@@ -687,7 +696,12 @@ def autocast(device: torch.device, config: DictConfig) -> torch.autocast:
 
 
 def batch_metrics(
-    batch: Batch, rewards: Tensor, advantage: Tensor, entropy: Tensor, config: DictConfig
+    batch: Batch,
+    rewards: Tensor,
+    faults: dict[str, Tensor],
+    advantage: Tensor,
+    entropy: Tensor,
+    config: DictConfig,
 ) -> dict[str, float]:
     """Of the batch of a step, over all ranks."""
     actor, mask = config.actor_rollout_ref.actor, batch.response_mask
@@ -699,6 +713,7 @@ def batch_metrics(
         "response_length": length,
         "prompt_length": batch.attention_mask.sum(-1) - length,
         "response_length/clip_ratio": (length == config.data.max_response_length).float(),
+        **faults,
     }
     sums = distributed.reduce(torch.tensor([(value.double().sum(), value.numel()) for value in values.values()]))
     ends = torch.tensor([(value.max(), -value.min()) for value in values.values()])
@@ -713,7 +728,7 @@ def batch_metrics(
     )
     metrics = {"actor/entropy": distributed.reduce(mean_entropy).item()}
     for name, (total, count), (highest, lowest) in zip(values, sums.tolist(), ends.tolist(), strict=True):
-        if name == "response_length/clip_ratio":
+        if name.endswith("_ratio"):
             metrics[name] = total / count
         else:
             metrics |= {f"{name}/mean": total / count, f"{name}/max": highest, f"{name}/min": -lowest}

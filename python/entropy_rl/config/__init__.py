@@ -143,6 +143,8 @@ RULES: dict[str, Rule] = {
     "data.filter_overlong_prompts": FLAG,
     "data.shuffle": FLAG,
     "data.seed": optional(SEED),
+    "reward.num_workers": integer(0),
+    "reward.timeout": optional(number(above=0)),
     "reward.custom_reward_function.path": optional(TEXT),
     "reward.custom_reward_function.name": TEXT,
     "actor_rollout_ref.model.path": TEXT,

@@ -131,7 +131,7 @@ def test_a_token_of_probability_zero() -> None:
 
 
 def test_tokens_and_lengths_that_the_model_does_not_have() -> None:
-    with pytest.raises(UserError, match="the completions hold token 97; the model has 97 tokens"):
+    with pytest.raises(UserError, match="completion: it has the id 97; the model's embedding has the ids 0 to 96"):
         measure(make_model("gpt2"), [Completion([1], [97])])
-    with pytest.raises(UserError, match="has 130 tokens; the model takes 128"):
+    with pytest.raises(UserError, match="has 130 tokens; the model has 128 positions"):
         measure(make_model("gpt2"), [Completion([1], [5] * 129)])
