@@ -281,12 +281,12 @@ class StepSelection:
         return TokenSelection(mask, chosen, log_prob if only_selected else None)
 
     def divisor(self, number: int, mask: Tensor) -> Tensor:
-        """Divisor (`batch_num_tokens`) with which the losses of all micro-batches add up to a mean over selected tokens.
+        """The divisor with which the losses of all micro-batches add up to a mean over the selected tokens.
 
-        The number of tokens that topk selects follows from the numbers of response tokens, so under the rule topk the
-        divisor is that number for the whole step, and every selected token has the same weight. The other rules may
-        select more tokens, and how many the later micro-batches will select is not known yet. There each selection's
-        mean over its own tokens is weighted by its share of topk's number.
+        How many tokens topk selects follows from the numbers of response tokens alone. Under the rule topk the divisor
+        is therefore their number in the whole step, and every selected token has the same weight. The other rules may
+        select more, and with the scope micro_batch it is not known how many the later micro-batches will select. There
+        each selection's mean over its own tokens is weighted by its share of topk's number.
 
         Args:
             number: of the micro-batch.
@@ -311,7 +311,7 @@ class StepSelection:
         tokens: TokenSelection | None = None,
         **options: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`entropy_rl_ext.policy_loss` of one micro-batch on its selected tokens, with the options of the configuration.
+        """`entropy_rl_ext.policy_loss` of one micro-batch, on its selected tokens and with the configuration's options.
 
         Args:
             number: of the micro-batch.

@@ -1,15 +1,10 @@
 """One small pass over every CUDA kernel, forward and backward, to run under compute-sanitizer."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import torch
 
 import entropy_rl_ext as ext
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import global_top_mask_steps as steps
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean"]
 LOSS_MODES += ["dppo_tv", "dppo_kl", "sapo", "dro", "cispo"]
@@ -44,8 +39,12 @@ def main() -> None:
             )
         for rule, columns in itertools.product(("topk", "threshold", "quantile"), (70, 9001)):
             values = (torch.rand(3, columns, device="cuda") * 20).round().to(dtype)
-            k, weight = torch.tensor(columns // 3, device="cuda"), torch.tensor(0.5, dtype=torch.float64, device="cuda")
-            steps.select(list(values), list(values > 1), k, rule, weight if rule == "quantile" else None)
+            ext.global_top_mask(values, values > 1, rule=rule, return_threshold=True)
+        # The second of three processes; the key of 2.0.
+        key = torch.tensor(-(2**62) if dtype == torch.float64 else 3 * 2**30, device="cuda")
+        k, ties = torch.tensor(9, device="cuda"), torch.tensor([5, 70, 3], device="cuda")
+        values = torch.full((70,), 2.0, device="cuda", dtype=dtype)
+        torch.ops.entropy_rl.global_top_mask_at_key(values, values > 1, key, k, ties, 1)
         chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
         old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
         for mode in LOSS_MODES:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import entropy_rl_ext as ext
-from global_top_mask_steps import select as select_over_processes
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean", "cispo"]
 RULES = ["topk", "threshold", "quantile"]
@@ -43,10 +42,10 @@ def make_step(name):
         entropy = ext.token_entropy(leaf)
         return [entropy, *torch.autograd.grad(entropy.sum(), leaf)]
 
-    hidden, weight = random(8, 64, 32), random(1000, 32)
+    hidden, head = random(8, 64, 32), random(1000, 32)
 
-    def linear_step(hidden, weight):
-        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    def linear_step(hidden, head):
+        leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_()
         log_prob, entropy = ext.linear_logprob_entropy(
             *leaves, targets, mask=mask, max_mask_rows=512, max_grad_rows=200, entropy_grad=True, chunk_rows=128
         )
@@ -59,7 +58,7 @@ def make_step(name):
         loss = ext.kl_loss(leaf, old, mask)
         return [loss, *torch.autograd.grad(loss, leaf)]
 
-    # Rows of several parts, one block each, and rows that a block takes whole; a selection by blocks of tiles.
+    # Rows that several blocks share, rows of one block each, and a selection by blocks of tiles.
     few_rows, many_rows, tokens = random(4, 40_000), random(1000, 40_000), random(3, 20_011).abs()
 
     def select(x, mask, rule, scope, algorithm):
@@ -67,16 +66,17 @@ def make_step(name):
         ratio = torch.tensor(0.2, dtype=torch.float64)
         return [torch.ops.entropy_rl.global_top_mask_forward(x, mask, ratio, rule, scope, ids, algorithm)]
 
-    k, weight = torch.tensor(20_000, device="cuda"), torch.tensor(0.5, dtype=torch.float64, device="cuda")
+    key, kept_ties = torch.tensor(3 * 2**30, device="cuda"), torch.tensor(7, device="cuda")  # the key of 2.0
 
-    def select_by_steps(x, rule):
-        results = select_over_processes(list(x), list(x > 0.1), k, rule, weight if rule == "quantile" else None)
-        return [tensor for result in results for tensor in result]
+    def second_of_three_processes(x):
+        x = (4 * x).round() / 4
+        ties = (x == 2).sum(1)
+        return torch.ops.entropy_rl.global_top_mask_at_key(x[1], x[1] > 0.1, key, kept_ties, ties, 1)
 
     steps = {
         "token_entropy": ((logits,), lambda x: [ext.token_entropy(x)]),
         "logprob_entropy": ((logits, targets), entropy_step),
-        "linear_logprob_entropy": ((hidden, weight), linear_step),
+        "linear_logprob_entropy": ((hidden, head), linear_step),
         "kl_loss": ((log_prob, old), kl_step),
         "aggregate": ((entropy,), lambda x: [ext.aggregate(x, mask)]),
         "token_entropy few rows": ((few_rows,), entropy_backward),
@@ -93,8 +93,19 @@ def make_step(name):
             lambda x: select(x.contiguous(), x > -1, "topk", "sequence", "radix"),
         ),
         **{
-            f"global_top_mask steps {rule}": ((tokens,), lambda x, rule=rule: select_by_steps(x, rule))
+            f"global_top_mask threshold of {rule}": (
+                (tokens,),
+                lambda x, rule=rule: ext.global_top_mask(x, x > 0.1, rule=rule, return_threshold=True),
+            )
             for rule in RULES
+        },
+        "global_top_mask second of three processes": ((tokens,), second_of_three_processes),
+        **{
+            f"covariance_mask {mode}": (
+                (log_prob, old, advantages),
+                lambda *batch, mode=mode: [ext.covariance_mask(*batch, mask, mode)],
+            )
+            for mode in ("clip_cov", "kl_cov")
         },
         **{f"policy_loss {mode}": loss_step(mode) for mode in LOSS_MODES},
     }
@@ -111,7 +122,10 @@ STEPS = [
     "token_entropy many rows",
     *(f"global_top_mask {rule} {scope} {algorithm}" for rule, scope, algorithm in SELECTIONS),
     "global_top_mask segments",
-    *(f"global_top_mask steps {rule}" for rule in RULES),
+    *(f"global_top_mask threshold of {rule}" for rule in RULES),
+    "global_top_mask second of three processes",
+    "covariance_mask clip_cov",
+    "covariance_mask kl_cov",
     *(f"policy_loss {mode}" for mode in LOSS_MODES),
 ]
 

@@ -10,13 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import global_top_mask_steps as steps
 from entropy_rl_ext import get_global_entropy_top_mask, global_top_mask, reference
-from entropy_rl_ext.ops.global_top_mask import digit_shifts
+from selections import DTYPES, RULES, make_inputs
 
-RULES = ["topk", "threshold", "quantile"]
 SCOPES = ["batch", "sequence", "group"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RATIOS = [1e-9, 0.05, 0.2, 1 / 3, 0.5, 0.999, 1.0]
 
 SHAPES = [
@@ -80,28 +77,6 @@ def expected_mask(entropy, response_mask, ratio, rule, scope, group_ids):
         for index, keep in zip(where, kept, strict=True):
             result[index] = keep
     return torch.from_numpy(result)
-
-
-# ---- Inputs ----------------------------------------------------------------------------------------------
-
-
-def make_inputs(shape, dtype, kind, seed, device):
-    generator = torch.Generator().manual_seed(seed)
-    entropy = torch.empty(shape).exponential_(generator=generator)
-    if kind == "tied":
-        entropy = (entropy * 4).round() / 4
-    elif kind == "constant":
-        entropy.fill_(1.5)
-    elif kind == "zeros":  # the two zeros are one value
-        entropy = torch.where(torch.rand(shape, generator=generator) < 0.5, 0.0, -0.0)
-    elif kind == "special":
-        special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, -1.0, 2.0])
-        special[0] = -special[0]  # a NaN with its sign set
-        choice = torch.randint(len(special), shape, generator=generator)
-        entropy = torch.where(torch.rand(shape, generator=generator) < 0.5, special[choice], entropy)
-    mask = torch.rand(shape, generator=generator) < (0.0 if kind == "all masked" else 0.7)
-    groups = torch.randint(3, (shape[0],), generator=generator)
-    return entropy.to(device, dtype), mask.to(device), groups.to(device)
 
 
 def select(entropy, mask, ratio, rule, scope, groups):
@@ -238,11 +213,11 @@ def test_scopes_agree_with_batch_on_their_own_rows(device, example, ratio, rule)
     entropy, mask = (t.to(device) for t in example)
     groups = torch.arange(entropy.shape[0], device=device) % 3
     for scope, owner in [("sequence", torch.arange(entropy.shape[0], device=device)), ("group", groups)]:
-        whole = select(entropy, mask, ratio, rule, scope, owner)
+        every = select(entropy, mask, ratio, rule, scope, owner)
         for segment in owner.unique():
             rows = owner == segment
             part = global_top_mask(entropy[rows], mask[rows], ratio, rule=rule)
-            assert torch.equal(whole[rows], part)
+            assert torch.equal(every[rows], part)
 
 
 @settings(deadline=None, max_examples=50)
@@ -379,7 +354,7 @@ def test_opcheck(scope, requires_grad, device):
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_compiles_whole_and_does_not_recompile(dynamic, device):
+def test_compiles_in_one_graph_and_does_not_recompile(dynamic, device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(global_top_mask, fullgraph=True, dynamic=dynamic, backend=counter)
@@ -456,252 +431,3 @@ def test_unknown_algorithm(device):
 def test_bad_ratio_under_the_papers_name(device):
     with pytest.raises(ValueError, match="top_ratio is 20"):
         get_global_entropy_top_mask(torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device), 20)
-
-
-# ---- The steps over values that several processes hold ---------------------------------------------------
-
-STEP_KINDS = ["random", "tied", "constant", "zeros", "special", "all masked"]
-
-
-def key_of(value: float, bits: int) -> int:
-    """The unsigned integer that stands for a value, by the value's bits."""
-    if math.isnan(value):
-        return 2**bits - 1
-    pattern = int(np.float64(value).view(np.uint64) if bits == 64 else np.float32(value).view(np.uint32))
-    sign = 2 ** (bits - 1)
-    return sign if value == 0 else 2 * sign - 1 - pattern if value < 0 else sign + pattern
-
-
-def keys_of(values, mask) -> tuple[list[int], int]:
-    bits = 64 if values.dtype == torch.float64 else 32
-    return [key_of(v, bits) for v in values[mask].double().tolist()], bits
-
-
-def as_unsigned(key: torch.Tensor, bits: int) -> int:
-    return int(key) % 2**bits
-
-
-def number(value, device, dtype=torch.int64):
-    return torch.tensor(value, dtype=dtype, device=device)
-
-
-def split(values, mask, processes, seed):
-    ends = torch.randint(values.numel() + 1, (processes - 1,), generator=torch.Generator().manual_seed(seed))
-    return [t.flatten().tensor_split(ends.sort().values) for t in (values, mask)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", STEP_KINDS)
-def test_steps_count_and_find_keys(kind, dtype, device):
-    """Every count, key and next key against the sorted keys."""
-    for seed, shape in enumerate([(1,), (7, 129), (1, 9001)]):
-        values, mask, _ = make_inputs(shape, dtype, kind, seed, device)
-        keys, bits = keys_of(values, mask)
-        descending = sorted(keys, reverse=True)
-        k_first = 1 + len(keys) // 3
-        key, k = None, number(k_first, device)
-        for shift in digit_shifts(dtype):
-            prefix = None if key is None else as_unsigned(key, bits)
-            counts = torch.ops.entropy_rl.global_top_mask_counts(values, mask, key, shift)
-            digit_bits = 11 if shift > 0 else {32: 10, 64: 9}[bits]
-            above = shift + digit_bits
-            alike = [x for x in keys if prefix is None or x >> above == prefix >> above]
-            expected = np.bincount([x >> shift & (1 << digit_bits) - 1 for x in alike], minlength=1 << digit_bits)
-            assert counts.dtype == torch.int64 and counts.tolist() == expected.tolist(), (seed, shift)
-            key, k = torch.ops.entropy_rl.global_top_mask_key(counts, key, k, shift)
-        wanted = descending[k_first - 1] if keys else 2**bits - 1
-        assert as_unsigned(key, bits) == wanted
-        assert int(k) == (k_first - sum(x > wanted for x in keys) if keys else 0)
-        following = torch.ops.entropy_rl.global_top_mask_next_key(values, mask, key)
-        assert following.dtype == (torch.int64 if bits == 64 else torch.int32)
-        # Signed, of the same order.
-        assert int(following) + 2 ** (bits - 1) == min((x for x in keys if x > wanted), default=2**bits - 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", STEP_KINDS)
-def test_steps_give_the_mask_of_the_whole(kind, dtype, device):
-    for seed, (processes, ratio) in enumerate([(1, 0.2), (3, 0.2), (8, 0.5), (4, 1.0), (2, 1e-9)]):
-        values, mask, _ = make_inputs((3, 433), dtype, kind, seed, device)
-        parts = split(values, mask, processes, seed)
-        n = int(mask.sum())
-        k = min(n, max(1, int(n * ratio + 0.9999)))
-        position = (1 - ratio) * max(0, n - 1)
-        weight = number(position - math.floor(position), device, torch.float64)
-        for rule in RULES:
-            sought = number(n - math.floor(position) if rule == "quantile" else k, device)
-            results = steps.select(*parts, sought, rule, weight if rule == "quantile" else None)
-            whole = global_top_mask(values, mask, ratio, rule=rule)
-            assert torch.equal(torch.cat([kept for kept, _ in results]), whole.flatten()), (rule, processes)
-            finite = values[whole & ~values.isnan()].double()
-            lowest = finite.min() if len(finite) else number(math.inf if whole.any() else 0.0, device, torch.float64)
-            assert all(value.double() == lowest for _, value in results)
-            assert all(value.dtype == (dtype if dtype == torch.float64 else torch.float32) for _, value in results)
-
-
-def test_steps_hold_k_between_none_and_all(device):
-    values = torch.tensor([2.0, math.nan, 5.0, 2.0], device=device)
-    mask = torch.tensor([1, 1, 1, 0], device=device)
-    for k, kept in [(-3, []), (0, []), (1, [1]), (2, [1, 2]), (3, [0, 1, 2]), (2**40, [0, 1, 2])]:
-        ((found, lowest),) = steps.select([values], [mask], number(k, device), "topk")
-        assert found.nonzero().flatten().tolist() == kept
-        assert lowest == {0: 0.0, 1: math.inf, 2: 5.0, 3: 2.0}[len(kept)]
-    # Also where counts do not have as many keys as the step before them said.
-    counts, key, k = (number(value, device) for value in ([0, 2], 8, 9))
-    key, left = torch.ops.entropy_rl.global_top_mask_key(counts, key, k, 2)
-    assert (int(key), int(left)) == (12, 2)
-
-
-def test_steps_add_up_beyond_32_bits(device):
-    many = 2**33
-    counts = number([many, 0, many, 5], device)
-    for k, expected in [(5, (3, 5)), (6, (2, 1)), (many + 5, (2, many)), (many + 6, (0, 1)), (2 * many + 5, (0, many))]:
-        key, left = torch.ops.entropy_rl.global_top_mask_key(counts, None, number(k, device), 0)
-        assert (int(key), int(left)) == expected
-    # A process holds none, some or all of the ties that are kept.
-    values = torch.ones(4, device=device)
-    key = number(key_of(1.0, 32), device)
-    for k, kept in [(many, 0), (many + 3, 3), (2 * many, 4)]:
-        ties = number([many, 4, 7], device)
-        found, _ = torch.ops.entropy_rl.global_top_mask_at_key(values, values, key, number(k, device), ties, 1)
-        assert found.tolist() == [i < kept for i in range(4)]
-
-
-def test_step_quantile_rounds_the_product_before_the_sum(device):
-    """The numbers of the test of the same name in tests/cpp: one rounding of the exact value would give the next."""
-    low, high = 1.0, 1 + 3 * 2.0**-52
-    values = torch.tensor([low, high], dtype=torch.float64, device=device)
-    weight = number(float.fromhex("0x1.5555555555556p-3"), device, torch.float64)
-    ((found, lowest),) = steps.select([values], [values], number(2, device), "quantile", weight)
-    assert found.tolist() == [True, True] and lowest == low
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
-def test_steps_of_one_value_or_none(shape, rule, device):
-    values = torch.ones(shape, device=device)
-    weight = number(0.0, device, torch.float64) if rule == "quantile" else None
-    ((found, lowest),) = steps.select([values], [values], number(1, device), rule, weight)
-    assert found.shape == shape and lowest.shape == ()
-    assert found.all() and lowest == (1.0 if shape == () else 0.0)
-
-
-def test_steps_take_any_strides_and_mask(device):
-    values, mask, _ = make_inputs((8, 60), torch.float32, "tied", 7, device)
-    k = number(50, device)
-    (expected,) = steps.select([values], [mask], k, "topk")
-    for other_values, other_mask in [
-        (values.T.contiguous().T, mask),
-        (torch.empty(8, 120, device=device)[:, ::2].copy_(values), mask.T.contiguous().T),
-        (values, torch.where(mask, 0.25, -0.0)),
-        (values, mask.to(torch.int8) * 2),
-    ]:
-        (actual,) = steps.select([other_values], [other_mask], k, "topk")
-        assert torch.equal(actual[0], expected[0]) and actual[0].is_contiguous() and actual[1] == expected[1]
-
-
-def test_steps_do_not_depend_on_the_number_of_threads():
-    before = torch.get_num_threads()
-    try:
-        for kind in ["random", "tied"]:
-            values, mask, _ = make_inputs((300_000,), torch.float32, kind, 8, "cpu")
-            k = number(40_000, "cpu")
-            for rule in RULES:
-                weight = number(0.5, "cpu", torch.float64) if rule == "quantile" else None
-                results = []
-                for threads in [1, 2, 5]:
-                    torch.set_num_threads(threads)
-                    results.append(steps.select([values], [mask], k, rule, weight))
-                assert all(torch.equal(results[0][0][0], other[0][0]) for other in results[1:])
-    finally:
-        torch.set_num_threads(before)
-
-
-def step_calls(device):
-    """Every op with arguments that suit it."""
-    values, mask, _ = make_inputs((4, 50), torch.float32, "tied", 10, device)
-    k = number(20, device)
-    key, k_left, ties = steps.find_key([values, values], [mask, mask], k)
-    next_key = torch.ops.entropy_rl.global_top_mask_next_key(values, mask, key)
-    counts = torch.ops.entropy_rl.global_top_mask_counts(values, mask, None, 21)
-    weight = number(0.5, device, torch.float64)
-    return {
-        "first counts": ("counts", (values, mask, None, 21)),
-        "last counts": ("counts", (values, mask, key, 0)),
-        "first key": ("key", (counts, None, k, 21)),
-        "last key": ("key", (counts, key, k, 0)),
-        "next_key": ("next_key", (values, mask, key)),
-        "threshold": ("at_key", (values, mask, key, k_left)),
-        "topk": ("at_key", (values, mask, key, k_left, ties, 1)),
-        "quantile": ("at_key", (values, mask, key, k_left, None, 0, next_key, weight)),
-    }
-
-
-@pytest.mark.parametrize("call", step_calls("cpu"))
-def test_opcheck_of_steps(call, device):
-    op, arguments = step_calls(device)[call]
-    torch.library.opcheck(getattr(torch.ops.entropy_rl, f"global_top_mask_{op}").default, arguments)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_steps_compile_whole_and_do_not_recompile(rule, device):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(steps.select, fullgraph=True, dynamic=True, backend=counter)
-    weight = number(0.25, device, torch.float64) if rule == "quantile" else None
-    compilations = set()
-    for seed, batch in enumerate([4, 7, 31]):
-        values, mask, _ = make_inputs((batch, 64), torch.float32, "tied", seed, device)
-        parts = split(values, mask, 2, 0)
-        arguments = (*([part.clone() for part in half] for half in parts), number(10 * batch, device), rule, weight)
-        for actual, expected in zip(compiled(*arguments), steps.select(*arguments), strict=True):
-            assert torch.equal(actual[0], expected[0]) and actual[1] == expected[1]
-        compilations.add(counter.frame_count)
-    assert len(compilations) == 1, "compiled again for another size"
-
-
-def test_steps_have_no_derivative(device):
-    values, mask, _ = make_inputs((4, 50), torch.float32, "random", 11, device)
-    ((found, lowest),) = steps.select([values.requires_grad_()], [mask], number(20, device), "topk")
-    assert not found.requires_grad
-    with pytest.raises(RuntimeError, match="global_top_mask_at_key has no derivative"):
-        lowest.backward()
-
-
-@pytest.mark.parametrize(
-    ("call", "arguments", "message"),
-    [
-        ("first counts", {0: torch.zeros(4, 50, dtype=torch.int64)}, "values is int64; it must be float32"),
-        ("first counts", {1: torch.ones(4, 49)}, r"mask has shape \[4, 49\]; it must be \[4, 50\]"),
-        ("first counts", {3: 20}, "shift is 20; it must be 0 or 32 less a multiple of 11"),
-        ("first counts", {3: 32}, "shift is 32; it must be 0 or 32"),
-        ("first counts", {3: -1}, "shift is -1; it must be 0 or 32"),
-        ("first counts", {3: 10}, "key is None with shift 10; it must be None for the first digit"),
-        ("last counts", {3: 21}, "key is given with shift 21; it must be None for the first digit"),
-        ("last counts", {2: torch.zeros(())}, r"key is float32 of shape \[\]; it must be one int64"),
-        ("first key", {0: torch.zeros(2048)}, "counts is float32; it must be int64"),
-        (
-            "first key",
-            {0: torch.zeros(2049, dtype=torch.int64)},
-            r"counts has shape \[2049\]; it must be \[1\] to \[",
-        ),
-        ("first key", {0: torch.zeros(0, dtype=torch.int64)}, r"counts has shape \[0\]"),
-        ("first key", {2: torch.zeros(1, dtype=torch.int64)}, r"k is int64 of shape \[1\]; it must be one int64"),
-        ("first key", {3: 64}, r"shift is 64; it must be in \[0, 64\)"),
-        ("next_key", {2: torch.zeros((), dtype=torch.int32)}, r"key is int32 of shape \[\]; it must be one int64"),
-        ("topk", {4: torch.zeros(2)}, r"ties is float32 of shape \[2\]; it must be int64, one number a process"),
-        ("topk", {5: 2}, r"process is 2; it must be in \[0, 2\), the processes of ties"),
-        ("topk", {5: -1}, "process is -1"),
-        ("quantile", {4: torch.zeros(2, dtype=torch.int64)}, "next_key is given with ties"),
-        ("quantile", {7: None}, "next_key is given and weight is None; both are needed for a quantile"),
-        ("quantile", {6: None}, "next_key is None and weight is given"),
-        ("quantile", {6: torch.zeros((), dtype=torch.int64)}, r"next_key is int64 of shape \[\]; it must be one int32"),
-        ("quantile", {7: torch.zeros(())}, r"weight is float32 of shape \[\]; it must be one float64"),
-    ],
-)
-def test_bad_input_of_steps(call, arguments, message, device):
-    op, good = step_calls(device)[call]
-    bad = [arguments.get(i, value) for i, value in enumerate(good)]
-    bad = [value.to(device) if isinstance(value, torch.Tensor) else value for value in bad]
-    with pytest.raises(ValueError, match=message):
-        getattr(torch.ops.entropy_rl, f"global_top_mask_{op}")(*bad)
