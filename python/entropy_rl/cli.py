@@ -23,8 +23,8 @@ of highest entropy are marked. A slider changes their share.
   entropy-rl inspect --model Qwen/Qwen3-0.6B --input completions.jsonl --output report.html
 
 Each row of the input has a `prompt` and a `completion`. Both are texts or lists of {role, content}.
-If the rows have no completion, or with --samples, completions are sampled from the model. A text
-prompt is used unmodified; a list goes through the tokenizer's chat template.
+If the rows have no completion, or with --samples, completions are sampled from the model. A list of
+messages goes through the tokenizer's chat template; a text does not.
 """
 
 DOCTOR = """\
@@ -96,7 +96,13 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    inspect = add("inspect", "show which tokens of a model's completions are forks", INSPECT)
+    _add_inspect(add("inspect", "show which tokens of a model's completions are forks", INSPECT))
+    _add_ablate(add("ablate", "compare training on all tokens, on the forks, and on all other tokens", ABLATE))
+    add("doctor", "show what is installed and active, and how to fix what is wrong", DOCTOR)
+    return parser
+
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--model", required=True, metavar="PATH", help="a directory, or a name on the hub")
     inspect.add_argument("--input", required=True, type=Path, metavar="FILE", help="a .jsonl or .parquet file")
     inspect.add_argument(
@@ -155,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=_count, default=32, metavar="N", help="number of completions to sample at a time (32)"
     )
 
-    ablate = add("ablate", "compare training on all tokens, on the forks, and on all other tokens", ABLATE)
+
+def _add_ablate(ablate: argparse.ArgumentParser) -> None:
     ablate.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", help="directory for all results")
     ablate.add_argument("--arms", type=_arms, default=ARMS, metavar="ARM,ARM", help=f"any of {','.join(ARMS)}")
     ablate.add_argument("--seeds", type=_count, default=3, metavar="N", help="run the seeds 0 to N - 1 (3)")
@@ -165,9 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     ablate.add_argument("--jobs", type=_count, default=1, metavar="N", help="number of runs at a time (1)")
     ablate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the trainer")
-
-    add("doctor", "show what is installed and active, and how to fix what is wrong", DOCTOR)
-    return parser
 
 
 def _version() -> str:
