@@ -1,4 +1,4 @@
-"""A headless Chromium; `make test-report` installs it where it is missing."""
+"""A headless Chromium, which `make test-report` installs if it is missing."""
 
 import shutil
 from collections.abc import Iterator
