@@ -16,7 +16,7 @@ from optimizer_step import CASES, TEMPERATURE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from entropy_rl.selection import select_by_covariance
+from entropy_rl_ext import covariance_mask
 
 RATIO = 0.2
 
@@ -105,7 +105,7 @@ def chosen_by_covariance(rows: dict[int, tuple[Tensor, ...]], case: dict[str, An
     if case["actor.policy_loss.loss_mode"] == "clip_cov":
         torch.manual_seed(optimizer_step.SEED)
         numbers = {key.removeprefix("actor.policy_loss."): value for key, value in case.items() if "clip_cov_" in key}
-        chosen = select_by_covariance(*batch, "clip_cov", seed=int(torch.randint(2**62, ())), **numbers)
+        chosen = covariance_mask(*batch, "clip_cov", seed=int(torch.randint(2**62, ())), **numbers)
         assert 0 < chosen.sum() == int(0.1 * mask.sum())
     else:
         covariance = (advantage - advantage[mask].mean()) * (log_prob - log_prob[mask].mean())
