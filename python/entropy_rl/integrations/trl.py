@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_rl.integrations import SUPPORTED, is_supported
-from entropy_rl.selection import OPTIONS, StepSelection, TokenSelection, prepass, select_tokens
+from entropy_rl.selection import OPTIONS, Ranks, Rule, StepSelection, TokenSelection, prepass, select_tokens
 from entropy_rl_ext import linear_logprob_entropy
 
 _INSTALL = f"pip install 'trl=={SUPPORTED['trl']}.*'"
@@ -38,9 +38,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # no
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 
-Rule = Literal["topk", "threshold", "quantile"]
 Scope = Literal["micro_batch", "mini_batch"]
-Ranks = Literal["local", "global"]
 Normalize = Literal["selected", "response"]
 LMHead = Literal["selected_rows", "trl"]
 CHOICES = {
