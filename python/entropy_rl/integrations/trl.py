@@ -151,8 +151,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
             )
         # The selection of the optimizer step; with the scope micro_batch, of the micro-batch.
         self._selection: StepSelection | None = None
-        # With the scope mini_batch, for each micro-batch of the step: which tokens it selected, and the log-probabilities
-        # and entropies of the prepass, each [B, T].
+        # With the scope mini_batch, for each micro-batch of the step: its part of the selection, and the prepass's
+        # log-probabilities and entropies, each [B, T].
         self._tokens: list[TokenSelection] = []
         self._scores: list[tuple[Tensor, Tensor]] = []
         # State while the loss of a micro-batch is computed: its inputs, and what corrects the entropy bonus, [].
@@ -225,8 +225,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
         return self._step % self.args.steps_per_generation if self.model.training else 0
 
     def _begin_selection(self, inputs: dict[str, Any]) -> None:
-        """Counts the tokens of the generation, which `num_items_in_batch` spans. With the scope mini_batch it also selects
-        the tokens of the optimizer step that begins."""
+        """Counts the tokens of the generation, which `num_items_in_batch` spans. With the scope mini_batch it also
+        selects the tokens of the optimizer step that begins."""
         args = self.args
         selection = self._selection = StepSelection(args, scope=None if self.model.training else "micro_batch")
         micro_batches = self._buffered_inputs if self.model.training else [inputs]
