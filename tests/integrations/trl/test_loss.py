@@ -379,7 +379,7 @@ def test_models_that_change_their_logits_after_the_head(
 def test_under_zero_3_the_head_is_trls(trainer: Callable[..., GRPOTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
     heads = Heads(monkeypatch)
     monkeypatch.setattr(integration, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.warns(UserWarning, match="'selected_rows' under DeepSpeed ZeRO-3"):
+    with pytest.warns(UserWarning, match="'selected_rows', but DeepSpeed ZeRO-3 gathers the LM head"):
         ours = trainer(entropy_top_ratio=0.2)
     optimizer_step(ours, make_batch())
     assert not heads.rows
