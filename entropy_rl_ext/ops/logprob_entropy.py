@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import register_no_derivative
+from ._autograd import register_autograd, register_no_derivative
 from ._fakes import check_same_device
 from ._temperature import split_temperature, temperature_tensor
 
@@ -104,5 +104,5 @@ def _backward(
     return grad_logits, None, None, None
 
 
-torch.library.register_autograd("entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context)
+register_autograd("logprob_entropy_forward", _backward, _setup_context, differentiable=1)
 register_no_derivative("logprob_entropy_backward", "second derivatives are not offered")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import entropy_rl_ext
+import entropy_rl_ext.reference
 from entropy_rl import cli, doctor
 
 
