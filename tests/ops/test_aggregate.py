@@ -130,5 +130,5 @@ def test_bad_input(device):
         aggregate(values[0], mask[0])
     with pytest.raises(ValueError, match="batch_num_tokens is None and dp_size is 2"):
         aggregate(values, mask, dp_size=2)
-    with pytest.raises(ValueError, match="mask is on meta and values on .*; all tensors of one call must be"):
+    with pytest.raises(ValueError, match=r"mask is on meta and values on .*; all tensors of one call must be"):
         aggregate(values, mask.to("meta"))
