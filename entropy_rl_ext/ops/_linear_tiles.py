@@ -19,7 +19,7 @@ _TILE = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 # Elements to which a buffer's rows are padded: 16 bytes of a 16-bit dtype, which cuBLAS needs for its fastest GEMMs.
 _PADDING = 8
 
-# The columns of a row's state: csrc/kernels/linear_logprob_entropy.h.
+# The columns of a row's state: csrc/kernels/linear_logprob_entropy_math.h.
 MAX, SUM, DOT, SQUARES, BEFORE_TARGET, TARGET = range(6)
 
 
