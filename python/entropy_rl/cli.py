@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: {parsed.command} needs {error.name}, which is not installed; install it with: "
-            "pip install 'entropy-rl-ext[train]'",
+            "pip install --no-build-isolation -e '.[train]' in a clone of the package",
             file=sys.stderr,
         )
         return 2

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from entropy_rl.integrations import SUPPORTED, is_supported
 
 DISTRIBUTION = "entropy-rl-ext"
-REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}, or in a checkout: pip install -e ."
+REINSTALL = "pip install --no-build-isolation -e . in a clone of the package"
 
 
 class Finding(NamedTuple):
@@ -299,7 +299,7 @@ def check_training() -> Iterator[Finding]:
         for name in requires(DISTRIBUTION) or ()
         if "extra == 'train'" in name.replace('"', "'")
     ]
-    fix = f"pip install '{DISTRIBUTION}[train]'"
+    fix = "pip install --no-build-isolation -e '.[train]' in a clone of the package"
     missing = [text for requirement in wanted if (text := _lacking(requirement))]
     if all(installed_version(_name_of(requirement)) is None for requirement in wanted):
         yield Finding("off", "entropy_rl.train", f"not installed: {fix}")

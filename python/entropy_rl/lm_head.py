@@ -6,6 +6,7 @@ everything else that its forward does still happens, and so do the hooks of FSDP
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,8 +49,8 @@ def _find_reason(model: nn.Module) -> str | None:
 
 
 def _head(model: nn.Module) -> nn.Linear | None:
-    model = getattr(model, "module", model)  # what DDP wraps
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inner: Any = getattr(model, "module", model)  # what DDP wraps
+    return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
 
 
 @contextmanager

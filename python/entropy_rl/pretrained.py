@@ -1,7 +1,7 @@
 """Models and tokenizers in Hugging Face's format, and the token ids that the trainer and `inspect` share."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def check_fits(model: PreTrainedModel, ids: dict[str, Iterable[int]], what: str, length: int) -> None:
+def check_fits(model: PreTrainedModel, ids: Mapping[str, Iterable[int]], what: str, length: int) -> None:
     """Checks that the model has all token ids and as many positions as the longest sequence.
 
     Args:

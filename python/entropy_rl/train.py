@@ -557,7 +557,7 @@ def log_prob_and_entropy(
     mask = batch.response_mask if mask is None else mask
     temperature = config.actor_rollout_ref.rollout.temperature
     fused = uses_fused_head(model, config)
-    scoring = contextlib.nullcontext()
+    scoring: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if fused:
         scoring = lm_head.scoring(model, batch.responses, mask, temperature, entropy_grad=entropy_grad)
     with autocast(model.device, config), scoring:

@@ -133,6 +133,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
     among them in nats. Both cover all processes and micro-batches of an optimizer step, weighted by tokens.
     """
 
+    loss_type: str  # TRL sets it
+
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: EntropyGRPOConfig | None = None, *rest: Any, **named: Any
     ):
@@ -150,7 +152,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
                 stacklevel=2,
             )
         # The selection of the optimizer step; with the scope micro_batch, of the micro-batch.
-        self._selection: StepSelection | None = None
+        self._selection: StepSelection  # set by `_begin_selection`
         # With the scope mini_batch, for each micro-batch of the step: its part of the selection, and the prepass's
         # log-probabilities and entropies, each [B, T].
         self._tokens: list[TokenSelection] = []

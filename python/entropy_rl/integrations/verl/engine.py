@@ -6,7 +6,7 @@ import verl's engines: that would fix the platform before others have registered
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
     The selection of each token is in fields of the batch, of which verl gives each micro-batch its rows.
     """
 
-    def wrapped(self: Any, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
+    def wrapped(self: Any, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         config = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and loss.applies(config):
             step = StepSelection(config, self.get_data_parallel_group())
@@ -168,7 +168,9 @@ def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable
         offsets = micro_batch["input_ids"].offsets()
         targets = output_args["input_ids_rmpad_rolled"]
         if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            values = log_prob_and_entropy(logits.squeeze(0), targets, output_args["temperature_rmpad"])
+            values: Sequence[Tensor] = log_prob_and_entropy(
+                logits.squeeze(0), targets, output_args["temperature_rmpad"]
+            )
             values = [self._gather_and_unpad_packed(value, output_args["pad_size"]) for value in values]
         else:
             inside = torch.arange(logits.shape[1], device=logits.device) < offsets.diff()[:, None]
@@ -194,7 +196,7 @@ def log_prob_and_entropy(
 class _FusedHead(NamedTuple):
     """The LM head of the model whose forward runs."""
 
-    module: nn.Module
+    module: Any
     rows: tuple[Tensor, int] | None  # mask of the rows that the loss reads, and their number; None: all rows
 
 
@@ -275,7 +277,7 @@ def fused_log_prob_and_entropy(
         mask = nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
 
     def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_logprob_entropy(
+        log_prob, entropy = linear_logprob_entropy(
             hidden,
             weight,
             targets,
@@ -284,6 +286,7 @@ def fused_log_prob_and_entropy(
             temperature=temperature,
             entropy_grad=torch.is_grad_enabled(),
         )
+        return log_prob, entropy
 
     if head is None or not isinstance(weight, DTensor):
         return score(hidden, weight)
