@@ -12,6 +12,9 @@
 # make wheel       an sdist and the CPU wheel built from it, for torch 2.11 and Python 3.10 and later, in dist/
 # make release     make wheel, then the checks that a release must pass; make test-wheel: also under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
+# make emulator    an emulated CUDA device, and the CUDA wheel for it
+# make test-emulated  tests of the CUDA wheel on the emulated device; make test-emulated-full: all of them
+# make instruction-counts  docs/cuda_instructions.md from the emulated device
 # make lint        formatting and types; make format fixes the formatting
 # make compile-commands  build/compile_commands.json, for clangd and other editors
 #
@@ -44,10 +47,10 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h tests/emulator/*.cu tests/emulator/src/*.cpp tests/emulator/src/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build lint format compile-commands clean
+.PHONY: help demo develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -150,9 +153,13 @@ test-wheel: release .venv-cuda/environment
 	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
-cuda-build: .venv-cuda/environment .venv/libraries
+# The CUDA wheel, in dist/ until `make wheel` puts the CPU wheel there.
+dist/cuda: .venv-cuda/environment pyproject.toml $(SOURCES) $(shell find entropy_rl_ext python -name '*.py')
 	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+	touch $@
+
+cuda-build: dist/cuda .venv/libraries
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
 	$(CUDA_BIN)/python tools/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
@@ -160,6 +167,27 @@ cuda-build: .venv-cuda/environment .venv/libraries
 	@echo "the same wheel under a CPU build of torch:"
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
 	PYTHONPATH=build/wheel $(BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
+
+# The emulated CUDA device (docs/emulation.md): libcudaemu.so, the CUDA wheel and the PTX of its kernels.
+build/emulator/package: dist/cuda
+	rm -rf $@ build/emulator/ptx
+	mkdir -p build/emulator/ptx
+	$(CUDA_BIN)/pip install -q --no-deps --target $@ dist/*.whl
+	cuobjdump=$$(PYTHONPATH=tools $(CUDA_BIN)/python -c 'import compile_report; print(compile_report.find_cuobjdump())'); \
+	  cd build/emulator/ptx && "$$cuobjdump" --extract-ptx all ../package/entropy_rl_ext/_cuda.abi3.so > /dev/null
+	touch $@
+
+emulator: build/emulator/package
+	$(MAKE) -C tests/emulator -j $(JOBS)
+
+test-emulated: emulator
+	tests/emulator/run_tests.sh $(CUDA_BIN) quick
+
+test-emulated-full: emulator
+	tests/emulator/run_tests.sh $(CUDA_BIN) full
+
+instruction-counts: emulator
+	tests/emulator/run.sh $(CUDA_BIN)/python tools/instruction_counts.py docs/cuda_instructions.md
 
 test-gpu:
 	GPU_PYTHON=$(GPU_PYTHON) tests/gpu/run_all.sh tests sanitizers

@@ -61,6 +61,10 @@ MADE_BY = {
     "test-gpu": "a developer with a GPU",
     "bench": "a developer, for minutes; tests/test_benchmarks.py runs each benchmark at a small size",
     "performance": "a developer; tests/test_benchmarks.py compares the page",
+    "emulator": "CI, for test-emulated",
+    "test-emulated": "CI",
+    "test-emulated-full": "a developer",
+    "instruction-counts": "a developer; CI compares the page",
 }
 
 
@@ -154,6 +158,10 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["torchrun", *arguments]:
             torchrun = Path(sys.executable).with_name("torchrun")
             subprocess.run([torchrun, *arguments, *SMALL], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        case ["tests/emulator/run.sh", *arguments]:
+            arguments = [word for word in arguments if not word.startswith(".venv-cuda/bin/")]
+            for path in (word for word in arguments if "/" in word):
+                assert (ROOT / path).exists(), path
         case ["entropy-rl", "ablate", *arguments]:
             small = SMALL if any("model.path" in word for word in arguments) else []
             assert cli.main(["ablate", *SMALL_ABLATION, *arguments, *small]) == 0

@@ -1,4 +1,5 @@
-"""One small pass over every CUDA kernel, forward and backward, to run under compute-sanitizer."""
+"""One small pass over every CUDA kernel, forward and backward, to run under compute-sanitizer and the emulator,
+which fails where a kernel is missing."""
 
 import itertools
 
@@ -8,11 +9,29 @@ import entropy_rl_ext as ext
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean"]
 LOSS_MODES += ["dppo_tv", "dppo_kl", "sapo", "dro", "cispo"]
+KL_TYPES = ["abs", "abs+", "k1", "k1+", "k2", "k3", "k3+"]
+
+
+def losses(dtype: torch.dtype) -> None:
+    mask = torch.rand(3, 70, device="cuda") < 0.8
+    chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
+    old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
+    for mode in LOSS_MODES:
+        leaf = torch.randn(3, 70, device="cuda").to(dtype).requires_grad_()
+        extra = {"dro_beta": 0.1} if mode == "dro" else {}
+        loss, _ = ext.policy_loss(leaf, old, advantages, mask, loss_mode=mode, entropy_mask=chosen, **extra)
+        (loss + ext.aggregate(leaf, mask)).backward()
+    for kind in KL_TYPES:
+        leaf = torch.randn(3, 70, device="cuda").to(dtype).requires_grad_()
+        ext.kl_loss(leaf, old, mask, kl_loss_type=kind).backward()
+    # More tokens than one block chooses from.
+    many = torch.randn(3, 3001, device="cuda").to(dtype)
+    for mode in ("clip_cov", "kl_cov"):
+        ext.policy_loss(many, many, many, many > -9, loss_mode=mode)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    mask = torch.rand(3, 70, device="cuda") < 0.8
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         # The last: rows of several parts, few enough for a block each.
         for rows, vocab in ((70, 1), (70, 33), (300, 4099), (2, 20_001)):
@@ -45,13 +64,11 @@ def main() -> None:
         k, ties = torch.tensor(9, device="cuda"), torch.tensor([5, 70, 3], device="cuda")
         values = torch.full((70,), 2.0, device="cuda", dtype=dtype)
         torch.ops.entropy_rl.global_top_mask_at_key(values, values > 1, key, k, ties, 1)
-        chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
-        old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
-        for mode in LOSS_MODES:
-            leaf = torch.randn(3, 70, device="cuda").to(dtype).requires_grad_()
-            extra = {"dro_beta": 0.1} if mode == "dro" else {}
-            loss, _ = ext.policy_loss(leaf, old, advantages, mask, loss_mode=mode, entropy_mask=chosen, **extra)
-            (loss + ext.kl_loss(leaf, old, mask) + ext.aggregate(leaf, mask)).backward()
+        losses(dtype)
+    # More rows than one block sorts by group id.
+    entropy = torch.rand(9000, 2, device="cuda")
+    group_ids = torch.arange(9000, device="cuda") % 3
+    ext.global_top_mask(entropy, entropy > 0.1, scope="group", group_ids=group_ids)
     torch.cuda.synchronize()
     print("sanitize: every kernel ran")
 
