@@ -1,13 +1,13 @@
-"""The processes of a run: this one alone, or those that torchrun started, each with its share of every batch.
+"""The processes of a run: this process alone, or those that torchrun started, each with its share of every batch.
 
-Without torchrun there is one rank, and every function here is its plain case: a sum over ranks is the value itself.
+Without torchrun there is one rank, and each function does the obvious thing: a sum over ranks is the value itself.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from entropy_rl.errors import UserError
+
 
 def local_rank() -> int:
-    """The number of this process on its machine, by which it takes a GPU."""
+    """The number of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """Joins the ranks that torchrun started. A collective that takes longer than the timeout ends the run."""
+    """Joins the ranks that torchrun started. The run ends if a collective takes longer than the timeout."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -41,7 +43,7 @@ def process_group(device: torch.device, timeout_seconds: float) -> Iterator[None
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
     yield
-    # After an error the process ends without: it would wait here for ranks that wait for it elsewhere.
+    # Not after an error: this process would wait here for ranks that wait for it in another collective.
     dist.destroy_process_group()
 
 
@@ -54,12 +56,12 @@ def size() -> int:
 
 
 def seed_of_rank(seed: int) -> int:
-    """Another one for each rank; of rank 0 the same."""
+    """A different seed for each rank; rank 0 keeps `seed`."""
     return seed + (rank() << 40)
 
 
 def reduce(value: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """`value` combined over all ranks, of the same shape on each."""
+    """`value` combined over all ranks. It has the same shape on each."""
     if not dist.is_initialized():
         return value
     value = value.clone()
@@ -68,7 +70,7 @@ def reduce(value: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 
 
 def gather(value: Any) -> list[Any]:
-    """What each rank gives, in their order, on all of them. Anything that pickle takes; the host waits for it."""
+    """The values of all ranks in their order, on every rank. Takes anything that pickle does. Syncs with the host."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * size()
@@ -77,8 +79,21 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """What rank 0 gives."""
+    """The value of rank 0, on every rank."""
     return gather(value)[0]
+
+
+def on_first(action: Callable[[], None]) -> None:
+    """Runs `action` on rank 0. A UserError that it raises is raised on every rank, so that none waits for another."""
+    error = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as raised:
+            error = raised
+    error = from_first(error)
+    if error is not None:
+        raise error
 
 
 def barrier() -> None:
@@ -90,7 +105,7 @@ def barrier() -> None:
 
 
 def distribute(model: nn.Module, strategy: str, device: torch.device) -> nn.Module:
-    """The model over all ranks: "fsdp2" shards it, in place, layer by layer; "ddp" gives each rank all of it.
+    """Distributes a model over all ranks: "fsdp2" shards it in place, layer by layer; "ddp" gives each rank a copy.
 
     Gradients are averaged over the ranks.
     """
@@ -100,11 +115,11 @@ def distribute(model: nn.Module, strategy: str, device: torch.device) -> nn.Modu
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            # The same on every rank from the start.
+            # They are the same on every rank from the start.
             broadcast_buffers=False,
         )
     mesh = init_device_mesh(device.type, (size(),))
-    layers = set(model._no_split_modules or ())  # transformers' name for what must stay on one device
+    layers = set(cast(Any, model)._no_split_modules or ())  # the classes that transformers keeps on one device
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
@@ -117,19 +132,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def reduces_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next forward and backward reduces gradients over ranks: the last one of a step must.
+    """Sets whether the next forward and backward reduces gradients over ranks. The last one of a step must.
 
-    Sharded gradients have no room for those of the other shards, and are reduced every time.
+    FSDP2 reduces every time, because a rank has no memory for the gradients of the other shards.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
-    """The model itself, with all of its parameters on every rank: ranks may run it as often as each of them likes.
+def unsharded(model: nn.Module) -> Iterator[Any]:
+    """The model with all of its parameters on every rank, so that each rank can run it as often as it needs.
 
-    A sharded model's forward is a collective: one that not all ranks run would hang.
+    The forward of a sharded model is a collective: it hangs unless all ranks run it.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -140,28 +155,28 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module in sharded:
             module.reshard()
-            # The root keeps its own from the forward to the backward, as fully_shard decides by itself.
+            # fully_shard's default: the root keeps its parameters from the forward to the backward.
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def full_norm(norm: Tensor) -> Tensor:
-    """A norm over sharded gradients, as a plain number."""
+    """The norm of sharded gradients as a plain tensor."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-# ---- States, which do not depend on the number of ranks
+# ---- Unsharded states
 
 
 def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and optimizer state, whole and by parameter name, on the CPU of rank 0; empty on the others."""
+    """Unsharded weights and optimizer state by parameter name, on the CPU of rank 0; empty on the other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
-    # A tied parameter once: gathered twice, transformers would not know it for one and would write both.
+    # A tied parameter only once: transformers does not recognize two gathered copies as one and would write both.
     own = {name for name, _ in [*unwrapped(model).named_parameters(), *unwrapped(model).named_buffers()]}
     weights = {name: weight for name, weight in weights.items() if name in own}
-    return weights, get_optimizer_state_dict(model, optimizer, options=options)
+    return cast(dict[str, Tensor], weights), get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Takes up the optimizer state that `full_state` gave, whole on every rank."""
+    """Loads an optimizer state of `full_state`, which every rank must have."""
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,7 +1,8 @@
-"""The command `entropy-rl doctor`: what is installed, what is active, and the mend for each thing found wrong."""
+"""The command `entropy-rl doctor`: what is installed, what is active, and a fix for everything that is wrong."""
 
 import argparse
 import glob
+import inspect
 import os
 import platform
 import re
@@ -13,30 +14,32 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from entropy_rl.integrations import SUPPORTED, is_supported
+
 DISTRIBUTION = "entropy-rl-ext"
-REINSTALL = f"pip install --force-reinstall --no-deps {DISTRIBUTION}, or in a checkout: pip install -e ."
+REINSTALL = "pip install --no-build-isolation -e . in a clone of the package"
 
 
 class Finding(NamedTuple):
-    """`state`: "ok"; "off", which is no fault (an option that is not there); or "wrong", which `mend` tells to mend."""
+    """One line of the report. The state is "off" if something optional is absent; `fix` says how to repair it."""
 
     state: Literal["ok", "off", "wrong"]
     name: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what it finds. Returns 1 where anything is wrong, else 0."""
+    """Prints the findings. Returns 1 if anything is wrong, otherwise 0."""
     wrong = 0
     for title, checks in CHECKS.items():
         print(title)
         for finding in (finding for check in checks for finding in _guarded(check)):
             print(f"  {MARKS[finding.state]} {finding.name:34} {finding.text}")
-            if finding.mend:
-                print(f"      mend: {finding.mend}")
+            if finding.fix:
+                print(f"      fix: {finding.fix}")
             wrong += finding.state == "wrong"
-    print(f"{wrong} thing{'' if wrong == 1 else 's'} wrong" if wrong else "all is well")
+    print(f"{wrong} problem{'' if wrong == 1 else 's'} found" if wrong else "no problems found")
     return 1 if wrong else 0
 
 
@@ -44,11 +47,11 @@ MARKS = {"ok": "✓", "off": "·", "wrong": "✗"}
 
 
 def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check that breaks is a finding, too: the checks after it still run."""
+    """A check that raises is a finding too, and the checks after it still run."""
     try:
         yield from check()
     except Exception as error:
-        yield Finding("wrong", "this check", f"broke off: {type(error).__name__}: {error}", REINSTALL)
+        yield Finding("wrong", "this check", f"failed: {type(error).__name__}: {error}", REINSTALL)
 
 
 # ---- PyTorch
@@ -72,13 +75,13 @@ def check_torch() -> Iterator[Finding]:
             yield Finding(
                 "wrong",
                 "CUDA",
-                "this machine has an NVIDIA GPU, and this torch is a build without CUDA",
+                "this machine has an NVIDIA GPU, but this torch is a build without CUDA",
                 "install torch's CUDA build (https://pytorch.org/get-started), then this package again",
             )
         else:
             yield Finding("off", "CUDA", "torch is a build without CUDA; everything runs on the CPU")
     elif not torch.cuda.is_available():
-        yield Finding("off", "CUDA", f"torch is built for CUDA {torch.version.cuda}, and sees no GPU (try nvidia-smi)")
+        yield Finding("off", "CUDA", f"torch is built for CUDA {torch.version.cuda} and sees no GPU (try nvidia-smi)")
     else:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
@@ -91,7 +94,7 @@ def check_torch() -> Iterator[Finding]:
 
 def check_library() -> Iterator[Finding]:
     if not _torch_is_there():
-        yield Finding("off", "entropy_rl_ext", "not looked at, for it needs torch")
+        yield Finding("off", "entropy_rl_ext", "not checked, because it needs torch")
         return
     try:
         import torch
@@ -104,12 +107,12 @@ def check_library() -> Iterator[Finding]:
     yield Finding("ok", "entropy_rl_ext", f"{info['version']}, in {Path(entropy_rl_ext.__file__).parent}")
     yield Finding("ok", "built with", f"torch {info['torch']}, C++ compiler {info['compiler']}")
     if installed_version(DISTRIBUTION) is None:
-        yield Finding("off", "installed as", "nothing: it was found on the search path (PYTHONPATH)")
+        yield Finding("off", "installed as", "not installed: it was found on the search path (PYTHONPATH)")
     elif installed_version(DISTRIBUTION) != info["version"]:
         yield Finding(
             "wrong",
             "installed as",
-            f"{DISTRIBUTION} {installed_version(DISTRIBUTION)}; the libraries are of {info['version']}",
+            f"{DISTRIBUTION} {installed_version(DISTRIBUTION)}; the libraries have version {info['version']}",
             REINSTALL,
         )
     if info["simd"]:
@@ -118,7 +121,7 @@ def check_library() -> Iterator[Finding]:
         yield Finding(
             "wrong",
             "CPU kernels",
-            f"ENTROPY_RL_SIMD={os.environ.get('ENTROPY_RL_SIMD')} names no instruction set that this processor has",
+            f"ENTROPY_RL_SIMD={os.environ.get('ENTROPY_RL_SIMD')} names no instruction set of this processor",
             "unset ENTROPY_RL_SIMD, or set it to portable, avx2 or avx512",
         )
     yield from _cuda_kernels(torch, info)
@@ -127,7 +130,7 @@ def check_library() -> Iterator[Finding]:
 def _torch_is_there() -> bool:
     try:
         import torch  # noqa: F401
-    except Exception:  # check_torch tells it
+    except Exception:  # check_torch reports it
         return False
     return True
 
@@ -145,21 +148,21 @@ def _cuda_kernels(torch: Any, info: dict[str, str]) -> Iterator[Finding]:
         return
     missing = [name for name in _ops() if not _has_kernel(torch, name, "CUDA")]
     if missing:
-        yield Finding("wrong", "CUDA kernels", f"{built}; none registered for {', '.join(missing)}", REINSTALL)
+        yield Finding("wrong", "CUDA kernels", f"{built}; none is registered for {', '.join(missing)}", REINSTALL)
         return
     oldest = min(float(arch.split("+")[0]) for arch in info["cuda_archs"].split(";"))
     for index in range(torch.cuda.device_count() if available else 0):
         major, minor = torch.cuda.get_device_capability(index)
         if major + minor / 10 < oldest:
-            mend = f"TORCH_CUDA_ARCH_LIST='{major}.{minor}' {rebuild.removeprefix('in a checkout, ')}"
-            yield Finding("wrong", "CUDA kernels", f"{built}; GPU {index} is sm_{major}{minor}", mend)
+            fix = f"TORCH_CUDA_ARCH_LIST='{major}.{minor}' {rebuild.removeprefix('in a checkout, ')}"
+            yield Finding("wrong", "CUDA kernels", f"{built}; GPU {index} is sm_{major}{minor}", fix)
     yield Finding(
         "ok" if available else "off", "CUDA kernels", built + ("" if available else "; no GPU to run them on")
     )
 
 
 def _ops() -> list[str]:
-    """Every op that is registered, by its public name."""
+    """The names of all registered ops."""
     import torch
 
     schemas = torch._C._jit_get_all_schemas()
@@ -175,76 +178,98 @@ def _has_kernel(torch: Any, op: str, key: str) -> bool:
 
 
 def check_ops() -> Iterator[Finding]:
-    """Each op's values and gradients against `reference`, on each device that is there."""
+    """Compares the values and gradients of each op with `reference`, on the CPU and on a GPU if there is one."""
     try:
         import torch
 
         import entropy_rl_ext.reference
 
         works = bool(entropy_rl_ext.build_info()["simd"])
-    except Exception:  # check_library tells it
+    except Exception:  # check_library reports it
         works = False
     if not works:
-        yield Finding("off", "every op", "not tested, for what they need is wrong (above)")
+        yield Finding("off", "every op", "not tested, because the op library does not work (see above)")
         return
     devices = ["cpu"]
     if torch.version.cuda is not None and torch.cuda.is_available() and entropy_rl_ext.build_info()["cuda"]:
         devices.append("cuda")
     for device in devices:
-        arguments = self_test_arguments(torch, device)
-        for name in tested_ops(entropy_rl_ext):
-            error = self_test(torch, entropy_rl_ext, name, arguments[name])
+        samples = sample_arguments(torch, device)
+        for name in tested_ops():
             label = f"{name} ({device})"
-            if error is None:
+            arguments = arguments_for(name, samples)
+            if isinstance(arguments, str):
+                yield Finding("off", label, f"not tested: no sample for its argument {arguments}")
+            elif (error := self_test(torch, name, arguments)) is None:
                 yield Finding("ok", label, "agrees with reference")
             else:
                 yield Finding("wrong", label, f"differs from reference: {error}", REINSTALL)
 
 
-def tested_ops(library: Any) -> list[str]:
-    return [name for name in library.__all__ if hasattr(library.reference, name)]
+def tested_ops() -> list[str]:
+    """The public ops that have a reference."""
+    import entropy_rl_ext
+    from entropy_rl_ext import reference
+
+    return [name for name in entropy_rl_ext.__all__ if hasattr(reference, name)]
 
 
-def self_test_arguments(torch: Any, device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments for each public op; what requires a gradient is what the gradient is compared of."""
+def sample_arguments(torch: Any, device: str) -> dict[str, Any]:
+    """A value for each parameter name that the ops use. Gradients are compared for those that require one."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, grad: bool = False) -> Any:
         return torch.randn(shape, generator=generator).to(device).requires_grad_(grad)
 
     mask = (torch.rand(4, 33, generator=generator) < 0.8).to(device)
-    targets = torch.randint(1003, (4, 33), generator=generator).to(device)
-    logits = normal(4, 33, 1003, grad=True)
-    log_prob, old, advantages = normal(4, 33, grad=True), normal(4, 33), normal(4, 33)
-    entropy = normal(4, 33).abs()
     return {
-        "aggregate": ((log_prob, mask), {}),
-        "covariance_mask": ((log_prob, old, advantages, mask, "kl_cov"), {}),
-        "get_global_entropy_top_mask": ((entropy, mask, 0.2), {}),
-        "global_top_mask": ((entropy, mask, 0.2), {}),
-        "kl_loss": ((log_prob, old, mask), {}),
-        "linear_logprob_entropy": (
-            (normal(4, 33, 16, grad=True), normal(1003, 16, grad=True), targets),
-            {"mask": mask},
-        ),
-        "logprob_entropy": ((logits, targets), {"mask": mask, "temperature": 0.7}),
-        "policy_loss": ((log_prob, old, advantages, mask), {}),
-        "token_entropy": ((logits,), {"mask": mask, "temperature": 0.7}),
+        "logits": normal(4, 33, 1003, grad=True),
+        "targets": torch.randint(1003, (4, 33), generator=generator).to(device),
+        "hidden": normal(4, 33, 16, grad=True),
+        "weight": normal(1003, 16, grad=True),
+        "values": normal(4, 33, grad=True),
+        "log_prob": normal(4, 33, grad=True),
+        "old_log_prob": normal(4, 33),
+        "ref_log_prob": normal(4, 33),
+        "advantages": normal(4, 33),
+        "entropy": normal(4, 33).abs(),
+        "mask": mask,
+        "response_mask": mask,
+        "temperature": 0.7,
+        "loss_mode": "clip_cov",
     }
 
 
-def self_test(torch: Any, library: Any, name: str, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str | None:
-    """None where the op agrees with its reference, else how it does not."""
-    positional, options = arguments
-    leaves = [value for value in positional if isinstance(value, torch.Tensor) and value.requires_grad]
+def arguments_for(op: str, samples: dict[str, Any]) -> dict[str, Any] | str:
+    """Keyword arguments for an op by its reference's signature, or the name of a required one without a sample."""
+    from entropy_rl_ext import reference
+
+    arguments = {}
+    for name, parameter in inspect.signature(getattr(reference, op)).parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if name in samples and (required or name in ("mask", "temperature")):
+            arguments[name] = samples[name]
+        elif required:
+            return name
+    return arguments
+
+
+def self_test(torch: Any, name: str, arguments: dict[str, Any]) -> str | None:
+    """None if the op agrees with its reference, otherwise how the two differ."""
+    import entropy_rl_ext
+    from entropy_rl_ext import reference
+
+    leaves = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
     results = []
-    for module in (library, library.reference):
-        first, *others = _tensors(torch, getattr(module, name)(*positional, **options))
-        weight = torch.linspace(0.5, 1.5, first.numel(), device=first.device).reshape(first.shape)
-        gradients = torch.autograd.grad((first * weight).sum(), leaves) if first.requires_grad else ()
+    for module in (entropy_rl_ext, reference):
+        first, *others = _tensors(torch, getattr(module, name)(**arguments))
+        gradients: tuple[Any, ...] = ()
+        if first.requires_grad:
+            weight = torch.linspace(0.5, 1.5, first.numel(), device=first.device).reshape(first.shape)
+            gradients = torch.autograd.grad((first * weight).sum(), leaves)
         results.append([first, *others, *gradients])
     if len(results[0]) != len(results[1]):
-        return f"{len(results[0])} results for {len(results[1])}"
+        return f"{len(results[0])} results, and {len(results[1])} from the reference"
     for actual, expected in zip(*results, strict=True):
         try:
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, check_dtype=False)
@@ -261,26 +286,26 @@ def _tensors(torch: Any, result: Any) -> list[Any]:
     return [tensor for value in values for tensor in _tensors(torch, value)]
 
 
-# ---- What is around it
+# ---- The training layer
 
 
 def check_training() -> Iterator[Finding]:
-    """The trainer and `inspect` need the packages of the extra `train`."""
+    """Checks the packages of the extra `train`, which the trainer and `inspect` need."""
     if installed_version(DISTRIBUTION) is None:
-        yield Finding("off", "entropy_rl.train", "what it needs is known of an installed package alone")
+        yield Finding("off", "entropy_rl.train", "not checked, because this package is not installed")
         return
     wanted = [
         name.split(";")[0].strip()
         for name in requires(DISTRIBUTION) or ()
         if "extra == 'train'" in name.replace('"', "'")
     ]
-    mend = f"pip install '{DISTRIBUTION}[train]'"
+    fix = "pip install --no-build-isolation -e '.[train]' in a clone of the package"
     missing = [text for requirement in wanted if (text := _lacking(requirement))]
     if all(installed_version(_name_of(requirement)) is None for requirement in wanted):
-        yield Finding("off", "entropy_rl.train", f"not installed: {mend}")
+        yield Finding("off", "entropy_rl.train", f"not installed: {fix}")
     elif missing:
-        mend += ", or train with verl or TRL, which do not need it"
-        yield Finding("off", "entropy_rl.train", f"lacks {', '.join(missing)}: {mend}")
+        fix += ", or train with verl or TRL, which do not need it"
+        yield Finding("off", "entropy_rl.train", f"lacks {', '.join(missing)}: {fix}")
     else:
         yield Finding("ok", "entropy_rl.train", f"transformers {version('transformers')}")
 
@@ -290,7 +315,7 @@ def _name_of(requirement: str) -> str:
 
 
 def _lacking(requirement: str) -> str | None:
-    """None where a requirement such as transformers>=5.5.3,<6 is met, else what to say of it."""
+    """None if a requirement such as transformers>=5.5.3,<6 is met, otherwise what is wrong with it."""
     installed = installed_version(_name_of(requirement))
     if installed is None:
         return requirement
@@ -299,13 +324,10 @@ def _lacking(requirement: str) -> str | None:
     except ModuleNotFoundError:  # nothing that torch requires brings it
         return None
     met = Requirement(requirement).specifier.contains(installed, prereleases=True)
-    return None if met else f"{requirement} (it has {installed})"
+    return None if met else f"{requirement} ({installed} is installed)"
 
 
-# The versions that the integrations name; here, too, because importing them fails with others.
-SUPPORTED = {"verl": "0.9", "trl": "1.16"}
-
-# Run in processes of their own: these imports are slow, change global state, and may fail in any way.
+# These programs run in separate processes, because the imports are slow, change global state and can fail in any way.
 VERL = """
 import sys
 import verl
@@ -318,7 +340,7 @@ with initialize_config_module("verl.trainer.config", version_base=None):
     config = compose("ppo_trainer", overrides=["actor_rollout_ref.actor.entropy_top_ratio=0.2"])
 assert config.actor_rollout_ref.actor.entropy_top_ratio == 0.2
 from verl.workers.utils import losses
-assert losses.ppo_loss.__module__.startswith("entropy_rl."), "verl still has its own ppo_loss"
+assert losses.ppo_loss.__module__.startswith("entropy_rl."), "verl still uses its own ppo_loss"
 """
 TRL = """
 from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
@@ -330,13 +352,13 @@ assert issubclass(EntropyGRPOTrainer, GRPOTrainer)
 def check_integrations() -> Iterator[Finding]:
     plugins = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     for name, package, program, active in (
-        ("verl", "verl", VERL, "actor_rollout_ref.actor.entropy_top_ratio composes, and its loss is installed"),
-        ("TRL", "trl", TRL, "EntropyGRPOTrainer is there"),
+        ("verl", "verl", VERL, "actor_rollout_ref.actor.entropy_top_ratio is available, and its loss is installed"),
+        ("TRL", "trl", TRL, "EntropyGRPOTrainer can be imported"),
     ):
         installed = installed_version(package)
         if installed is None:
             yield Finding("off", name, "not installed")
-        elif installed.split(".")[:2] != SUPPORTED[package].split("."):
+        elif not is_supported(package, installed):
             text = f"{installed}; {SUPPORTED[package]} is supported"
             yield Finding("wrong", name, text, f"pip install '{package}=={SUPPORTED[package]}.*'")
         elif _module_is_missing(f"entropy_rl.integrations.{package}"):
@@ -344,8 +366,8 @@ def check_integrations() -> Iterator[Finding]:
         elif (failure := _run(program)) is None:
             yield Finding("ok", name, f"{installed}; {active}")
         elif package == "verl" and plugins != "auto" and "entropy_rl" not in plugins.split(","):
-            mend = "unset VERL_USE_EXTERNAL_PLUGINS, or name entropy_rl in it"
-            yield Finding("wrong", name, f"{installed}; {failure}: VERL_USE_EXTERNAL_PLUGINS={plugins}", mend)
+            fix = "unset VERL_USE_EXTERNAL_PLUGINS, or name entropy_rl in it"
+            yield Finding("wrong", name, f"{installed}; {failure}: VERL_USE_EXTERNAL_PLUGINS={plugins}", fix)
         else:
             yield Finding("wrong", name, f"{installed}; {failure}", REINSTALL)
 
@@ -358,13 +380,13 @@ def _module_is_missing(name: str) -> bool:
 
 
 def _run(program: str) -> str | None:
-    """None where a Python program ends well, else the last line of what it said."""
+    """None if a Python program succeeds, otherwise the last line of its stderr."""
     try:
         result = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return "the check took over five minutes"
+        return "the check took more than five minutes"
     lines = result.stderr.strip().splitlines()
     return None if result.returncode == 0 else lines[-1] if lines else f"exit status {result.returncode}"
 
@@ -380,5 +402,5 @@ CHECKS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {
     "PyTorch": (check_torch,),
     "Op library": (check_library,),
     "Ops against entropy_rl_ext.reference": (check_ops,),
-    "Around it": (check_training, check_integrations),
+    "Training": (check_training, check_integrations),
 }

@@ -1,48 +1,76 @@
-"""Which response tokens carry the policy gradient, over what they compete, and what their loss is divided by.
+"""Which response tokens carry the policy gradient of an optimizer step, and what their loss is divided by.
 
-Scope: the tokens of one micro-batch (`select_tokens`), or of the whole mini-batch (`select_mini_batch`), whose mask is
-the same however the mini-batch is cut into micro-batches. Its entropies must be there before the first micro-batch
-trains: from a forward of their own (`prepass`), or from the pass that computed the old log-probabilities.
+`StepSelection` holds the selection of one optimizer step. The trainer of this package, its loss for verl and its
+trainer for TRL all use it. `OPTIONS` documents the configuration keys.
 
-Ranks: "local", each rank by itself; or "global", the tokens of all ranks of a process group as if they were one batch,
-rank after rank. Then ranks exchange histograms, not entropies, and every rank must take part, with tokens or without.
+Which tokens compete for the top share follows from two keys, here in terms of `entropy_rl_ext.global_top_mask`, whose
+argument `scope` is always "batch":
 
-Two losses, clip_cov and kl_cov, choose tokens of their own by covariance: `select_by_covariance` is that choice over a
-whole mini-batch.
+    entropy_top_scope  entropy_top_ranks  competing tokens                              given to the op
+    micro_batch        local              one micro-batch of one rank                   the micro-batch
+    micro_batch        global             the micro-batches that the ranks run at once  the micro-batch, with `group`
+    mini_batch         local              one rank's share of the optimizer step        all its micro-batches at once
+    mini_batch         global             the optimizer step on all ranks               the same, with `group`
+
+The other values of the op's argument, "sequence" (each row) and "group" (rows with one id), have no key.
+
+Selecting over a mini-batch needs its entropies before the first micro-batch trains. They come from an extra forward
+(`prepass`), or from the forward that computed the old log-probabilities.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_rl_ext import global_top_mask, policy_loss
-from entropy_rl_ext.ops.global_top_mask import digit_shifts
-from entropy_rl_ext.reference import splitmix64
+from entropy_rl_ext import covariance_mask, global_top_mask, policy_loss
+from entropy_rl_ext.ops.global_top_mask import top_k_count
 
-RULES = ("topk", "threshold", "quantile")
-RANKS = ("local", "global")
+Rule = Literal["topk", "threshold", "quantile"]
+Ranks = Literal["local", "global"]
+RULES, RANKS = get_args(Rule), get_args(Ranks)
 
-# Loss modes that weigh a sequence as a whole: a selection of tokens is accepted and not applied.
+# Loss modes with one probability ratio per sequence: they accept a selection of tokens and do not apply it.
 SEQUENCE_MODES = ("gspo", "geo_mean")
 
-# Loss modes that choose tokens of their own by covariances over all response tokens.
+# Loss modes that choose tokens by covariance among all response tokens.
 COVARIANCE_MODES = ("clip_cov", "kl_cov")
+
+# The configuration keys. TRL's --help prints these texts.
+OPTIONS = {
+    "entropy_top_ratio": "Share of the response tokens that carry the policy gradient, those of highest entropy, in "
+    "(0, 1]. None (null in YAML): all tokens train, and this package changes nothing.",
+    "entropy_top_rule": "Which tokens count as highest. topk: exactly k = max(1, int(n * ratio + 0.9999)) of n tokens. "
+    "threshold: also all tokens that tie with the k-th. quantile: all tokens at or above the (1 - ratio) quantile, as "
+    "in TRL.",
+    "entropy_top_complement": "Train on all other response tokens instead. With ratio 0.2 these are the 80 % of lowest "
+    "entropy, the paper's control experiment.",
+    "entropy_top_scope": "Which tokens compete. micro_batch: those of one micro-batch, as in the paper's code. "
+    "mini_batch: those of the whole optimizer step, however it is split into micro-batches.",
+    "entropy_top_source": "Where the scope mini_batch takes its entropies from. prepass: an extra forward without "
+    "gradient before every optimizer step. old_policy: the forward that computed the old log-probabilities, at no "
+    "extra cost.",
+    "entropy_top_ranks": "Whether ranks compete. local: each rank selects from its own tokens. global: the tokens of "
+    "all ranks compete as one batch.",
+    "entropy_top_normalize": "What a mean over tokens divides by. selected: the selected tokens (Eq. 6 of the paper). "
+    "response: all response tokens (TRL). At ratio 0.2 the gradient of selected is five times that of response.",
+}
 
 
 def select_tokens(
     entropy: Tensor,
     response_mask: Tensor,
     top_ratio: float,
-    rule: str = "topk",
-    ranks: str = "local",
+    rule: Rule = "topk",
+    ranks: Ranks = "local",
     group: dist.ProcessGroup | None = None,
     *,
     complement: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Selects the response tokens of highest entropy, or with `complement` all others.
 
     Args:
@@ -50,185 +78,43 @@ def select_tokens(
         response_mask: the same shape, any dtype, nonzero = response token.
         top_ratio: share of the response tokens to keep, in (0, 1].
         rule: "topk", "threshold" or "quantile", as in `entropy_rl_ext.global_top_mask`.
-        ranks: "local", or "global": a collective of all ranks of `group`, who give the same top_ratio, rule and dtype;
-            shapes may differ.
-        group: process group of any backend that reduces tensors of this device; None: the default group. Without
-            one, this process is the only rank.
-        complement: the response tokens that this rule leaves out, in place of those that it keeps.
+        ranks: "local": this process alone. "global": a collective of all ranks of `group`.
+        group: a process group; None is the default group. Without one, this process is the only rank.
+        complement: select the response tokens that the rule leaves out.
 
     Returns:
-        The mask, bool, of the shape of `entropy`, and the metric `actor/entropy_threshold`: the lowest entropy that
-        the rule keeps, in nats (inf where it keeps only NaN; 0 where nothing). With "global", both are those of
-        `global_top_mask` on the concatenated batches of all ranks, bit for bit: ties go to the lowest rank, then to the
-        lowest flat index.
+        The mask, bool, of the shape of `entropy`; and the lowest entropy that the rule keeps, 0-dim, in nats.
 
     Raises:
         ValueError: as `global_top_mask`, or an unknown `ranks`.
     """
-    together = _Ranks(ranks, group)
-    if together.several:
-        _check_shape("response_mask", response_mask, "entropy", entropy)
-        # For its checks of the other arguments.
-        global_top_mask(entropy.new_empty(0), response_mask.new_empty(0), top_ratio, rule=rule)
-        selected, threshold = _select_over_ranks(
-            entropy.detach(), response_mask != 0, lambda n: _sought(n, top_ratio, rule), rule, together
-        )
-    else:
-        selected = global_top_mask(entropy.detach(), response_mask, top_ratio, rule=rule)
-        # One element more, for a batch without any. NaN ranks highest: it is the lowest only where nothing else is.
-        lowest = torch.where(selected & ~entropy.isnan(), entropy.detach(), torch.inf).flatten()
-        threshold = torch.cat([lowest, lowest.new_full((1,), torch.inf)]).amin()
-        threshold = torch.where(selected.any(), threshold, 0.0)
+    selected, threshold = global_top_mask(
+        entropy.detach(),
+        response_mask,
+        top_ratio,
+        rule=rule,
+        group=competing_group(ranks, group),
+        return_threshold=True,
+    )
     if complement:
         selected = (response_mask != 0) & ~selected
-    return selected, {"actor/entropy_threshold": threshold}
+    return selected, threshold
 
 
-@torch.no_grad()
-def select_by_covariance(
-    log_prob: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_mode: str,
-    ranks: str = "local",
-    group: dist.ProcessGroup | None = None,
-    *,
-    clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
-    clip_cov_ratio: float = 0.0002,
-    clip_cov_lb: float = 1.0,
-    clip_cov_ub: float = 5.0,
-    kl_cov_ratio: float = 0.0002,
-    seed: int = 0,
-) -> Tensor:
-    """The choice that `policy_loss` makes for clip_cov and kl_cov, over all of these tokens and those of other ranks.
-
-    `policy_loss` chooses among the tokens that it is given, as verl does: those of a micro-batch. Slices of this mask,
-    given as its `covariance_mask`, make a step that does not depend on how it is cut into micro-batches or over ranks.
-
-    Args:
-        log_prob, old_log_prob, advantages: all of the same shape, any, float32, bfloat16, float16 or float64; may be
-            empty. The log-probs are those of the policy that the step begins with, and of the one that sampled.
-        response_mask: the same shape, any dtype, nonzero = response token.
-        loss_mode: "clip_cov" or "kl_cov".
-        ranks, group: as in `select_tokens`; with "global" all ranks give the same options.
-        seed: of clip_cov's draw, in [0, 2^63), that of the first rank. A token's number depends on its place among the
-            response tokens of all ranks, rank after rank. It is another one than `policy_loss` draws.
-        Other options: as in `policy_loss`.
-
-    Returns:
-        The mask, bool, of the shape of `log_prob`. With covariance (A - mean A)(log p - mean log p), means over n
-        response tokens: for kl_cov the max(1, int(n * kl_cov_ratio)) tokens of the largest, ties as in `select_tokens`;
-        for clip_cov as many by its ratio, drawn from the unclipped tokens between the bounds, or all of those.
-
-    Raises:
-        ValueError: as `policy_loss`, or another loss_mode, an unknown `ranks`, or shapes that differ.
-
-    Sources: "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models", arXiv 2505.22617, and
-    compute_policy_loss_clip_cov and compute_policy_loss_kl_cov of verl 0.9.1.
-    """
-    if loss_mode not in COVARIANCE_MODES:
-        raise ValueError(f"loss_mode is {loss_mode!r}; it must be one of {', '.join(map(repr, COVARIANCE_MODES))}")
-    for name, tensor in {
-        "old_log_prob": old_log_prob,
-        "advantages": advantages,
-        "response_mask": response_mask,
-    }.items():
-        _check_shape(name, tensor, "log_prob", log_prob)
-    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
-    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-    # For its checks of the other arguments.
-    policy_loss(
-        *(tensor.new_empty(0, 0) for tensor in (log_prob, old_log_prob, advantages, response_mask)),
-        loss_mode=loss_mode,
-        clip_ratio_low=low,
-        clip_ratio_high=high,
-        clip_cov_ratio=clip_cov_ratio,
-        clip_cov_lb=clip_cov_lb,
-        clip_cov_ub=clip_cov_ub,
-        kl_cov_ratio=kl_cov_ratio,
-        seed=seed,
-    )
-    together = _Ranks(ranks, group)
-    inside = response_mask != 0
-    dtype = torch.float64 if log_prob.dtype == torch.float64 else torch.float32
-    log_p, old, advantage = (torch.where(inside, x.to(dtype), 0) for x in (log_prob, old_log_prob, advantages))
-
-    # Each rank's response tokens, and the seed.
-    counts = torch.zeros(together.size + 1, dtype=torch.int64, device=log_prob.device)
-    counts[together.own] = inside.sum()
-    if together.own == 0:
-        counts[-1] = seed
-    # In float64: rounded to float32, the means do not show in which order they were summed.
-    sums = torch.stack([log_p.sum(dtype=torch.float64), advantage.sum(dtype=torch.float64)])
-    together.all_reduce(counts)
-    together.all_reduce(sums)
-    n, seed_of_all = counts[:-1].sum(), counts[-1]
-    mean_log_p, mean_advantage = (sums / (n + (1e-8 if loss_mode == "clip_cov" else 0.0))).to(dtype)
-    covariance = (advantage - mean_advantage) * (log_p - mean_log_p)
-
-    if loss_mode == "kl_cov":
-        values, eligible, share = covariance, inside, kl_cov_ratio
-    else:
-        ratio = (log_p - old).exp()
-        clipped = -advantage * ratio.clamp(1 - low, 1 + high) > -advantage * ratio
-        eligible = inside & ~clipped & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
-        place = inside.flatten().cumsum(0).view(inside.shape) - 1 + counts[: together.own].sum()
-        words = splitmix64(splitmix64(seed_of_all) + place)
-        values, share = ((words >> 11) & (2**53 - 1)).double(), clip_cov_ratio
-    k = (n * share).long().clamp(min=1)
-    chosen, _ = _select_over_ranks(values, eligible, lambda m: (torch.minimum(k, m), None), "topk", together)
-    return chosen
-
-
-def covariance_options(actor: Any) -> dict[str, Any]:
-    """The options of `select_by_covariance` that an actor configuration with verl's keys has."""
-    own = ("loss_mode", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio")
-    return {
-        "ranks": actor.entropy_top_ranks,
-        **{name: actor[name] for name in ("clip_ratio", "clip_ratio_low", "clip_ratio_high")},
-        **{name: actor.policy_loss[name] for name in own},
-    }
-
-
-def select_mini_batch(
-    entropies: Sequence[Tensor],
-    response_masks: Sequence[Tensor],
-    top_ratio: float,
-    rule: str = "topk",
-    ranks: str = "local",
-    group: dist.ProcessGroup | None = None,
-    *,
-    complement: bool = False,
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """`select_tokens` over all micro-batches of an optimizer step; returns the mask of each.
-
-    The micro-batches may be of any shapes, and with ranks "global" of another number on each rank.
-    """
-    if not entropies:
-        raise ValueError("entropies is empty; a rank without tokens gives one empty tensor")
-    selected, metrics = select_tokens(
-        torch.cat([entropy.flatten() for entropy in entropies]),
-        torch.cat([mask.flatten() for mask in response_masks]),
-        top_ratio,
-        rule,
-        ranks,
-        group,
-        complement=complement,
-    )
-    parts = selected.split([entropy.numel() for entropy in entropies])
-    return [part.view(entropy.shape) for part, entropy in zip(parts, entropies, strict=True)], metrics
+def competing_group(ranks: Ranks, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """The process group whose tokens compete under `entropy_top_ranks`; None means this process alone."""
+    if ranks not in RANKS:
+        raise ValueError(f"ranks is {ranks!r}; it must be one of {', '.join(map(repr, RANKS))}")
+    return (group or dist.group.WORLD) if ranks == "global" else None
 
 
 @contextmanager
 def prepass(device: torch.device) -> Iterator[None]:
-    """A forward before the optimizer step, for its entropies alone.
+    """Context of a forward whose only purpose is the entropies that a selection needs.
 
-    It has no gradient, and leaves the random-number state of the CPU and of `device` as it found it. So dropout draws
-    in the step as if the prepass had not been, and draws the same in both where they run the same micro-batches in the
-    same order: then the entropies are those that the step itself will see.
+    It disables gradients and restores the random-number state of the CPU and of `device`. Dropout in the optimizer
+    step therefore draws what it would draw without the prepass. If the prepass runs the same micro-batches in the same
+    order, both see the same entropies.
     """
     devices = [] if device.type == "cpu" else [device]
     with torch.no_grad(), torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
@@ -236,10 +122,10 @@ def prepass(device: torch.device) -> Iterator[None]:
 
 
 def needs_all_tokens(actor: Any) -> str | None:
-    """What of the loss needs the log-probs or entropies of tokens that were not selected; None: nothing.
+    """The setting for which the loss reads log-probabilities or entropies of unselected tokens; None if there is none.
 
-    Where nothing does, and all selection is made before the optimizer step, only the selected tokens need to meet the
-    LM head in it. `actor` is an actor configuration with verl's keys.
+    If there is none and the selection is made before the optimizer step, the step runs the LM head on the selected
+    tokens only. `actor` is an actor configuration with verl's keys.
     """
     loss_mode = actor.policy_loss.loss_mode
     if loss_mode in SEQUENCE_MODES:
@@ -249,104 +135,248 @@ def needs_all_tokens(actor: Any) -> str | None:
     return "use_kl_loss=true" if actor.use_kl_loss else None
 
 
-def movement_metrics(loss_mode: str) -> set[str]:
-    """Metrics that are means over the response tokens of how far the policy has moved.
+def movement_metrics(loss_mode: str | None) -> set[str]:
+    """The metrics that measure, as means over response tokens, how far the policy has moved from the old one.
 
-    clip_cov's clip fraction is none: it is the share of the tokens that were chosen.
+    The clip fraction of clip_cov is not one of them: it is the share of the tokens that were chosen.
     """
     clipped = set() if loss_mode == "clip_cov" else {"actor/pg_clipfrac", "actor/pg_clipfrac_lower"}
     return {"actor/ppo_kl"} | clipped
 
 
-def top_k_count(response_tokens: Tensor, ratio: float, *, complement: bool = False) -> Tensor:
-    """How many of so many response tokens `select_tokens` selects under the rule topk. Any shape; float64."""
-    count = torch.floor(response_tokens.double() * ratio + 0.9999).clamp(min=1)
-    count = torch.where(response_tokens > 0, count, 0.0)
-    return response_tokens - count if complement else count
+# ---- One optimizer step
 
 
-def token_divisor(selected: Tensor, micro_batch_count: Tensor, mini_batch_count: Tensor) -> Tensor:
-    """Divisor (`batch_num_tokens`) with which the micro-batches' losses add up to a mean over the selected tokens.
+@dataclass
+class TokenSelection:
+    """The selection of a mini-batch, token by token. Every tensor has the shape of the tokens it was made for."""
 
-    For the scope micro-batch, where the selected tokens of the step are not known before all of it has run. The counts
-    are `top_k_count` of this micro-batch, and its sum over all micro-batches of the optimizer step: both are known
-    before any of them has run. Under the rule topk the divisor is that sum, so that every selected token of the step
-    weighs the same. The other rules may keep more tokens; there each micro-batch's mean over its own selected tokens
-    is weighed by its share of the counts. `selected` is how many the micro-batch selected.
+    mask: Tensor  # bool: the token trains
+    covariance_mask: Tensor | None = None  # bool: clip_cov or kl_cov chose the token
+    # Log-probabilities before the step; None unless the step runs the LM head on the selected tokens only.
+    log_prob: Tensor | None = None
+
+    def split(self, rows: Sequence[int]) -> list["TokenSelection"]:
+        """The selection of each micro-batch, given how many rows each has."""
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        parts = zip(*(getattr(self, name).split(list(rows)) for name in names), strict=True)
+        return [TokenSelection(**dict(zip(names, part, strict=True))) for part in parts]
+
+
+class StepSelection:
+    """What one optimizer step trains on, as one of its ranks sees it.
+
+    Call `count_tokens` before the first micro-batch, and with the scope mini_batch `select_mini_batch` as well. Then
+    call `policy_loss` for every micro-batch, on all ranks in the same order. A trainer with its own loss calls `select`
+    and `divisor` instead.
     """
-    return selected * mini_batch_count / micro_batch_count.clamp(min=1)
+
+    mini_batch: bool  # whether the selection is made before the first micro-batch
+    old_policy: bool  # whether that selection uses the entropies of the old policy
+    tokens: Tensor  # [ranks, micro-batches] int64: response tokens
+    response_tokens: Tensor  # []: their sum
+    # Of `select_mini_batch`, all []: the lowest entropy that the rule kept; how many tokens train, of those that
+    # competed with this rank's and of all ranks.
+    threshold: Tensor
+    competing_selected: Tensor
+    selected: Tensor
+
+    def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, scope: str | None = None) -> None:
+        """
+        Args:
+            config: an actor configuration with verl's keys, or any object with the `entropy_top_*` keys alone. The keys
+                source and complement may be missing.
+            group: the ranks that share the step; None is the default group.
+            scope: replaces `entropy_top_scope`.
+        """
+        self._config = config
+        self._group = group or dist.group.WORLD
+        self._ratio = config.entropy_top_ratio
+        self._complement = getattr(config, "entropy_top_complement", False)
+        self._over_ranks = config.entropy_top_ranks == "global"
+        self.mini_batch = self._ratio is not None and (scope or config.entropy_top_scope) == "mini_batch"
+        self.old_policy = getattr(config, "entropy_top_source", "prepass") == "old_policy"
+        policy = getattr(config, "policy_loss", None)
+        self._loss_mode = None if policy is None else policy.loss_mode
+
+    def count_tokens(self, micro_batch_tokens: Tensor, micro_batches_per_step: int | None = None) -> None:
+        """Exchanges the numbers of response tokens, from which the divisor follows. A collective.
+
+        Args:
+            micro_batch_tokens: [micro-batches] int64, the response tokens of each micro-batch of this rank. All ranks
+                give as many.
+            micro_batches_per_step: with the scope mini_batch, how many of them form an optimizer step, if the divisor
+                spans several steps; None: all of them.
+        """
+        tokens = [micro_batch_tokens]
+        if self._group is not None:
+            tokens = [torch.empty_like(micro_batch_tokens) for _ in range(dist.get_world_size(self._group))]
+            dist.all_gather(tokens, micro_batch_tokens, group=self._group)
+        self.tokens = torch.stack(tokens)
+        self.response_tokens = self.tokens.sum()
+        if self._ratio is None:
+            return
+        self._size = (micro_batches_per_step or len(micro_batch_tokens)) if self.mini_batch else 1
+        competing = self.tokens.unflatten(1, (-1, self._size)).sum(-1)  # [ranks, selections]
+        if self._over_ranks:
+            competing = competing.sum(0, keepdim=True)
+        own = 0 if self._over_ranks or self._group is None else dist.get_rank(self._group)
+        self._competing = competing[own]
+        counts = top_k_count(competing, self._ratio, complement=self._complement)
+        self._count_of_all = counts.sum()
+        # The masks of an optimizer step are known on all ranks when it begins; those of a micro-batch are not.
+        self._counts = counts.sum(0) if self.mini_batch else counts[own]
+
+    def competing_tokens(self, number: int) -> Tensor:
+        """[]: how many response tokens compete with those of micro-batch `number`, its own included."""
+        return self._competing[number // self._size]
+
+    def select(self, entropy: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`select_tokens` with the options of the configuration."""
+        config = self._config
+        return select_tokens(
+            entropy,
+            response_mask,
+            self._ratio,
+            config.entropy_top_rule,
+            config.entropy_top_ranks,
+            self._group,
+            complement=self._complement,
+        )
+
+    def select_mini_batch(
+        self,
+        log_prob: Tensor,
+        entropy: Tensor,
+        response_mask: Tensor,
+        *,
+        old_log_prob: Tensor | None = None,
+        advantages: Tensor | None = None,
+        seed: int = 0,
+        only_selected: bool = False,
+    ) -> TokenSelection:
+        """Selects from all of this rank's tokens in the optimizer step. A collective.
+
+        Args:
+            log_prob, entropy: any shape, of the policy before the step.
+            response_mask, old_log_prob, advantages: the same shape. Only the loss modes clip_cov and kl_cov need the
+                last two: they choose tokens by covariance, here from the whole mini-batch too.
+            seed: of clip_cov's draw.
+            only_selected: whether the step will run the LM head on the selected tokens only.
+        """
+        mask, self.threshold = self.select(entropy, response_mask)
+        own = mask.sum()
+        self.selected = self._all_reduce(own)
+        self.competing_selected = self.selected if self._over_ranks else own
+        chosen = None
+        if self._loss_mode in COVARIANCE_MODES:
+            assert old_log_prob is not None and advantages is not None
+            chosen = covariance_mask(
+                log_prob,
+                old_log_prob,
+                advantages,
+                response_mask,
+                group=competing_group(self._config.entropy_top_ranks, self._group),
+                seed=seed,
+                **_options(self._config, _COVARIANCE),
+            )
+        return TokenSelection(mask, chosen, log_prob if only_selected else None)
+
+    def divisor(self, number: int, mask: Tensor) -> Tensor:
+        """The divisor with which the losses of all micro-batches add up to a mean over the selected tokens.
+
+        How many tokens topk selects follows from the numbers of response tokens alone. Under the rule topk the divisor
+        is therefore their number in the whole step, and every selected token has the same weight. The other rules may
+        select more, and with the scope micro_batch it is not known how many the later micro-batches will select. There
+        each selection's mean over its own tokens is weighted by its share of topk's number.
+
+        Args:
+            number: of the micro-batch.
+            mask: its selected tokens, any shape. A collective under the scope micro_batch with ranks global, except for
+                the rule topk.
+        """
+        if self._config.entropy_top_rule == "topk":
+            return self._count_of_all
+        selected = self.selected if self.mini_batch else mask.sum()
+        if self._over_ranks and not self.mini_batch:
+            selected = self._all_reduce(selected)
+        return selected * self._count_of_all / self._counts[number // self._size].clamp(min=1)
+
+    def policy_loss(
+        self,
+        number: int,
+        log_prob: Tensor,
+        entropy: Tensor,
+        old_log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        tokens: TokenSelection | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`entropy_rl_ext.policy_loss` of one micro-batch, on its selected tokens and with the configuration's options.
+
+        Args:
+            number: of the micro-batch.
+            log_prob, entropy, old_log_prob, advantages, response_mask: [B, S].
+            tokens: [B, S], this micro-batch's part of `select_mini_batch`; None with the scope micro_batch.
+            options: further arguments of `policy_loss`. Their `batch_num_tokens` counts all response tokens.
+
+        Returns:
+            The loss; and metrics, weighted so that their sums over micro-batches and ranks are means over the response
+            tokens of the step. If only the selected tokens met the LM head and the selection used the old policy, then
+            how far the policy has moved is known for the selected tokens only: the metrics of that are means over those
+            and have `_selected` appended to their names.
+        """
+        metrics, chosen = {}, None
+        mask = None if tokens is None else tokens.mask
+        if tokens is not None:
+            metrics["actor/entropy_threshold"], chosen = self.threshold, tokens.covariance_mask
+            if tokens.log_prob is not None:  # the unselected tokens enter the metrics, not the loss
+                log_prob = torch.where(tokens.mask, log_prob, tokens.log_prob)
+        elif self._ratio is not None:
+            mask, metrics["actor/entropy_threshold"] = self.select(entropy, response_mask)
+        by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
+        if by_selected and mask is not None:
+            options["batch_num_tokens"] = self.divisor(number, mask)
+        loss, loss_metrics = policy_loss(
+            log_prob,
+            old_log_prob,
+            advantages,
+            response_mask,
+            entropy_mask=mask,
+            covariance_mask=chosen,
+            normalize=self._config.entropy_top_normalize,
+            **_options(self._config, _POLICY_LOSS),
+            **options,
+        )
+        renamed = tokens is not None and tokens.log_prob is not None and self.old_policy
+        return loss, self._weighted(metrics | loss_metrics, response_mask, renamed)
+
+    def _weighted(self, metrics: dict[str, Tensor], response_mask: Tensor, renamed: bool) -> dict[str, Tensor]:
+        tokens, weighted = response_mask.sum(), {}
+        for name, value in metrics.items():
+            total = self.response_tokens
+            if renamed and name in movement_metrics(self._loss_mode):
+                # The unselected tokens entered the mean as unmoved, so it is a sum over the selected ones.
+                name, total = f"{name}_selected", self.selected
+            weighted[name] = value * tokens / total.clamp(min=1)
+        return weighted
+
+    def _all_reduce(self, value: Tensor) -> Tensor:
+        if self._group is None:
+            return value
+        value = value.clone()
+        dist.all_reduce(value, group=self._group)
+        return value
 
 
-# ---- Over ranks
-#
-# A radix select: rounds of 11 bits find the key of rank k, counted from the largest, among the keys of all processes.
-# A round costs one all-reduced histogram, of the keys that share the digits found before. Keys are integers, so that
-# nothing depends on how the tokens are split; every number stays on the device, so that nothing waits for it.
+# Options of `covariance_mask` and of `policy_loss`: keys of an actor configuration, and those of its `policy_loss`.
+_CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
+_CHOICE = ("loss_mode", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio")
+_COVARIANCE = (_CLIP, _CHOICE)
+_POLICY_LOSS = ((*_CLIP, "clip_ratio_c", "tau_pos", "tau_neg"), (*_CHOICE, "ppo_kl_coef", "dro_beta"))
 
 
-class _Ranks:
-    """The ranks whose tokens compete: those of a process group, or this process alone."""
-
-    def __init__(self, ranks: str, group: dist.ProcessGroup | None) -> None:
-        if ranks not in RANKS:
-            raise ValueError(f"ranks is {ranks!r}; it must be one of {', '.join(map(repr, RANKS))}")
-        self._group = group
-        self.several = ranks == "global" and dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size(group) if self.several else 1
-        self.own = dist.get_rank(group) if self.several else 0
-
-    def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        if self.several:
-            dist.all_reduce(tensor, operation, group=self._group)
-
-
-def _check_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    if tensor.shape != like.shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(like.shape)}, that of {like_name}")
-
-
-@torch.no_grad()
-def _select_over_ranks(
-    values: Tensor,
-    eligible: Tensor,
-    sought: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-    rule: str,
-    ranks: _Ranks,
-) -> tuple[Tensor, Tensor]:
-    """This rank's part of the mask over all ranks' values, and the lowest value that the rule keeps.
-
-    `values` are of any shape and floating dtype, `eligible` bool of that shape. `sought` tells of so many eligible
-    values which one the rule seeks, counted from the largest, and for "quantile" how far above it the quantile lies on
-    the way up.
-    """
-    ops = torch.ops.entropy_rl  # described in entropy_rl_ext/ops/global_top_mask.py
-    values, eligible = values.contiguous(), eligible.contiguous()
-    key = k = weight = None
-    for shift in digit_shifts(values.dtype):
-        counts = ops.global_top_mask_counts(values, eligible, key, shift)
-        own_counts = counts.clone()
-        ranks.all_reduce(counts)
-        if k is None:
-            k, weight = sought(counts.sum())
-        key, k = ops.global_top_mask_key(counts, key, k, shift)
-
-    ties = next_key = None
-    if rule == "topk":
-        # Of the last round's keys, those with this last digit are this key.
-        ties = torch.zeros(ranks.size, dtype=torch.int64, device=values.device)
-        ties[ranks.own] = own_counts.take(key & (len(counts) - 1))
-        ranks.all_reduce(ties)
-    elif rule == "quantile":
-        next_key = ops.global_top_mask_next_key(values, eligible, key)
-        ranks.all_reduce(next_key, dist.ReduceOp.MIN)
-    selected, lowest = ops.global_top_mask_at_key(values, eligible, key, k, ties, ranks.own, next_key, weight)
-    return selected, lowest
-
-
-def _sought(n: Tensor, ratio: float, rule: str) -> tuple[Tensor, Tensor | None]:
-    """`sought` of a rule: `top_count` and `quantile_position` of csrc/kernels/selection.h."""
-    if rule == "quantile":
-        position = (n - 1).clamp(min=0).double() * (1.0 - ratio)
-        lower = position.floor()
-        return n - lower.long(), position - lower
-    return torch.minimum(top_k_count(n, ratio).long(), n), None
+def _options(actor: Any, names: tuple[Sequence[str], Sequence[str]]) -> dict[str, Any]:
+    own, of_policy_loss = names
+    return {name: actor[name] for name in own} | {name: actor.policy_loss[name] for name in of_policy_loss}

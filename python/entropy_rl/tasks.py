@@ -1,24 +1,22 @@
-"""What the trainer learns from: problems, and who scores the answers.
+"""What the trainer learns from: problems, and the scorer of their answers.
 
-Two sources: Parquet files in verl's format, scored by math-verify or by a reward function of the user's, and the
+There are two sources: Parquet files in verl's format, scored by math-verify or by the user's reward function, and the
 generated tasks of reasoning-gym, scored by the task itself.
 """
 
 import difflib
-import importlib.util
-import logging
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from entropy_rl import distributed
 from entropy_rl.config import ConfigError
-from entropy_rl.errors import one_line
-
-# (data_source, solution_str, ground_truth, extra_info) -> reward: the signature of verl's reward functions.
-Scorer = Callable[[str, str, Any, dict[str, Any]], float]
+from entropy_rl.errors import check_file, one_line
+from entropy_rl.pretrained import is_conversation
+from entropy_rl.rewards import CustomFunction, MathVerify, ReasoningGym, Scorer, Source, refused_truth
 
 
 @dataclass(frozen=True)
@@ -27,37 +25,54 @@ class Problem:
     data_source: str
     ground_truth: Any
     extra_info: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # the words that name it in an error
 
 
 def load_tasks(config: DictConfig) -> tuple[list[Problem], list[Problem], Scorer]:
-    """Training problems, validation problems (none, if none are configured) and their scorer.
+    """Training problems, validation problems (none if none are configured) and their scorer.
 
     Raises:
-        ConfigError: a file, column, task or reward function that is not as expected.
+        ConfigError: a file, column, ground truth, task or reward function is not as expected.
     """
-    data = config.data
+    data, reward = config.data, config.reward
+    source: Source
     if data.reasoning_gym.name is not None:
-        train, validation, scorer = _load_reasoning_gym(data.reasoning_gym)
+        train, validation, source = _generate(data.reasoning_gym)
     else:
         train = _load_files("data.train_files", data.train_files, data)
         validation = _load_files("data.val_files", data.val_files, data) if data.val_files is not None else []
-        scorer = score_math
-    if config.reward.custom_reward_function.path is not None:
-        scorer = _load_reward_function(**config.reward.custom_reward_function)
-    return _first(train, data.train_max_samples), _first(validation, data.val_max_samples), scorer
-
-
-def score_math(data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
-    """1.0 if math-verify finds in the answer what equals `ground_truth` (LaTeX or a plain expression), else 0.0."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    truth = parse(f"\\boxed{{{ground_truth}}}", [LatexExtractionConfig()])
-    answer = parse(solution_str, [ExprExtractionConfig(), LatexExtractionConfig()])
-    return float(verify(truth, answer)) if truth and answer else 0.0
+        source = MathVerify()
+    if reward.custom_reward_function.path is not None:
+        source = CustomFunction(reward.custom_reward_function.path, reward.custom_reward_function.name)
+        source.load()  # raises here for what is wrong with the file
+    train, validation = _first(train, data.train_max_samples), _first(validation, data.val_max_samples)
+    if isinstance(source, MathVerify):
+        _check_truths([*train, *validation])
+    return train, validation, Scorer(source, _processes(reward.num_workers), reward.timeout)
 
 
 def _first(problems: list[Problem], count: int) -> list[Problem]:
     return problems if count == -1 else problems[:count]
+
+
+def _processes(wanted: int) -> int:
+    """As many as are wanted, but no more than this rank's share of the processors."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, max(1, processors // ranks))
+
+
+def _check_truths(problems: list[Problem]) -> None:
+    for problem in problems:
+        reason = refused_truth(problem.ground_truth)
+        if reason is not None:
+            raise ConfigError(
+                f"{problem.where}: no answer can equal reward_model.ground_truth: {reason}, or a reward function "
+                "(reward.custom_reward_function.path)"
+            )
+
+
+# ---- Parquet files
 
 
 def _load_files(key: str, files: str | ListConfig, data: DictConfig) -> list[Problem]:
@@ -72,8 +87,7 @@ def _load_file(key: str, path: Path, prompt_column: str, source_column: str) -> 
     import pyarrow
     import pyarrow.parquet
 
-    if not path.is_file():
-        raise ConfigError(f"{key}={path}: there is no such file; a Parquet file in verl's format was expected")
+    check_file(f"{key}={path}", path, "a Parquet file in verl's format")
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError):
@@ -95,88 +109,73 @@ def _load_file(key: str, path: Path, prompt_column: str, source_column: str) -> 
 
 def _problem(where: str, row: dict[str, Any], prompt_column: str, source_column: str) -> Problem:
     messages, reward_model = row[prompt_column], row["reward_model"]
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-        or not all(isinstance(m.get("content"), str) for m in messages)
-    ):
+    if not is_conversation(messages):
         raise ConfigError(f"{where}: column {prompt_column} must hold a list of {{role, content}}, both texts")
     if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
         raise ConfigError(f"{where}: column reward_model must hold {{ground_truth: ...}}")
-    return Problem(messages, str(row[source_column]), reward_model["ground_truth"], row.get("extra_info") or {})
+    return Problem(messages, str(row[source_column]), reward_model["ground_truth"], row.get("extra_info") or {}, where)
 
 
-def _load_reasoning_gym(settings: DictConfig) -> tuple[list[Problem], list[Problem], Scorer]:
-    import reasoning_gym
+# ---- reasoning-gym
+
+
+def _generate(settings: DictConfig) -> tuple[list[Problem], list[Problem], Source]:
+    """The problems of a task. No validation problem is a training problem.
+
+    reasoning-gym makes item i from the seed `seed + i`, so that a validation seed next to the training seed would
+    give the same problems again. The seeds of validation begin 2^31 further on. Two seeds can still give the same
+    problem: such validation problems are left out, and their number is printed.
+    """
     from reasoning_gym.factory import DATASETS
-    from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
+    from reasoning_gym.utils import SYSTEM_PROMPTS
 
-    # reasoning-gym's tasks log through the root logger at import; only what is wrong is of interest here.
-    logging.getLogger("reasoning_gym").setLevel(logging.WARNING)
-    name = settings.name
+    name: str = settings.name
+    task = cast(dict[str, Any], OmegaConf.to_container(settings.config))
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=3)
         raise ConfigError(
             f"data.reasoning_gym.name={name}: no task of reasoning-gym has this name"
             + (f"; nearest: {', '.join(close)}" if close else "")
-            + f"; the {len(DATASETS)} names are listed by: python -c "
+            + f"; this prints all {len(DATASETS)} names: python -c "
             "'from reasoning_gym.factory import DATASETS; print(*sorted(DATASETS))'"
         )
+    system = settings.system_prompt and {"role": "system", "content": SYSTEM_PROMPTS[settings.system_prompt]}
 
-    def create(size: int, seed: int) -> Any:
-        task = OmegaConf.to_container(settings.config)
+    def problems(size: int, seed: int) -> tuple[list[Problem], ReasoningGym]:
+        source = ReasoningGym(name, size, seed, task, asks_for_tags=bool(system))
         try:
-            return reasoning_gym.create_dataset(name, size=size, seed=seed, **task)
+            entries = list(source.dataset())
         except (AssertionError, TypeError, ValueError) as error:
             raise ConfigError(f"data.reasoning_gym.config={task}: {name} refuses it: {one_line(error)}") from None
-
-    system = settings.system_prompt and {"role": "system", "content": SYSTEM_PROMPTS[settings.system_prompt]}
-    train = create(settings.size, settings.seed)
-    validation = create(settings.val_size, settings.seed + 1) if settings.val_size else []
-
-    def problems(dataset: Any) -> list[Problem]:
         return [
             Problem(
                 [*([system] if system else []), {"role": "user", "content": entry["question"]}],
                 f"reasoning_gym/{name}",
                 entry["answer"],
                 {"entry": entry},
+                f"data.reasoning_gym.name={name}: problem {number}",
             )
-            for entry in dataset
-        ]
+            for number, entry in enumerate(entries)
+        ], source
 
-    def score(data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
-        answer = extract_answer(solution_str)
-        # Without a system prompt nobody asked for <answer> tags.
-        if answer is None and system is None:
-            answer = solution_str.strip()
-        return float(train.score_answer(answer, extra_info["entry"]))
-
-    return problems(train), problems(validation), score
-
-
-def _load_reward_function(path: str, name: str) -> Scorer:
-    key = "reward.custom_reward_function"
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"{key}.path={path}: there is no such file; a Python file was expected")
-    spec = importlib.util.spec_from_file_location("entropy_rl_custom_reward", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{key}.path={path}: a Python file, its name ending in .py, was expected")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{key}.path={path}: it cannot be imported: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"{key}.name={name}: {path} has no function of this name")
-
-    def score(data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
-        result = function(
-            data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info
+    train, source = problems(settings.size, settings.seed)
+    if not settings.val_size:
+        return train, [], source
+    drawn, _ = problems(settings.val_size, (settings.seed + 2**31) % 2**32)
+    seen = {problem.messages[-1]["content"] for problem in train}
+    validation = []
+    for problem in drawn:
+        if problem.messages[-1]["content"] not in seen:
+            seen.add(problem.messages[-1]["content"])
+            validation.append(problem)
+    if not validation:
+        raise ConfigError(
+            f"data.reasoning_gym.val_size={settings.val_size}: each validation problem is a training problem too; "
+            f"{name} needs a smaller data.reasoning_gym.size than {settings.size}, or a config with more problems"
         )
-        return float(result["score"] if isinstance(result, dict) else result)
-
-    return score
+    if len(validation) < len(drawn) and distributed.rank() == 0:
+        print(
+            f"data.reasoning_gym.val_size={settings.val_size}: {len(drawn) - len(validation)} validation problems "
+            f"repeat others of training or validation and are left out; {len(validation)} are used"
+        )
+    return train, validation, source

@@ -1,13 +1,13 @@
-"""Reinforcement learning with verifiable rewards, the policy gradient on the tokens of highest entropy only.
+"""Reinforcement learning with verifiable rewards, with the policy gradient on the highest-entropy tokens only.
 
     python -m entropy_rl.train actor_rollout_ref.model.path=MODEL data.train_files=train.parquet \\
         actor_rollout_ref.actor.entropy_top_ratio=0.2
 
     torchrun --nproc-per-node 8 -m entropy_rl.train ...
 
-A step samples a group of responses to each problem, scores them, turns scores into advantages, computes the
-log-probabilities that the responses have under the policy as it is, and then takes optimizer steps.
---help lists every key.
+A training step samples a group of responses to each problem, scores them, and turns the scores into advantages. It
+computes the log-probabilities of the responses under the current policy and then takes optimizer steps. --help lists
+every key.
 """
 
 import contextlib
@@ -15,10 +15,9 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -32,21 +31,10 @@ from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained
 from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
-from entropy_rl.selection import (
-    COVARIANCE_MODES,
-    SEQUENCE_MODES,
-    covariance_options,
-    movement_metrics,
-    needs_all_tokens,
-    prepass,
-    select_by_covariance,
-    select_mini_batch,
-    select_tokens,
-    token_divisor,
-    top_k_count,
-)
-from entropy_rl.tasks import Problem, Scorer, load_tasks
-from entropy_rl_ext import aggregate, kl_loss, logprob_entropy, policy_loss
+from entropy_rl.rewards import Scorer
+from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass
+from entropy_rl.tasks import Problem, load_tasks
+from entropy_rl_ext import aggregate, kl_loss, logprob_entropy
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
 
@@ -57,7 +45,7 @@ class Batch:
 
     tokens: Tensor  # [B, P + S] int64
     attention_mask: Tensor  # [B, P + S] int64
-    response_mask: Tensor  # [B, S] bool; the end-of-text token is in
+    response_mask: Tensor  # [B, S] bool, the end-of-text token included
 
     @property
     def responses(self) -> Tensor:  # [B, S] int64
@@ -69,7 +57,7 @@ class Batch:
 
 @dataclass
 class Experience:
-    """What the update needs to know of a batch of responses."""
+    """A batch of responses with what the update needs to learn from it."""
 
     batch: Batch
     advantages: Tensor  # [B, S]
@@ -88,7 +76,7 @@ class Experience:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 2 for what the user can mend, told in one line."""
+    """Runs the command line and returns the exit status: 2 for a user error, reported in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -103,26 +91,105 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: DictConfig) -> None:
-    """Trains as `config` says (config/train.yaml). Raises ConfigError for what the user can mend."""
+    """Trains with a configuration of config/train.yaml. Raises ConfigError for a user error."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = choose_device(config.trainer.device)
     with distributed.process_group(device, config.actor_rollout_ref.nccl_timeout):
         check_ranks(config)
-        run(config, device)
+        with checkpoint.locked(Path(config.trainer.default_local_dir).expanduser()):
+            run(config, device)
+
+
+@dataclass
+class Training:
+    """What a rank trains, and what it trains on."""
+
+    examples: list[Example]
+    validation: list[Example]
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    reference: PreTrainedModel | None  # with use_kl_loss
+    optimizer: Optimizer
+    resumed: Path | None  # the checkpoint that the run resumes from
+    first_step: int  # its step; 0 without one
+    total_steps: int
 
 
 def run(config: DictConfig, device: torch.device) -> None:
-    """What every rank does: its share of each batch, of each gradient, and of each sum."""
-    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
-    first_rank = distributed.rank() == 0
+    """Runs one rank: its share of every batch and of every gradient."""
+    trainer, first_rank = config.trainer, distributed.rank() == 0
     directory = Path(trainer.default_local_dir).expanduser()
-    make_directory(directory)
-    resumed = distributed.from_first(find_checkpoint(trainer, directory))
-    first_step = checkpoint.step_of(resumed) if resumed else 0
+    training = set_up(config, directory, device)
+    saved, last_step = training.resumed, training.total_steps
 
+    def validated() -> dict[str, float]:
+        return validate(training.model, training.tokenizer, training.validation, training.scorer, config)
+
+    with contextlib.closing(Logs(directory, trainer.logger, training.first_step, last_step, active=first_rank)) as logs:
+        if trainer.val_before_train and training.validation and training.first_step == 0:
+            logs.write(0, validated())
+        for step in range(training.first_step + 1, last_step + 1):
+            timer = Timer()
+            metrics, tokens = train_step(training, step, timer, config)
+            last = step == last_step
+            if training.validation and (last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)):
+                with timer.phase("testing"):
+                    metrics |= validated()
+            # Logged before the checkpoint: a run that resumes from it has logged all of its steps.
+            logs.write(step, metrics | timer.metrics(tokens))
+            if is_due(step, last_step, trainer.save_freq):
+                keep = trainer.max_actor_ckpt_to_keep
+                state = (training.model, training.tokenizer, training.optimizer)
+                saved = checkpoint.save(directory, step, *state, keep=keep, previous=saved)
+    if first_rank:
+        print(f"metrics, curves and checkpoints: {directory.resolve()}")
+
+
+def train_step(training: Training, step: int, timer: "Timer", config: DictConfig) -> tuple[dict[str, float], int]:
+    """Samples, scores and updates. Returns the metrics, and how many tokens the batch has over all ranks."""
+    model, rollout, device = training.model, config.actor_rollout_ref.rollout, training.model.device
+    chosen = share_of_rank(batch_of_step(training.examples, step, config.data), config)
+    # The responses to a problem stand next to each other.
+    group = [example for example in chosen for _ in range(rollout.n)]
+    with timer.phase("gen"), distributed.unsharded(model) as unsharded_model:
+        seed = distributed.seed_of_rank(rollout.seed * 1_000_003 + step)
+        generator = torch.Generator(device).manual_seed(seed)
+        prompts = [prompt for _, prompt in group]
+        batch = generate(unsharded_model, training.tokenizer, prompts, config, rollout, generator)
+    with timer.phase("reward"):
+        rewards, faults = score(training.tokenizer, batch, [problem for problem, _ in group], training.scorer)
+        rewards = rewards.to(device)
+    with timer.phase("old_log_prob"):
+        old_log_prob, entropy = compute_log_prob(model, batch, config)
+    ref_log_prob = None
+    if training.reference is not None:
+        with timer.phase("ref"):
+            ref_log_prob, _ = compute_log_prob(training.reference, batch, config)
+    with timer.phase("adv"):
+        advantage = compute_advantages(rewards, batch.response_mask, config)
+    with timer.phase("update_actor"):
+        experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy)
+        updated = update(model, training.optimizer, experience, step, training.total_steps, config)
+
+    steps_per_epoch = len(training.examples) // config.data.train_batch_size
+    metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
+    metrics |= updated | batch_metrics(batch, rewards, faults, advantage, entropy, config)
+    return metrics, int(distributed.reduce(batch.attention_mask.sum()))
+
+
+# ---- Setting up
+
+
+def set_up(config: DictConfig, directory: Path, device: torch.device) -> Training:
+    """Loads data and models, and the state of the checkpoint from which the run resumes."""
+    actor, settings = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    resumed = distributed.from_first(find_checkpoint(config.trainer, directory))
+    first_step = checkpoint.step_of(resumed) if resumed else 0
+    if resumed:
+        checkpoint.verify(resumed, settings.path, trust_remote_code=settings.trust_remote_code)
     problems, validation_problems, scorer = load_tasks(config)
-    settings = config.actor_rollout_ref.model
     tokenizer = load_tokenizer(settings)
     examples = encode(tokenizer, problems, config)
     validation = encode(tokenizer, validation_problems, config)
@@ -131,103 +198,77 @@ def run(config: DictConfig, device: torch.device) -> None:
             f"data.train_batch_size={config.data.train_batch_size}: it must be at most the number of training "
             f"problems, {len(examples)}"
         )
-    steps_per_epoch = len(examples) // config.data.train_batch_size
-    total_steps = trainer.total_training_steps or trainer.total_epochs * steps_per_epoch
+    steps = config.trainer.total_epochs * (len(examples) // config.data.train_batch_size)
+    total_steps = config.trainer.total_training_steps or steps
 
-    transformers.set_seed(rollout.seed)
+    seed = config.actor_rollout_ref.rollout.seed
+    transformers.set_seed(seed)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
+    check_model(model, tokenizer, [*examples, *validation], config)
+    saves = [
+        step for step in range(first_step + 1, total_steps + 1) if is_due(step, total_steps, config.trainer.save_freq)
+    ]
+    checkpoint.check_saving(directory, saves, model, tokenizer)
     model = distributed.distribute(model, actor.strategy, device)
     reference = None
     if actor.use_kl_loss:
         reference = load_model(settings, settings.path).to(device).requires_grad_(False)
-        # Without gradients there is nothing for DDP to do.
-        reference = distributed.distribute(reference, actor.strategy, device) if actor.strategy != "ddp" else reference
+        if actor.strategy != "ddp":  # DDP reduces gradients, and the reference has none
+            reference = distributed.distribute(reference, actor.strategy, device)
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
     if distributed.rank() > 0:
-        torch.manual_seed(distributed.seed_of_rank(rollout.seed))
-    if first_rank:
-        checkpoint.remove_partial(directory)
+        torch.manual_seed(distributed.seed_of_rank(seed))
+    checkpoint.begin(directory, resumed)
     if resumed:
         checkpoint.restore(resumed, model, optimizer)
-        if first_rank:
-            print(f"going on from {resumed}")
-    # After the state is restored: a forward leaves the root of a sharded model whole until its backward.
-    if settings.use_fused_kernels and (reason := lm_head.why_not(model)) and first_rank:
-        print(f"actor_rollout_ref.model.use_fused_kernels: not for this model, {reason}; its logits are held whole")
-    elif settings.use_fused_kernels and selects_for_step(actor) and (reason := needs_all_tokens(actor)) and first_rank:
+    # After the state is restored: a forward leaves the root of a sharded model unsharded until its backward.
+    tell_about_lm_head(model, config)
+    return Training(
+        examples, validation, scorer, tokenizer, model, reference, optimizer, resumed, first_step, total_steps
+    )
+
+
+def is_due(step: int, total_steps: int, every: int) -> bool:
+    """Whether to save after a step: after every so many steps and after the last one; never if `every` is -1."""
+    return every > 0 and (step == total_steps or step % every == 0)
+
+
+def tell_about_lm_head(model: PreTrainedModel, config: DictConfig) -> None:
+    """Prints why the LM head does not save the work that the configuration asks for, if it does not."""
+    actor = config.actor_rollout_ref.actor
+    if not config.actor_rollout_ref.model.use_fused_kernels:
+        return
+    unsupported = lm_head.unsupported_reason(model)  # on all ranks, if the model is sharded
+    needed_by = needs_all_tokens(actor) if StepSelection(actor).mini_batch else None
+    if distributed.rank() > 0:
+        return
+    if unsupported:
         print(
-            "actor_rollout_ref.actor.entropy_top_scope=mini_batch: every response token, selected or not, meets the "
-            f"LM head in the training step: {reason} needs them all"
+            f"actor_rollout_ref.model.use_fused_kernels=true has no effect for this model: {unsupported}; "
+            "its logits are kept in memory"
         )
-
-    with contextlib.closing(Logs(directory, trainer.logger, first_step, total_steps, active=first_rank)) as logs:
-        if trainer.val_before_train and validation and not resumed:
-            logs.write(0, validate(model, tokenizer, validation, scorer, config))
-
-        for step in range(first_step + 1, total_steps + 1):
-            timer = Timer()
-            metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
-            chosen = share_of_rank(batch_of_step(examples, step, config.data), config)
-            # Group by group: the responses to a problem stand side by side.
-            group = [example for example in chosen for _ in range(rollout.n)]
-
-            with timer.phase("gen"), distributed.whole(model) as whole_model:
-                seed = distributed.seed_of_rank(rollout.seed * 1_000_003 + step)
-                generator = torch.Generator(device).manual_seed(seed)
-                prompts = [prompt for _, prompt in group]
-                batch = generate(whole_model, tokenizer, prompts, config, rollout, generator)
-
-            with timer.phase("reward"):
-                rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer).to(device)
-
-            with timer.phase("old_log_prob"):
-                old_log_prob, entropy = compute_log_prob(model, batch, config)
-
-            ref_log_prob = None
-            if reference is not None:
-                with timer.phase("ref"):
-                    ref_log_prob, _ = compute_log_prob(reference, batch, config)
-
-            with timer.phase("adv"):
-                advantage = compute_advantages(rewards, batch.response_mask, config)
-
-            with timer.phase("update_actor"):
-                experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy)
-                metrics |= update(model, optimizer, experience, step, total_steps, config)
-
-            metrics |= batch_metrics(batch, rewards, advantage, entropy, config)
-
-            last = step == total_steps
-            if validation and (last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)):
-                with timer.phase("testing"):
-                    metrics |= validate(model, tokenizer, validation, scorer, config)
-
-            # Before the checkpoint: a run that goes on from it has logged all of its steps.
-            logs.write(step, metrics | timer.metrics(int(distributed.reduce(batch.attention_mask.sum()))))
-            if trainer.save_freq > 0 and (last or step % trainer.save_freq == 0):
-                checkpoint.save(directory, step, model, tokenizer, optimizer, trainer.max_actor_ckpt_to_keep)
-    if first_rank:
-        print(f"metrics, curves and checkpoints: {directory.resolve()}")
-
-
-# ---- Setting up
+    elif needed_by:
+        print(
+            "actor_rollout_ref.actor.entropy_top_scope=mini_batch: the training step runs the LM head on all response "
+            f"tokens, because {needed_by} needs them all"
+        )
 
 
 def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device=cuda: no GPU is visible to PyTorch; auto and cpu are allowed here")
+        raise ConfigError("trainer.device=cuda: PyTorch sees no GPU; it must be auto or cpu here")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name) if name == "cpu" else torch.device(name, distributed.local_rank())
 
 
 def check_ranks(config: DictConfig) -> None:
-    """Raises ConfigError where the batch cannot be shared equally, by whole groups, or where verl's keys disagree."""
+    """Raises ConfigError if the ranks cannot share the batch equally, or if verl's keys name other ranks."""
     actor, trainer, ranks = config.actor_rollout_ref.actor, config.trainer, distributed.size()
     if trainer.n_gpus_per_node is not None and trainer.n_gpus_per_node * trainer.nnodes != ranks:
         raise ConfigError(
             f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}, trainer.nnodes={trainer.nnodes}: torchrun started "
-            f"{ranks} processes (without it there is one); leave n_gpus_per_node null, or let them agree"
+            f"{ranks} processes (one without torchrun); leave n_gpus_per_node null, or make the numbers agree"
         )
     if actor.ppo_mini_batch_size % ranks:
         raise ConfigError(
@@ -243,13 +284,6 @@ def check_ranks(config: DictConfig) -> None:
         )
 
 
-def make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"trainer.default_local_dir={directory}: it cannot be made: {error.strerror}") from None
-
-
 def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
     if trainer.resume_mode == "disable":
         return None
@@ -259,10 +293,9 @@ def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
 
 
 def load_model(settings: DictConfig, path: str | Path) -> PreTrainedModel:
-    """The model in float32, which is what the optimizer updates."""
-    model = pretrained.load_model(
-        _where(settings), path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
-    )
+    """The model in float32, the precision in which the optimizer updates it."""
+    where = _where(settings) if path == settings.path else str(path)  # a checkpoint
+    model = pretrained.load_model(where, path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
     if settings.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -272,10 +305,24 @@ def load_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
     where = _where(settings)
     tokenizer = pretrained.load_tokenizer(where, settings.path, trust_remote_code=settings.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{where}: its tokenizer has no end-of-text token; one that has was expected")
+        raise ConfigError(f"{where}: its tokenizer has no end-of-text token, and training needs one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: DictConfig
+) -> None:
+    """Raises UserError if a token id or the longest prompt with its response does not fit the model."""
+    where, limit = _where(config.actor_rollout_ref.model), config.data.max_response_length
+    prompts = [prompt for _, prompt in examples]
+    ids: dict[str, Iterable[int]] = {
+        f"{where}: its tokenizer's padding token": [tokenizer.pad_token_id],
+        f"{where}: a token that its tokenizer gives": set().union(*prompts),
+    }
+    longest = f"data.max_response_length={limit}: the longest prompt with a response"
+    pretrained.check_fits(model, ids, longest, max(map(len, prompts)) + limit)
 
 
 def _where(settings: DictConfig) -> str:
@@ -283,25 +330,24 @@ def _where(settings: DictConfig) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], config: DictConfig) -> list[Example]:
-    """Problems with their prompts as token ids, by the tokenizer's chat template if it has one."""
+    """Problems with the token ids of their prompts. Prompts that are too long are an error, or are dropped."""
     limit, examples = config.data.max_prompt_length, []
     for problem in problems:
-        text = pretrained.conversation_text(tokenizer, problem.messages, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = pretrained.prompt_ids(tokenizer, problem.messages)
         if not prompt:
-            raise ConfigError("data: a prompt has no tokens; at least one was expected")
+            raise ConfigError(f"{problem.where or 'data'}: a prompt has no tokens; at least one was expected")
         if len(prompt) <= limit:
             examples.append((problem, prompt))
         elif not config.data.filter_overlong_prompts:
             raise ConfigError(
-                f"data.max_prompt_length={limit}: a prompt has {len(prompt)} tokens; allow as many, or set "
-                "data.filter_overlong_prompts=true"
+                f"data.max_prompt_length={limit}: a prompt has {len(prompt)} tokens ({problem.where}); allow as many, "
+                "or set data.filter_overlong_prompts=true"
             )
     return examples
 
 
 def batch_of_step(examples: Sequence[Example], step: int, data: DictConfig) -> list[Example]:
-    """The problems of a step (1 is the first): a function of the step, so that a resumed run meets the same."""
+    """The problems of a step, counted from 1. They depend on nothing else, so that a resumed run sees the same ones."""
     per_epoch = len(examples) // data.train_batch_size
     epoch, index = divmod(step - 1, per_epoch)
     order = torch.arange(len(examples))
@@ -311,7 +357,7 @@ def batch_of_step(examples: Sequence[Example], step: int, data: DictConfig) -> l
 
 
 def share_of_rank(chosen: Sequence[Example], config: DictConfig) -> list[Example]:
-    """The problems of this rank, the same part of every mini-batch: those do not depend on the number of ranks."""
+    """The problems of this rank. Every mini-batch is shared among the ranks and does not depend on their number."""
     mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
     own = mini // distributed.size()
     begins = range(distributed.rank() * own, len(chosen), mini)
@@ -330,13 +376,14 @@ def generate(
     sampling: DictConfig,
     generator: torch.Generator,
 ) -> Batch:
-    """One response to each prompt, at most rollout.max_num_seqs at a time.
+    """Samples one response to each prompt, at most rollout.max_num_seqs at a time.
 
-    `sampling` has temperature (0: the most probable token), top_p and top_k.
+    `sampling` has temperature (0 takes the most probable token), top_p and top_k.
     """
     model.eval()
     width = max(len(prompt) for prompt in prompts)
     limit, at_a_time = config.data.max_response_length, config.actor_rollout_ref.rollout.max_num_seqs
+    end = torch.tensor(pretrained.end_of_text_ids(model, tokenizer), device=model.device)
     parts = []
     for begin in range(0, len(prompts), at_a_time):
         padded = [
@@ -352,7 +399,7 @@ def generate(
                     torch.tensor(padded, device=model.device),
                     prompt_mask.long().to(model.device),
                     limit,
-                    end_tokens(model, tokenizer),
+                    end,
                     tokenizer.pad_token_id,
                     sampling,
                     generator,
@@ -380,7 +427,7 @@ def _generate(
     sampling: DictConfig,
     generator: torch.Generator,
 ) -> Batch:
-    """One token a forward, with a cache of keys and values, until every row has ended."""
+    """Samples one token per forward, with a cache of keys and values, until every row has ended."""
     open_rows = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     new, cache, response_mask = tokens, None, []
@@ -407,7 +454,7 @@ def _generate(
 
 
 def sample(logits: Tensor, sampling: DictConfig, generator: torch.Generator) -> Tensor:
-    """A token id for each row of logits [B, V]."""
+    """Draws a token id for each row of logits [B, V]; returns [B]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
@@ -416,28 +463,29 @@ def sample(logits: Tensor, sampling: DictConfig, generator: torch.Generator) -> 
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if sampling.top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all better tokens
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all tokens before
         logits = torch.full_like(logits, -torch.inf).scatter(
             -1, index, ordered.masked_fill(before >= sampling.top_p, -torch.inf)
         )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids that end a response: the tokenizer's, and those that the model's generation configuration adds."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
-    return torch.tensor(sorted({tokenizer.eos_token_id, *ids}), device=model.device)
-
-
-def score(tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer) -> Tensor:
-    """The reward of each response, [B] float32."""
-    rewards = []
-    for problem, response, mask in zip(problems, batch.responses.tolist(), batch.response_mask.tolist(), strict=True):
-        ids = [token for token, inside in zip(response, mask, strict=True) if inside]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rewards.append(scorer(problem.data_source, text, problem.ground_truth, problem.extra_info))
-    return torch.tensor(rewards, dtype=torch.float32)
+def score(
+    tokenizer: PreTrainedTokenizerBase, batch: Batch, problems: Sequence[Problem], scorer: Scorer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reward of each response, [B] float32, and which responses could not be scored, [B] float32 for a metric."""
+    answers = [
+        tokenizer.decode(
+            [token for token, inside in zip(response, mask, strict=True) if inside], skip_special_tokens=True
+        )
+        for response, mask in zip(batch.responses.tolist(), batch.response_mask.tolist(), strict=True)
+    ]
+    scores = scorer(problems, answers)
+    faults = {
+        f"reward/{fault}_ratio": torch.tensor([score.fault == fault for score in scores], dtype=torch.float32)
+        for fault in ("error", "timeout")
+    }
+    return torch.tensor([score.reward for score in scores], dtype=torch.float32), faults
 
 
 def validate(
@@ -447,18 +495,18 @@ def validate(
     scorer: Scorer,
     config: DictConfig,
 ) -> dict[str, float]:
-    """Mean reward of each data source, as `val-core/SOURCE/reward/mean@n`."""
+    """The mean reward of each data source, as the metric `val-core/SOURCE/reward/mean@n`."""
     sampling = config.actor_rollout_ref.rollout.val_kwargs
     seed = distributed.seed_of_rank(config.actor_rollout_ref.rollout.seed)
     size = config.data.val_batch_size or len(examples)
     own = examples[distributed.rank() :: distributed.size()]
     scored: list[tuple[str, float]] = []
-    with distributed.whole(model) as whole_model:
-        generator = torch.Generator(whole_model.device).manual_seed(seed)
+    with distributed.unsharded(model) as unsharded_model:
+        generator = torch.Generator(unsharded_model.device).manual_seed(seed)
         for begin in range(0, len(own), size):
             group = [example for example in own[begin : begin + size] for _ in range(sampling.n)]
-            batch = generate(whole_model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
-            rewards = score(tokenizer, batch, [problem for problem, _ in group], scorer)
+            batch = generate(unsharded_model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
+            rewards, _ = score(tokenizer, batch, [problem for problem, _ in group], scorer)
             scored += zip((problem.data_source for problem, _ in group), rewards.tolist(), strict=True)
     by_source: dict[str, list[float]] = defaultdict(list)
     for of_rank in distributed.gather(scored):
@@ -471,7 +519,7 @@ def validate(
 
 
 def compute_advantages(rewards: Tensor, mask: Tensor, config: DictConfig) -> Tensor:
-    """[B] rewards of responses that stand side by side for each problem -> [B, S] advantages."""
+    """[B] rewards, those of the responses to one problem next to each other -> [B, S] advantages."""
     settings = config.algorithm
     problem = torch.arange(len(rewards), device=rewards.device) // config.actor_rollout_ref.rollout.n
     match settings.adv_estimator:
@@ -489,7 +537,7 @@ def compute_advantages(rewards: Tensor, mask: Tensor, config: DictConfig) -> Ten
 
 
 def uses_fused_head(model: PreTrainedModel, config: DictConfig) -> bool:
-    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.why_not(model) is None
+    return config.actor_rollout_ref.model.use_fused_kernels and lm_head.unsupported_reason(model) is None
 
 
 def log_prob_and_entropy(
@@ -500,16 +548,16 @@ def log_prob_and_entropy(
     mask: Tensor | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens and the policy's entropies, both [B, S] float32, 0 outside the mask.
+    """Log-probabilities of the response tokens and the policy's entropies, both [B, S] float32.
 
-    The mask [B, S] is the response mask unless another is given. Both are of softmax(logits / temperature), the
-    distribution that sampling drew from (before top_p and top_k).
+    Both are of softmax(logits / temperature), the distribution of the sampling before top_p and top_k. They are 0
+    outside the mask, [B, S], which is the response mask by default.
     """
     length = batch.response_mask.shape[1]
     mask = batch.response_mask if mask is None else mask
     temperature = config.actor_rollout_ref.rollout.temperature
     fused = uses_fused_head(model, config)
-    scoring = contextlib.nullcontext()
+    scoring: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if fused:
         scoring = lm_head.scoring(model, batch.responses, mask, temperature, entropy_grad=entropy_grad)
     with autocast(model.device, config), scoring:
@@ -518,7 +566,7 @@ def log_prob_and_entropy(
             attention_mask=batch.attention_mask,
             position_ids=(batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
-            # The logits at a position are those of the next token.
+            # The logits at a position predict the next token.
             logits_to_keep=length + 1,
         ).logits[:, :-1]
     if fused:
@@ -528,7 +576,7 @@ def log_prob_and_entropy(
 
 @torch.no_grad()
 def compute_log_prob(model: PreTrainedModel, batch: Batch, config: DictConfig) -> tuple[Tensor, Tensor]:
-    """`log_prob_and_entropy` of a whole batch, a micro-batch at a time and without gradient."""
+    """`log_prob_and_entropy` of a batch, one micro-batch at a time and without gradient."""
     model.eval()
     size = (
         config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu
@@ -548,7 +596,7 @@ def update(
     total_steps: int,
     config: DictConfig,
 ) -> dict[str, float]:
-    """The optimizer steps of a training step. Returns their mean metrics."""
+    """Takes the optimizer steps of a training step and returns the means of their metrics."""
     actor = config.actor_rollout_ref.actor
     model.train()
     learning_rate = actor.optim.lr * lr_factor(step - 1, total_steps, actor.optim)
@@ -559,25 +607,51 @@ def update(
     history: dict[str, list[Tensor]] = defaultdict(list)
     for mini_batch in mini_batches(experience, generator, config):
         optimizer.zero_grad()
-        for name, value in accumulate_gradients(model, mini_batch, generator, config).items():
-            history[name].append(value)
+        metrics = accumulate_gradients(model, mini_batch, generator, config)
         grad_norm = distributed.full_norm(
             torch.nn.utils.clip_grad_norm_(model.parameters(), actor.optim.clip_grad).detach()
         )
-        history["actor/grad_norm"].append(grad_norm)
+        for name, value in (metrics | {"actor/grad_norm": grad_norm}).items():
+            history[name].append(value)
         if grad_norm.isfinite():
             optimizer.step()
-        elif distributed.rank() == 0:
-            print(f"step {step}: the gradient is not finite; this optimizer step is left out", file=sys.stderr)
+            continue
+        cause = non_finite_cause(model, mini_batch, metrics["actor/loss"], config)
+        if distributed.rank() == 0:
+            print(f"step {step}: optimizer step skipped, its gradient is not finite: {cause}", file=sys.stderr)
     return {name: torch.stack(values).double().mean().item() for name, values in history.items()} | {
         "actor/lr": learning_rate
     }
 
 
-def mini_batches(experience: Experience, generator: torch.Generator, config: DictConfig) -> Iterator[Experience]:
-    """What each optimizer step learns from: whole groups, in order or, with actor.shuffle, at random.
+def non_finite_cause(model: PreTrainedModel, mini_batch: Experience, loss: Tensor, config: DictConfig) -> str:
+    """Which numbers of an optimizer step are not finite, in one line. All ranks must call it: it runs the model."""
+    log_prob, entropy = compute_log_prob(model, mini_batch.batch, config)
+    model.train()
+    numbers = {
+        "advantages (check the rewards)": mini_batch.advantages,
+        "log-probabilities of the old policy": mini_batch.old_log_prob,
+        "entropies of the old policy": mini_batch.old_entropy,
+        "log-probabilities of the reference": mini_batch.ref_log_prob,
+        "log-probabilities": log_prob,
+        "entropies": entropy,
+    }
+    mask, wrong = mini_batch.batch.response_mask, []
+    tokens = int(distributed.reduce(mask.sum()))
+    for name, values in numbers.items():
+        count = 0 if values is None else int(distributed.reduce((~values.isfinite() & mask).sum()))
+        if count:
+            wrong.append(f"{name}: {count} of {tokens} tokens")
+    if not wrong and loss.isfinite():
+        return "the loss and what it is computed from are finite, so the backward is the cause"
+    return "; ".join([*wrong, *([] if loss.isfinite() else ["loss"])])
 
-    A rank shuffles what it has: with actor.shuffle the mini-batches depend on the number of ranks.
+
+def mini_batches(experience: Experience, generator: torch.Generator, config: DictConfig) -> Iterator[Experience]:
+    """Yields what each optimizer step learns from, in order or with actor.shuffle at random: all responses to a problem
+    are in the same mini-batch.
+
+    Each rank shuffles its own problems, so that with actor.shuffle the mini-batches depend on the number of ranks.
     """
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
     device = experience.advantages.device
@@ -588,53 +662,35 @@ def mini_batches(experience: Experience, generator: torch.Generator, config: Dic
             yield experience.rows(rows[groups].flatten().to(device))
 
 
-def selects_for_step(actor: DictConfig) -> bool:
-    """Whether the selection is made before the optimizer step's first micro-batch."""
-    return actor.entropy_top_ratio is not None and actor.entropy_top_scope == "mini_batch"
-
-
-@dataclass
-class StepSelection:
-    """What is chosen before an optimizer step begins; lists have a [B, S] for each of its micro-batches."""
-
-    masks: list[Tensor]
-    log_probs: list[Tensor]  # of the policy that the selection goes by
-    metrics: dict[str, Tensor]
-    covariance_masks: list[Tensor] | None  # in COVARIANCE_MODES
-
-
-def select_for_step(
-    model: PreTrainedModel, mini_batch: Experience, rows: Sequence[Tensor], seed: int, config: DictConfig
-) -> StepSelection:
-    """One selection for the whole optimizer step. The seed is of clip_cov's draw."""
-    actor = config.actor_rollout_ref.actor
-    if actor.entropy_top_source == "old_policy":
-        scored = [(mini_batch.old_log_prob[index], mini_batch.old_entropy[index]) for index in rows]
+def select_before_step(
+    model: PreTrainedModel,
+    mini_batch: Experience,
+    rows: Sequence[Tensor],
+    step: StepSelection,
+    seed: int,
+    config: DictConfig,
+) -> list[TokenSelection]:
+    """One selection for the whole optimizer step; returns the part of each micro-batch."""
+    if step.old_policy:
+        log_prob, entropy = mini_batch.old_log_prob, mini_batch.old_entropy
     else:
         with prepass(mini_batch.old_entropy.device):
             scored = [log_prob_and_entropy(model, mini_batch.batch.rows(index), config) for index in rows]
-    log_probs, entropies = map(list, zip(*scored, strict=True))
-    mask = mini_batch.batch.response_mask
-    masks, metrics = select_mini_batch(
-        entropies,
-        [mask[index] for index in rows],
-        actor.entropy_top_ratio,
-        actor.entropy_top_rule,
-        actor.entropy_top_ranks,
-        complement=actor.entropy_top_complement,
+        log_prob, entropy = map(torch.cat, zip(*scored, strict=True))
+    tokens = step.select_mini_batch(
+        log_prob,
+        entropy,
+        mini_batch.batch.response_mask,
+        old_log_prob=mini_batch.old_log_prob,
+        advantages=mini_batch.advantages,
+        seed=seed,
+        only_selected=(
+            mini_batch.ref_log_prob is None
+            and needs_all_tokens(config.actor_rollout_ref.actor) is None
+            and uses_fused_head(model, config)
+        ),
     )
-    covariance_masks = None
-    if actor.policy_loss.loss_mode in COVARIANCE_MODES:
-        chosen = select_by_covariance(
-            torch.cat(log_probs),
-            mini_batch.old_log_prob,
-            mini_batch.advantages,
-            mask,
-            seed=seed,
-            **covariance_options(actor),
-        )
-        covariance_masks = [chosen[index] for index in rows]
-    return StepSelection(masks, log_probs, metrics, covariance_masks)
+    return tokens.split([len(index) for index in rows])
 
 
 def accumulate_gradients(
@@ -642,44 +698,26 @@ def accumulate_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of the loss of one optimizer step, micro-batch by micro-batch, and its metrics over all ranks.
 
-    The divisors of every mean are counts over the whole mini-batch, so that the losses of its micro-batches add up,
-    and over all ranks, whose gradients are averaged: hence their number, `dp_size`, as a factor of every loss.
+    Every mean divides by a count over the whole mini-batch and all ranks, so that the losses of the micro-batches add
+    up. Gradients are averaged over the ranks; each loss is therefore multiplied by their number, `dp_size`.
     """
-    actor, ratio = config.actor_rollout_ref.actor, config.actor_rollout_ref.actor.entropy_top_ratio
-    ranks, over_ranks = distributed.size(), actor.entropy_top_ranks == "global"
-    seed = int(torch.randint(2**62, (), generator=generator))  # once a step, however it is cut up
-    mask = mini_batch.batch.response_mask
+    actor, ranks, mask = config.actor_rollout_ref.actor, distributed.size(), mini_batch.batch.response_mask
+    seed = int(torch.randint(2**62, (), generator=generator))  # one draw per step, however it is split
     rows = torch.arange(len(mask), device=mask.device).split(actor.ppo_micro_batch_size_per_gpu or len(mask))
-    own_tokens = torch.stack([mask[index].sum() for index in rows])  # response tokens of each micro-batch
-    tokens = distributed.reduce(own_tokens)  # of the micro-batches that all ranks run at the same time
+    step = StepSelection(actor)
+    step.count_tokens(torch.stack([mask[index].sum() for index in rows]))
+    tokens: list[TokenSelection | None] = [None] * len(rows)
+    if step.mini_batch:
+        tokens = [*select_before_step(model, mini_batch, rows, step, seed, config)]
     aggregation = {
         "loss_agg_mode": actor.loss_agg_mode,
-        "batch_num_tokens": tokens.sum(),
+        "batch_num_tokens": step.response_tokens,
         "global_batch_size": len(mask) * ranks,
         "loss_scale_factor": actor.loss_scale_factor or config.data.max_response_length,
         "dp_size": ranks,
     }
-    policy_aggregation = dict(aggregation)
-    applied = actor.policy_loss.loss_mode not in SEQUENCE_MODES
-    divide_by_selected = ratio and applied and actor.entropy_top_normalize == "selected"
-    step_selection = select_for_step(model, mini_batch, rows, seed, config) if selects_for_step(actor) else None
-    # Then only the selected tokens meet the LM head.
-    preselected = (
-        step_selection is not None
-        and mini_batch.ref_log_prob is None
-        and needs_all_tokens(actor) is None
-        and uses_fused_head(model, config)
-    )
-    if step_selection is not None:
-        if divide_by_selected:
-            own_selected = torch.stack([selected.sum() for selected in step_selection.masks]).sum()
-            policy_aggregation["batch_num_tokens"] = distributed.reduce(own_selected)
-    elif ratio:
-        counts = top_k_count(tokens if over_ranks else own_tokens, ratio, complement=actor.entropy_top_complement)
-        mini_batch_count = counts.sum() if over_ranks else distributed.reduce(counts.sum())
-
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
-    for number, index in enumerate(rows):
+    for number, (index, selected) in enumerate(zip(rows, tokens, strict=True)):
         micro = mini_batch.rows(index)
         response_mask = micro.batch.response_mask
         distributed.reduces_gradients(model, number == len(rows) - 1)
@@ -687,41 +725,12 @@ def accumulate_gradients(
             model,
             micro.batch,
             config,
-            mask=step_selection.masks[number] if step_selection and preselected else None,
+            mask=None if selected is None or selected.log_prob is None else selected.mask,
             entropy_grad=actor.entropy_coeff != 0,
         )
-
-        selected, covariance_mask, means = None, None, {}
-        if step_selection is not None:
-            selected, means = step_selection.masks[number], dict(step_selection.metrics)
-            if step_selection.covariance_masks is not None:
-                covariance_mask = step_selection.covariance_masks[number]
-            if preselected:  # the others have no part in the loss, only in its metrics
-                log_prob = torch.where(selected, log_prob, step_selection.log_probs[number])
-        elif ratio:
-            selected, means = select_tokens(
-                entropy,
-                response_mask,
-                ratio,
-                actor.entropy_top_rule,
-                actor.entropy_top_ranks,
-                complement=actor.entropy_top_complement,
-            )
-            if divide_by_selected:
-                count = distributed.reduce(selected.sum()) if over_ranks else selected.sum()
-                policy_aggregation["batch_num_tokens"] = token_divisor(count, counts[number], mini_batch_count)
-        loss, policy_metrics = policy_loss(
-            log_prob,
-            micro.old_log_prob,
-            micro.advantages,
-            response_mask,
-            entropy_mask=selected,
-            covariance_mask=covariance_mask,
-            seed=seed + number,
-            **policy_loss_options(actor),
-            **policy_aggregation,
-        )
-        if actor.policy_loss.loss_mode == "geo_mean":  # a mean over the rows of its own batch, whatever the divisors
+        batch = (log_prob, entropy, micro.old_log_prob, micro.advantages, response_mask)
+        loss, means = step.policy_loss(number, *batch, tokens=selected, seed=seed + number, **aggregation)
+        if actor.policy_loss.loss_mode == "geo_mean":  # it ignores the divisors and averages over the rows it is given
             loss = loss * (len(index) / len(mask))
         sums = {"actor/pg_loss": loss.detach()}
         if actor.entropy_coeff != 0:
@@ -729,43 +738,20 @@ def accumulate_gradients(
             loss = loss - actor.entropy_coeff * bonus
             sums["actor/entropy_loss"] = bonus.detach()
         if micro.ref_log_prob is not None:
-            penalty = kl_loss(
-                log_prob, micro.ref_log_prob, response_mask, kl_loss_type=actor.kl_loss_type, **aggregation
-            )
+            kl_type = actor.kl_loss_type
+            penalty = kl_loss(log_prob, micro.ref_log_prob, response_mask, kl_loss_type=kl_type, **aggregation)
             loss = loss + actor.kl_loss_coef * penalty
             sums["actor/kl_loss"] = penalty.detach()
         loss.backward()
 
         sums["actor/loss"] = loss.detach()
-        means |= policy_metrics
-        for name, value in sums.items():
-            metrics[name] = metrics[name] + value / ranks
-        for name, value in means.items():
-            metrics[name] = metrics[name] + value * own_tokens[number] / tokens.sum().clamp(min=1)
-    metrics = dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
-    if preselected and actor.entropy_top_source == "old_policy":
-        metrics = of_selected_tokens(metrics, movement_metrics(actor.policy_loss.loss_mode))
-    return metrics
-
-
-def policy_loss_options(actor: DictConfig) -> dict[str, Any]:
-    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
-    return {"normalize": actor.entropy_top_normalize, **{name: actor[name] for name in names}, **actor.policy_loss}
-
-
-def of_selected_tokens(metrics: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """The metrics, those of `names` as means over the selected tokens, and called so.
-
-    Where the policy may have moved since the old log-probabilities, what it does to the other tokens is not known: they
-    entered the means over all tokens as unmoved.
-    """
-    share = metrics["actor/entropy_token_ratio"].clamp(min=torch.finfo(torch.float32).tiny)
-    changed = {f"{name}_selected": metrics[name] / share for name in names & metrics.keys()}
-    return {name: value for name, value in metrics.items() if name not in names} | changed
+        for name, value in ({name: value / ranks for name, value in sums.items()} | means).items():
+            metrics[name] = metrics[name] + value
+    return dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:
-    """Share of the learning rate at a step (0 is the first), as verl schedules it."""
+    """The factor of the learning rate at a step, counted from 0, in verl's schedules."""
     warmup = optim.lr_warmup_steps
     if warmup <= 0:
         warmup = int(optim.lr_warmup_steps_ratio * total_steps)
@@ -787,9 +773,14 @@ def autocast(device: torch.device, config: DictConfig) -> torch.autocast:
 
 
 def batch_metrics(
-    batch: Batch, rewards: Tensor, advantage: Tensor, entropy: Tensor, config: DictConfig
+    batch: Batch,
+    rewards: Tensor,
+    faults: dict[str, Tensor],
+    advantage: Tensor,
+    entropy: Tensor,
+    config: DictConfig,
 ) -> dict[str, float]:
-    """Of the batch of a step, over all ranks."""
+    """Metrics of the batch of a training step, over all ranks."""
     actor, mask = config.actor_rollout_ref.actor, batch.response_mask
     length = mask.sum(-1).float()
     values = {
@@ -799,6 +790,7 @@ def batch_metrics(
         "response_length": length,
         "prompt_length": batch.attention_mask.sum(-1) - length,
         "response_length/clip_ratio": (length == config.data.max_response_length).float(),
+        **faults,
     }
     sums = distributed.reduce(torch.tensor([(value.double().sum(), value.numel()) for value in values.values()]))
     ends = torch.tensor([(value.max(), -value.min()) for value in values.values()])
@@ -813,7 +805,7 @@ def batch_metrics(
     )
     metrics = {"actor/entropy": distributed.reduce(mean_entropy).item()}
     for name, (total, count), (highest, lowest) in zip(values, sums.tolist(), ends.tolist(), strict=True):
-        if name == "response_length/clip_ratio":
+        if name.endswith("_ratio"):
             metrics[name] = total / count
         else:
             metrics |= {f"{name}/mean": total / count, f"{name}/max": highest, f"{name}/min": -lowest}
@@ -821,7 +813,7 @@ def batch_metrics(
 
 
 class Timer:
-    """Seconds of the phases of a step."""
+    """The seconds that each phase of a training step takes."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

@@ -108,7 +108,8 @@ def test_divisor_in_a_tensor(device, mode, name, dtype):
     def divided(number):
         return aggregate(values, mask, loss_agg_mode=mode, **{name: number})
 
-    for number in (0, 1, 5, 2**30 + 1):
+    # 2**30 + 1 shows a divisor that passes through float32, in which it rounds.
+    for number in (0, 1, 5) if dtype == torch.float32 else (0, 1, 5, 2**30 + 1):
         assert torch.equal(divided(torch.tensor(number, dtype=dtype, device=device)), divided(number))
     negative = torch.tensor(-2, dtype=dtype, device=device)
     if device.type == "cpu":

@@ -87,8 +87,28 @@ def test_reinforce_plus_plus(rewards: list[float], gamma: float) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_mean_that_rounds_leaves_no_advantage() -> None:
-    """Equal rewards of 0.1, whose sum is not a float32: the advantage stays within the noise that 1e-6 covers."""
-    rewards = torch.full((7,), 0.1)
-    found = advantages.grpo(rewards, torch.ones(7, 1), torch.zeros(7, dtype=torch.int64))
-    assert found.abs().max() < 0.02
+@pytest.mark.parametrize("reward", [0.1, 0.7, 10.3, -1e4 + 0.3, 1e-30])
+@pytest.mark.parametrize("size", [2, 7, 8, 16, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_no_advantage(reward: float, size: int, dtype: torch.dtype) -> None:
+    """Exactly 0 from every estimator, although the mean of equal numbers rounds."""
+    rewards = torch.full((size,), reward, dtype=dtype)
+    mask = torch.arange(LENGTH) < 1 + torch.arange(size)[:, None] % LENGTH
+    problem = torch.zeros(size, dtype=torch.int64)
+    for estimator in (advantages.grpo, advantages.rloo, advantages.gpg):
+        assert not estimator(rewards, mask, problem).any(), estimator
+    assert not advantages.grpo(rewards, mask, problem, norm_by_std=False).any()
+    assert not advantages.reinforce_plus_plus(rewards, mask).any()
+
+
+def test_equal_groups_beside_others_give_no_advantage() -> None:
+    rewards = torch.tensor([0.7] * 8 + [0.1, 0.9])
+    problem = torch.tensor([0] * 8 + [1, 1])
+    for estimator in (advantages.grpo, advantages.rloo, advantages.gpg):
+        found = estimator(rewards, torch.ones(10, 1), problem)[:, 0]
+        assert not found[:8].any() and found[8] < 0 < found[9]
+
+
+def test_a_batch_without_tokens() -> None:
+    empty = torch.zeros(3, LENGTH, dtype=torch.bool)
+    assert not advantages.reinforce_plus_plus(torch.tensor([0.0, 1.0, 2.0]), empty).any()

@@ -1,4 +1,4 @@
-"""`entropy-rl doctor`: what it finds in this environment, and in ones where something is wrong."""
+"""`entropy-rl doctor` in this environment, and in environments where something is wrong."""
 
 import os
 import re
@@ -24,16 +24,21 @@ def findings(check: Callable[[], Any]) -> dict[str, doctor.Finding]:
 def test_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert shown.endswith("all is well\n") and "mend:" not in shown
+    assert shown.endswith("no problems found\n") and "fix:" not in shown
     assert torch.__version__ in shown
     for name in ("token_entropy", "global_top_mask", "policy_loss"):
         assert re.search(rf"✓ {name} \(cpu\) +agrees with reference", shown)
 
 
-def test_every_public_op_is_tested() -> None:
-    tested = set(doctor.tested_ops(entropy_rl_ext))
-    assert tested == set(entropy_rl_ext.__all__) - {"build_info", "reference"}
-    assert tested <= doctor.self_test_arguments(torch, "cpu").keys()
+def test_every_public_op_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is added later: its arguments follow from its signature."""
+    tested = doctor.tested_ops()
+    assert set(tested) == set(entropy_rl_ext.__all__) - {"build_info"}
+    samples = doctor.sample_arguments(torch, "cpu")
+    assert all(isinstance(doctor.arguments_for(name, samples), dict) for name in tested)
+    monkeypatch.setattr("entropy_rl_ext.reference.new_op", lambda logits, other, mask=None: None, raising=False)
+    assert doctor.arguments_for("new_op", samples) == "other"
+    assert doctor.arguments_for("new_op", samples | {"other": 1}).keys() == {"logits", "other", "mask"}
 
 
 def test_a_wrong_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +46,8 @@ def test_a_wrong_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(entropy_rl_ext, "token_entropy", lambda *a, **o: right(*a, **o) + 0.001)
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    assert re.search(r"✗ token_entropy \(cpu\) +differs from reference: .*\n      mend: pip install", shown)
-    assert shown.endswith("1 thing wrong\n")
+    assert re.search(r"✗ token_entropy \(cpu\) +differs from reference: .*\n      fix: pip install", shown)
+    assert shown.endswith("1 problem found\n")
 
 
 def test_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,34 +65,34 @@ def test_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings(doctor.check_ops)["token_entropy (cpu)"].state == "wrong"
 
 
-def test_a_check_that_breaks_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_that_raises(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(entropy_rl_ext, "aggregate", broken)
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    assert "broke off: RuntimeError: no kernel" in shown and "Around it" in shown
+    assert "failed: RuntimeError: no kernel" in shown and "entropy_rl.train" in shown
 
 
 def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     found = findings(doctor.check_torch)["torch"]
-    assert found.state == "wrong" and found.mend == "pip install -U torch"
+    assert found.state == "wrong" and found.fix == "pip install -U torch"
 
 
 def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr("glob.glob", lambda _: ["/dev/nvidia0"])
     found = findings(doctor.check_torch)["CUDA"]
-    assert found.state == "wrong" and "CUDA build" in found.mend
+    assert found.state == "wrong" and "CUDA build" in found.fix
 
 
 @pytest.mark.parametrize(
     ("cuda", "capability", "registered", "state", "text"),
     [
         ("", (9, 0), True, "wrong", "not built"),
-        ("13.0", (9, 0), False, "wrong", "none registered for"),
+        ("13.0", (9, 0), False, "wrong", "none is registered for"),
         ("13.0", (7, 5), True, "wrong", "GPU 0 is sm_75"),
         ("13.0", (9, 0), True, "ok", "built with CUDA 13.0"),
     ],
@@ -107,7 +112,7 @@ def test_cuda_kernels_on_a_machine_with_a_gpu(
     monkeypatch.setattr(doctor, "_has_kernel", lambda *_: registered)
     info = {"cuda": cuda, "cuda_archs": "8.0;9.0+PTX"}
     found = [f for f in doctor._cuda_kernels(torch, info) if f.state == state]
-    assert found and text in found[0].text and bool(found[0].mend) == (state == "wrong")
+    assert found and text in found[0].text and bool(found[0].fix) == (state == "wrong")
 
 
 @pytest.mark.parametrize(("simd", "state"), [("avx2", "ok"), ("", "wrong")])
@@ -115,11 +120,11 @@ def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch)
     info = entropy_rl_ext.build_info() | {"simd": simd}
     monkeypatch.setattr(entropy_rl_ext, "build_info", lambda: info)
     [found] = [finding for finding in doctor.check_library() if finding.name == "CPU kernels"]
-    assert found.state == state and bool(found.mend) == (state == "wrong")
+    assert found.state == state and bool(found.fix) == (state == "wrong")
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are options: nothing is wrong without them."""
+    """They are optional: nothing is wrong without them."""
     own = doctor.installed_version(doctor.DISTRIBUTION)
     monkeypatch.setattr(doctor, "installed_version", lambda name: own if name == doctor.DISTRIBUTION else None)
     states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
@@ -130,7 +135,7 @@ def test_packages_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: "4.57.1" if name == "transformers" else real(name))
     (found,) = doctor.check_training()
-    assert found.state == "off" and re.search(r"lacks transformers\S+ \(it has 4.57.1\): pip install", found.text)
+    assert found.state == "off" and re.search(r"lacks transformers\S+ \(4.57.1 is installed\): pip install", found.text)
 
 
 def test_an_integration_that_is_not_really_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +145,7 @@ def test_an_integration_that_is_not_really_installed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "TRL", "pass")
     found = findings(doctor.check_integrations)
     assert (found["verl"].state, found["TRL"].state) == ("wrong", "ok")
-    assert found["verl"].text == "0.9.1; RuntimeError: its loss could not be installed" and found["verl"].mend
+    assert found["verl"].text == "0.9.1; RuntimeError: its loss could not be installed" and found["verl"].fix
 
 
 def test_an_integration_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +167,10 @@ def in_its_own_process(**environment: str) -> tuple[int, str]:
 
 
 def test_an_instruction_set_that_is_not_there() -> None:
-    """One finding, although none of the ops works."""
+    """One problem, although no op works."""
     status, shown = in_its_own_process(ENTROPY_RL_SIMD="sse9")
-    assert status == 1 and shown.endswith("1 thing wrong\n")
-    assert re.search(r"✗ CPU kernels +ENTROPY_RL_SIMD=sse9 names no.*\n      mend: unset ENTROPY_RL_SIMD", shown)
+    assert status == 1 and shown.endswith("1 problem found\n")
+    assert re.search(r"✗ CPU kernels +ENTROPY_RL_SIMD=sse9 names no.*\n      fix: unset ENTROPY_RL_SIMD", shown)
     status, shown = in_its_own_process(ENTROPY_RL_SIMD="portable")
     assert status == 0 and re.search(r"✓ CPU kernels +SIMD: portable", shown)
 
@@ -173,16 +178,16 @@ def test_an_instruction_set_that_is_not_there() -> None:
 def test_a_package_that_was_not_built(tmp_path: Path) -> None:
     unbuilt = tmp_path / "entropy_rl_ext"
     shutil.copytree(Path(entropy_rl_ext.__file__).parent, unbuilt, ignore=shutil.ignore_patterns("*.so"))
-    status, shown = in_its_own_process(PYTHONPATH=str(tmp_path))
-    assert status == 1 and shown.endswith("1 thing wrong\n")
-    assert re.search(r"✗ entropy_rl_ext +cannot be imported: .*is not built.*\n      mend: pip install", shown)
+    status, shown = in_its_own_process(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert status == 1 and shown.endswith("1 problem found\n")
+    assert re.search(r"✗ entropy_rl_ext +cannot be imported: .*is not built.*\n      fix: pip install", shown)
 
 
 def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    status, shown = in_its_own_process(PYTHONPATH=str(tmp_path))
-    assert status == 1 and shown.endswith("1 thing wrong\n")
-    assert re.search(r"✗ torch +cannot be imported: libcudart.so.13: .*\n      mend: pip install 'torch>=2.11'", shown)
+    status, shown = in_its_own_process(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert status == 1 and shown.endswith("1 problem found\n")
+    assert re.search(r"✗ torch +cannot be imported: libcudart.so.13: .*\n      fix: pip install 'torch>=2.11'", shown)
 
 
 def test_a_package_found_on_the_search_path_alone(monkeypatch: pytest.MonkeyPatch) -> None:

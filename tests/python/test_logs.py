@@ -1,10 +1,12 @@
-"""Where metrics go."""
+"""Logging of metrics to the terminal, metrics.jsonl, TensorBoard and the picture of the curves."""
 
+import json
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from entropy_rl.errors import UserError
 from entropy_rl.logs import Logs
 from training import read_metrics
 
@@ -55,3 +57,43 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 def test_a_run_without_steps_has_empty_curves(tmp_path: Path) -> None:
     log(tmp_path, 1, 0)
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_metrics_are_json(tmp_path: Path) -> None:
+    """NaN and infinity are null, in a resumed run too, and the curves have a gap there."""
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    for step in (1, 2):
+        logs = Logs(tmp_path, ["file"], step - 1, 2)
+        logs.write(step, {"actor/entropy": float("nan"), "actor/grad_norm": float("-inf"), "actor/pg_clipfrac": 0.5})
+        logs.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    data = {"actor/entropy": None, "actor/grad_norm": None, "actor/pg_clipfrac": 0.5}
+    assert [json.loads(line, parse_constant=no_constant) for line in lines] == [
+        {"step": step, "data": data} for step in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\0" * 40, b'{"step": 2, "da\0\0": 3}', b"{}", b"[1]", b'{"step": null, "data": {}}', b'{"step": 2}', b"\xff"],
+    ids=repr,
+)
+def test_a_damaged_line_is_named(line: bytes, tmp_path: Path) -> None:
+    log(tmp_path, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + line + b"\n" + second)
+    with pytest.raises(UserError) as error:
+        Logs(tmp_path, ["file"], 2, 4)
+    message = str(error.value)
+    assert message.startswith(f"{path}: line 2 is damaged (") and "\n" not in message and "remove the line" in message
+
+
+def test_names_of_data_sources_are_not_mathematics(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, ["file"], 0, 1)
+    logs.write(1, {"val-core/a$b_{$/reward/mean@1": 0.5, "val-core/$\\frac$/reward/mean@1": 0.5})
+    logs.close()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

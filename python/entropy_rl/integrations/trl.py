@@ -1,8 +1,8 @@
 """TRL's GRPO on the tokens of highest entropy: `EntropyGRPOConfig` and `EntropyGRPOTrainer` (docs/trl.md).
 
-The trainer is TRL's, with two of its methods replaced: the one that scores a batch computes log-probabilities and
-entropies with this package's ops, and the one that chooses high-entropy tokens chooses them with its selection. The
-loss stays TRL's own, whatever the loss_type.
+The trainer replaces two methods of TRL's. `_get_per_token_logps_and_entropies` computes log-probabilities and entropies
+with this package's ops, and `get_high_entropy_mask` selects tokens with `entropy_rl.selection`. The loss is TRL's own
+for every loss_type.
 """
 
 import contextlib
@@ -17,22 +17,20 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
-from entropy_rl.selection import prepass, select_mini_batch, select_tokens, top_k_count
+from entropy_rl.integrations import SUPPORTED, is_supported
+from entropy_rl.selection import OPTIONS, Ranks, Rule, StepSelection, TokenSelection, prepass, select_tokens
 from entropy_rl_ext import linear_logprob_entropy
 
-SUPPORTED = "1.16"  # the replaced methods are not public: another minor version may call them otherwise
-
+_INSTALL = f"pip install 'trl=={SUPPORTED['trl']}.*'"
 try:
     import trl
 except ImportError as error:
-    raise ImportError(f"entropy_rl.integrations.trl needs TRL {SUPPORTED}: pip install 'trl=={SUPPORTED}.*'") from error
-if Version(trl.__version__).release[:2] != Version(SUPPORTED).release:
+    raise ImportError(f"entropy_rl.integrations.trl needs TRL {SUPPORTED['trl']}: {_INSTALL}") from error
+if not is_supported("trl", trl.__version__):
     raise ImportError(
-        f"trl {trl.__version__} is installed; entropy_rl.integrations.trl supports TRL {SUPPORTED}: "
-        f"pip install 'trl=={SUPPORTED}.*'"
+        f"trl {trl.__version__} is installed; entropy_rl.integrations.trl supports TRL {SUPPORTED['trl']}: {_INSTALL}"
     )
 
 import trl.trainer.utils  # noqa: E402
@@ -40,9 +38,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # no
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 
-Rule = Literal["topk", "threshold", "quantile"]
 Scope = Literal["micro_batch", "mini_batch"]
-Ranks = Literal["local", "global"]
 Normalize = Literal["selected", "response"]
 LMHead = Literal["selected_rows", "trl"]
 CHOICES = {
@@ -53,8 +49,8 @@ CHOICES = {
     "entropy_lm_head": get_args(LMHead),
 }
 
-# Over which tokens a loss_type takes its mean. dr_grpo and luspo divide by no number of tokens. Under the scope
-# mini_batch bnpo's are those of the optimizer step.
+# The tokens over which a loss_type averages. dr_grpo and luspo do not divide by a number of tokens. Under the scope
+# mini_batch, bnpo averages over the tokens of the optimizer step.
 MEAN_OVER = {
     "dapo": "batch",
     "cispo": "batch",
@@ -70,49 +66,26 @@ CLIP_RATIO_MEANS = {"cispo_clip_ratio", "clip_ratio/low_mean", "clip_ratio/high_
 
 @dataclass
 class EntropyGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with what selects the tokens that train, each documented in its `help`.
+    """`GRPOConfig` with the options of the selection. The `help` of each field documents it.
 
     Raises:
-        ValueError: a value that is not allowed, or does not go together with others; the message names them.
+        ValueError: a value that is not allowed, or that contradicts another option; the message names them.
     """
 
-    entropy_top_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the completion tokens, those of highest entropy, that carry the policy gradient, in "
-            "(0, 1]. None: all tokens, and the trainer is TRL's own."
-        },
-    )
-    entropy_top_rule: Rule = field(
-        default="topk",
-        metadata={
-            "help": "topk: exactly k = max(1, int(n * ratio + 0.9999)) of n tokens. threshold: the ties of the k-th "
-            "too. quantile: TRL's rule, all tokens from the (1 - ratio) quantile up."
-        },
-    )
+    entropy_top_ratio: float | None = field(default=None, metadata={"help": OPTIONS["entropy_top_ratio"]})
+    entropy_top_rule: Rule = field(default="topk", metadata={"help": OPTIONS["entropy_top_rule"]})
     entropy_top_scope: Scope = field(
         default="micro_batch",
-        metadata={
-            "help": "Which tokens compete: those of a micro_batch, or of the mini_batch of an optimizer step, all its "
-            "micro-batches, at the cost of one more forward without gradient."
-        },
+        metadata={"help": OPTIONS["entropy_top_scope"] + " It costs one more forward without gradient."},
     )
-    entropy_top_ranks: Ranks = field(
-        default="local", metadata={"help": "Over which processes tokens compete: local, each its own; global, all."}
-    )
-    entropy_top_normalize: Normalize = field(
-        default="selected",
-        metadata={
-            "help": "What a mean over tokens divides by: selected tokens (Eq. 6 of the paper), or all tokens of the "
-            "response (TRL). At ratio 0.2 the first gives a gradient five times the second's."
-        },
-    )
+    entropy_top_ranks: Ranks = field(default="local", metadata={"help": OPTIONS["entropy_top_ranks"]})
+    entropy_top_normalize: Normalize = field(default="selected", metadata={"help": OPTIONS["entropy_top_normalize"]})
     entropy_lm_head: LMHead = field(
         default="selected_rows",
         metadata={
-            "help": "What computes log-probabilities and entropies where entropy_top_ratio is set, in tiles. "
-            "selected_rows: this package's op, whose backward multiplies the tokens with a gradient alone. trl: TRL's "
-            "own, which multiplies all."
+            "help": "What computes log-probabilities and entropies if entropy_top_ratio is set. selected_rows: this "
+            "package's op, whose backward multiplies only the tokens that have a gradient. trl: TRL's own, which "
+            "multiplies all tokens."
         },
     )
 
@@ -129,7 +102,7 @@ class EntropyGRPOConfig(GRPOConfig):
         if self.top_entropy_quantile != 1:
             raise ValueError(
                 f"entropy_top_ratio is {ratio} and top_entropy_quantile is {self.top_entropy_quantile}; set one of "
-                "them: the first is this trainer's, the second TRL's own choice of tokens"
+                "them: the first selects tokens by this trainer's rules, the second by TRL's own"
             )
         window = self.gradient_accumulation_steps
         if self.entropy_top_scope == "mini_batch" and self.steps_per_generation % window:
@@ -140,15 +113,15 @@ class EntropyGRPOConfig(GRPOConfig):
             )
         if self.importance_sampling_level == "sequence":
             warnings.warn(
-                "importance_sampling_level is 'sequence': a sequence has one ratio for all its tokens, so that the "
-                "selection weighs sequences by their selected tokens, and all of their tokens train",
+                "importance_sampling_level is 'sequence': all tokens of a sequence share one ratio, so all of them "
+                "train, and the selection only weights sequences by their selected tokens",
                 stacklevel=3,
             )
         bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
         if bonus and self.entropy_top_normalize == "selected" and MEAN_OVER.get(self.loss_type) == "sequence":
             raise ValueError(
                 f"entropy_top_normalize is 'selected' with an entropy bonus and loss_type {self.loss_type!r}; it must "
-                "be 'response' there, because TRL would weigh the bonus by sequence, as it weighs the loss"
+                "be 'response' there, because TRL would weight the bonus by sequence, as it weights the loss"
             )
 
 
@@ -157,8 +130,10 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     Takes what `GRPOTrainer` takes, with an `EntropyGRPOConfig` as `args`. Beside TRL's metrics it logs
     `entropy_token_ratio`, the share of the completion tokens that train, and `entropy_threshold`, the lowest entropy
-    among them in nats; both over all processes and micro-batches of an optimizer step, weighed by tokens.
+    among them in nats. Both cover all processes and micro-batches of an optimizer step, weighted by tokens.
     """
+
+    loss_type: str  # TRL sets it
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: EntropyGRPOConfig | None = None, *rest: Any, **named: Any
@@ -172,23 +147,29 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if self._lm_head_is_ours and is_deepspeed_zero3_enabled():
             self._lm_head_is_ours = False
             warnings.warn(
-                "entropy_lm_head is 'selected_rows' under DeepSpeed ZeRO-3, whose LM head is whole during the forward "
-                "alone; TRL's own, which gathers it again for the backward, computes log-probabilities and entropies",
+                "entropy_lm_head is 'selected_rows', but DeepSpeed ZeRO-3 gathers the LM head during the forward only; "
+                "TRL's own LM head, which gathers it again in the backward, computes log-probabilities and entropies",
                 stacklevel=2,
             )
-        self._loss_inputs: dict[str, Any] | None = None  # of the micro-batch whose loss is being computed
-        self._mini_batch: _Selection | None = None  # held for an optimizer step
-        self._bonus_correction: Tensor | float = 0.0  # [], of the micro-batch whose loss is being computed
+        # The selection of the optimizer step; with the scope micro_batch, of the micro-batch.
+        self._selection: StepSelection  # set by `_begin_selection`
+        # With the scope mini_batch, for each micro-batch of the step: its part of the selection, and the prepass's
+        # log-probabilities and entropies, each [B, T].
+        self._tokens: list[TokenSelection] = []
+        self._scores: list[tuple[Tensor, Tensor]] = []
+        # State while the loss of a micro-batch is computed: its inputs, and what corrects the entropy bonus, [].
+        self._loss_inputs: dict[str, Any] | None = None
+        self._bonus_correction: Tensor | float = 0.0
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.entropy_top_ratio is None:
             return super()._compute_loss(model, inputs)
         mini_batch, loss_type = self._is_mini_batch_scope(), self.loss_type
-        if mini_batch and self._position() == 0:
-            self._mini_batch = self._select_mini_batch()
+        if not mini_batch or self._position() == 0:
+            self._begin_selection(inputs)
         self._loss_inputs, entropy_coef = inputs, self._applied_entropy_coef()
-        if mini_batch and loss_type == "bnpo":  # the same loss by another number, which can be given
+        if mini_batch and loss_type == "bnpo":  # dapo is the same loss, and takes its divisor as an input
             self.loss_type, inputs = "dapo", inputs | {"num_items_in_batch": self._num_items_of_bnpo()}
         try:
             loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
@@ -204,24 +185,25 @@ class EntropyGRPOTrainer(GRPOTrainer):
         Args:
             entropies: [B, T] float, nats.
             mask: [B, T], nonzero = completion token.
-            threshold: 1 - the share to keep, in [0, 1]; 1 keeps what the smallest share keeps. Within the loss
-                `entropy_top_ratio` decides.
+            threshold: 1 - the share to keep, in [0, 1]. 1 keeps as much as the smallest share keeps. The loss ignores
+                it and uses `entropy_top_ratio`.
 
         Returns:
-            [B, T] bool. Within the loss, with `entropy_top_normalize="selected"`, float: the factor of each token
-            that turns TRL's mean over completion tokens into one over selected tokens.
+            [B, T] bool. In the loss, with `entropy_top_normalize="selected"`, float: the factor of each token that
+            turns TRL's mean over completion tokens into one over selected tokens.
         """
-        inputs = self._loss_inputs
-        if inputs is None:
-            return self._select(entropies, mask, max(1 - threshold, sys.float_info.min))[0]
-        if self._is_mini_batch_scope():
-            selected, lowest = self._mini_batch.masks[self._position()], self._mini_batch.lowest
+        args, inputs, selection = self.args, self._loss_inputs, self._selection
+        if inputs is None or selection is None:
+            ratio = max(1 - threshold, sys.float_info.min)
+            return select_tokens(entropies, mask, ratio, args.entropy_top_rule, args.entropy_top_ranks)[0]
+        if selection.mini_batch:
+            selected, lowest = self._tokens[self._position()].mask, selection.threshold
             if self._entropy_bonus_enabled:
                 self._bonus_correction = self._correct_bonus(entropies, selected)
         else:
-            selected, lowest = self._select(entropies, mask, self.args.entropy_top_ratio)
+            selected, lowest = selection.select(entropies, mask)
         self._log_selection(selected, mask, lowest)
-        if self.args.entropy_top_normalize == "response":
+        if args.entropy_top_normalize == "response":
             return selected
         return selected * self._normalization(selected, mask, inputs)
 
@@ -231,45 +213,42 @@ class EntropyGRPOTrainer(GRPOTrainer):
         with _lm_head(self._score):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-    # ---- Which tokens
+    # ---- The selection
 
     def _is_mini_batch_scope(self) -> bool:
         return self.model.training and self.args.entropy_top_scope == "mini_batch"  # evaluation has no optimizer steps
 
     def _position(self) -> int:
-        """Of this micro-batch in its optimizer step."""
+        """The number of this micro-batch in its optimizer step."""
         return self._step % self.args.gradient_accumulation_steps
 
-    def _select(self, entropies: Tensor, mask: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-        """The mask [B, T] of a micro-batch, and the lowest entropy that was selected."""
-        args = self.args
-        selected, metrics = select_tokens(entropies, mask, ratio, args.entropy_top_rule, args.entropy_top_ranks)
-        return selected, metrics["actor/entropy_threshold"]
+    def _number(self) -> int:
+        """The number of this micro-batch among those that `_begin_selection` counts."""
+        return self._step % self.args.steps_per_generation if self.model.training else 0
 
-    def _select_mini_batch(self) -> "_Selection":
-        """Of the optimizer step that begins."""
-        args, begin = self.args, self._step % self.args.steps_per_generation
-        micro_batches = self._buffered_inputs[begin : begin + args.gradient_accumulation_steps]
+    def _begin_selection(self, inputs: dict[str, Any]) -> None:
+        """Counts the tokens of the generation, which `num_items_in_batch` spans. With the scope mini_batch it also
+        selects the tokens of the optimizer step that begins."""
+        args = self.args
+        selection = self._selection = StepSelection(args, scope=None if self.model.training else "micro_batch")
+        micro_batches = self._buffered_inputs if self.model.training else [inputs]
+        tokens = torch.stack([_loss_mask(micro_batch).sum() for micro_batch in micro_batches])
+        selection.count_tokens(tokens, args.gradient_accumulation_steps)
+        if not selection.mini_batch:
+            return
+        micro_batches = micro_batches[self._number() :][: args.gradient_accumulation_steps]
         with (
             prepass(self.accelerator.device),
             disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs),
         ):
-            scores = [self._log_probs_and_entropies(inputs) for inputs in micro_batches]
-        loss_masks = [_loss_mask(inputs) for inputs in micro_batches]
-        masks, metrics = select_mini_batch(
-            [entropy for _, entropy in scores],
-            loss_masks,
-            args.entropy_top_ratio,
-            args.entropy_top_rule,
-            args.entropy_top_ranks,
-        )
-        counts = torch.stack([part.sum() for part in (*loss_masks, *masks)]).view(2, -1)
-        everywhere = self.accelerator.reduce(counts, reduction="sum")
-        tokens, selected = (everywhere if args.entropy_top_ranks == "global" else counts).sum(1).clamp(min=1)
-        return _Selection(masks, metrics["actor/entropy_threshold"], tokens, selected, everywhere[0], scores)
+            self._scores = [self._log_probs_and_entropies(micro_batch) for micro_batch in micro_batches]
+        log_prob, entropy = map(torch.cat, zip(*self._scores, strict=True))
+        mask = torch.cat([_loss_mask(micro_batch) for micro_batch in micro_batches])
+        rows = [len(scores) for scores, _ in self._scores]
+        self._tokens = selection.select_mini_batch(log_prob, entropy, mask).split(rows)
 
     def _log_probs_and_entropies(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        # Beside tokens and masks, images and the like, under the names that the method has for them.
+        # `inputs` also holds images and the like, under the names of the method's parameters.
         names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
             self.model,
@@ -281,69 +260,43 @@ class EntropyGRPOTrainer(GRPOTrainer):
         )
         return log_probs, entropies
 
-    # ---- What their loss is divided by
+    # ---- The divisor of the loss
 
     def _normalization(self, selected: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor | float:
-        """Completion tokens per selected token, of those that this loss_type takes its mean over: [], [B, 1] or 1."""
-        mini_batch = self._mini_batch if self._is_mini_batch_scope() else None
+        """Completion tokens per selected token, among those that this loss_type averages over: [], [B, 1] or 1."""
+        selection, number = self._selection, self._number()
         match MEAN_OVER.get(self.args.loss_type):
             case "sequence":
                 return mask.sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp(min=1)
-            case "micro_batch" if mini_batch is not None:
-                return mini_batch.tokens / mini_batch.selected
+            case "micro_batch" if selection.mini_batch:
+                return selection.competing_tokens(number).clamp(min=1) / selection.competing_selected.clamp(min=1)
             case "micro_batch":
                 return mask.sum() / selected.sum().clamp(min=1)
             case "batch":
-                here, everywhere = self._topk_counts(inputs)
-                factor = inputs["num_items_in_batch"] / everywhere.clamp(min=1)
-                if self.args.entropy_top_rule == "topk":
-                    return factor
-                # The other rules may keep more tokens than topk, and how many of the later micro-batches is not known
-                # yet: those that competed together weigh by their topk count.
-                count = selected.sum() if mini_batch is None else mini_batch.selected
-                if mini_batch is None and self.args.entropy_top_ranks == "global":
-                    count = self.accelerator.reduce(count, reduction="sum")
-                return factor * here / count.clamp(min=1)
+                return inputs["num_items_in_batch"] / selection.divisor(number, selected).clamp(min=1)
             case _:
                 return 1.0
 
-    def _topk_counts(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """How many tokens topk keeps, from lengths alone: of those that compete here, and over the span of
-        `num_items_in_batch`, which is all that was generated at a time."""
-        args, here = self.args, 0
-        micro_batches: Sequence[dict[str, Any]] = [inputs]
-        if self.model.training:
-            micro_batches, here = self._buffered_inputs, self._step % args.steps_per_generation
-        tokens = torch.stack([_loss_mask(micro_batch).sum() for micro_batch in micro_batches])
-        if self._is_mini_batch_scope():
-            tokens = tokens.view(-1, args.gradient_accumulation_steps).sum(-1)
-            here //= args.gradient_accumulation_steps
-        if args.entropy_top_ranks == "global":
-            counts = top_k_count(self.accelerator.reduce(tokens, reduction="sum"), args.entropy_top_ratio)
-            return counts[here], counts.sum()
-        counts = top_k_count(tokens, args.entropy_top_ratio)
-        return counts[here], self.accelerator.reduce(counts.sum(), reduction="sum")
+    # ---- Means over the optimizer step that TRL takes over a micro-batch
 
     def _competing_processes(self) -> int:
         return self.accelerator.num_processes if self.args.entropy_top_ranks == "global" else 1
 
-    # ---- Means that TRL takes over a micro-batch, over the optimizer step
-
     def _num_items_of_bnpo(self) -> Tensor:
-        """[]: the `num_items_in_batch` with which dapo, the KL penalty too, is the mean over the completion tokens of
-        the optimizer step. TRL scales it from all processes to one, and from all that was generated to a step."""
+        """[]: the `num_items_in_batch` with which dapo, the KL penalty included, is the mean over the completion tokens
+        of the optimizer step. TRL scales it from all processes to one, and from the whole generation to a step."""
         processes = self.accelerator.num_processes / self._competing_processes()
         steps = self.args.steps_per_generation / self.current_gradient_accumulation_steps
-        return self._mini_batch.tokens * processes * steps
+        return self._selection.competing_tokens(self._number()).clamp(min=1) * processes * steps
 
     def _correct_bonus(self, entropies: Tensor, selected: Tensor) -> Tensor:
-        """[]: what makes the mean entropy of a micro-batch, TRL's bonus, its share of the mean over the step."""
+        """[]: what turns TRL's bonus, the mean entropy of a micro-batch, into its share of the mean over the step."""
         total = (entropies * selected).sum()
         theirs = total / selected.sum().clamp(min=1) / self.current_gradient_accumulation_steps
-        return total * self._competing_processes() / self._mini_batch.selected - theirs
+        return total * self._competing_processes() / self._selection.competing_selected.clamp(min=1) - theirs
 
     def _applied_entropy_coef(self) -> float:
-        """What TRL multiplies the bonus with in this optimizer step, at whose end it may adapt the coefficient."""
+        """TRL's coefficient of the bonus in this optimizer step. TRL may adapt it at the end of the step."""
         applied = not self.use_adaptive_entropy or self._last_world_entropy <= self.args.entropy_target
         return self.entropy_coef if applied else 0.0
 
@@ -362,25 +315,26 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._metrics[mode]["entropy_threshold"].append(threshold / max(tokens, 1))
 
     def _join_metrics(self) -> None:
-        """Makes of TRL's metrics of the micro-batches, of which it would log the plain mean, those of their whole."""
-        args, tokens = self.args, self._mini_batch.micro_batch_tokens.tolist()
+        """Replaces TRL's metrics of the micro-batches by those of the step. TRL would log their unweighted mean."""
+        args, end = self.args, self._number() + 1
+        tokens = self._selection.tokens.sum(0)[end - args.gradient_accumulation_steps : end].tolist()
         means = {"entropy", "kl"} | (CLIP_RATIO_MEANS if args.importance_sampling_level == "token" else set())
-        if self._mini_batch.masks[-1].shape[1] == 1:
+        if self._tokens[-1].mask.shape[1] == 1:
             # TRL takes one column for a value of each sequence, and micro-batches have the same number of sequences.
             means = set()
         for name, values in self._metrics["train"].items():
             parts = values[-args.gradient_accumulation_steps :]
             if name in means:
-                whole = sum(map(operator.mul, parts, tokens)) / max(sum(tokens), 1)
-            elif name == "clip_ratio/low_min":  # NaN where a micro-batch has no tokens
-                whole = min((part for part in parts if not math.isnan(part)), default=math.nan)
+                joined = sum(map(operator.mul, parts, tokens)) / max(sum(tokens), 1)
+            elif name == "clip_ratio/low_min":  # NaN if a micro-batch has no tokens
+                joined = min((part for part in parts if not math.isnan(part)), default=math.nan)
             elif name == "clip_ratio/high_max":
-                whole = max((part for part in parts if not math.isnan(part)), default=math.nan)
+                joined = max((part for part in parts if not math.isnan(part)), default=math.nan)
             elif name == "policy_loss" and MEAN_OVER.get(args.loss_type) in ("batch", "micro_batch"):
-                whole = sum(parts)  # each is what its micro-batch adds to the mean over the step
+                joined = sum(parts)  # each is what its micro-batch adds to the mean over the step
             else:
                 continue
-            values[-len(parts) :] = [whole]
+            values[-len(parts) :] = [joined]
 
     # ---- Log-probabilities and entropies
 
@@ -417,39 +371,27 @@ class EntropyGRPOTrainer(GRPOTrainer):
         return log_prob, entropy if "entropy" in outputs else None, None, None, None
 
     def _known_scores(self, scored: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where the rest need not meet the head again: the tokens that train, and the prepass's log-probabilities and
-        entropies, each [N]. None: outside the loss, or where other tokens may have a gradient too."""
+        """If the loss reads only the prepass's values of unselected tokens: the tokens that train, and the prepass's
+        log-probabilities and entropies, each [N]. None outside the loss, or if other tokens may have a gradient."""
         inputs, args = self._loss_inputs, self.args
         others_train = self.beta != 0 or self._entropy_bonus_enabled or args.importance_sampling_level != "token"
         if inputs is None or not self._is_mini_batch_scope() or others_train:
             return None
         position, completion = self._position(), inputs["completion_mask"] != 0
-        log_prob, entropy = self._mini_batch.scores[position]
-        known = self._mini_batch.masks[position][completion], log_prob[completion], entropy[completion]
-        # Soft prompts (PEFT) make TRL score a token more of each sequence.
+        log_prob, entropy = self._scores[position]
+        known = self._tokens[position].mask[completion], log_prob[completion], entropy[completion]
+        # With soft prompts (PEFT), TRL scores one more token of each sequence.
         return known if len(known[0]) == scored else None
-
-
-@dataclass
-class _Selection:
-    """Of an optimizer step; lists have a [B, T] for each of its micro-batches."""
-
-    masks: list[Tensor]
-    lowest: Tensor  # []: entropy of a selected token
-    tokens: Tensor  # []: how many competed, at least 1
-    selected: Tensor  # []: how many of them train, at least 1
-    micro_batch_tokens: Tensor  # [micro-batches]: how many tokens each has, over all processes
-    scores: list[tuple[Tensor, Tensor]]  # log-probabilities and entropies of the prepass
 
 
 @contextlib.contextmanager
 def _lm_head(score: Any) -> Iterator[None]:
-    """Within it, models that TRL has given a fused LM head compute log-probabilities and entropies by `score`.
+    """Context in which the fused LM head that TRL gives to models computes its outputs with `score`.
 
-    All that surrounds the head (sharded and split weights, adapters, experts) remains TRL's.
+    Everything around the head (sharded and split weights, adapters, experts) remains TRL's.
     """
     module = trl.trainer.utils
-    # TRL asks for Triton to decide whether to leave out the positions that are not scored: it does on CUDA alone.
+    # TRL skips the positions that are not scored only if it would use Triton, which it does on CUDA only.
     replaced = {"_ChunkedLogProbFunction": SimpleNamespace(apply=score), "_use_triton": lambda device: True}
     originals = {name: getattr(module, name) for name in replaced}
     vars(module).update(replaced)
@@ -460,6 +402,6 @@ def _lm_head(score: Any) -> Iterator[None]:
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """[B, T]: the completion tokens that the loss is over."""
+    """[B, T]: the completion tokens that enter the loss."""
     mask: Tensor = inputs["completion_mask"]
     return mask if inputs.get("tool_mask") is None else mask * inputs["tool_mask"]

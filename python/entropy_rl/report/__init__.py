@@ -1,5 +1,5 @@
-"""`entropy-rl inspect`: which tokens of a model's completions are forks, as one self-contained page.
+"""`entropy-rl inspect`: shows which tokens of a model's completions are forks, on one self-contained page.
 
-completions.py reads or samples the completions, measure.py runs the model over them, page.py writes the page,
-whose parts page.html, page.css and page.js lie beside it.
+completions.py reads or samples the completions, measure.py runs the model over them, and page.py writes the page from
+page.html, page.css and page.js.
 """

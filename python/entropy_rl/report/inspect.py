@@ -22,7 +22,7 @@ from entropy_rl_ext import global_top_mask
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises UserError for what the user can mend."""
+    """Writes the page and prints a summary. Raises UserError for an error that the user can fix."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     output: Path = arguments.output
@@ -32,12 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: this is a directory; a file was expected")
     _check_writable(output)
     device = _device(arguments.device)
-    given = arguments.samples is None and has_completions(arguments.input, arguments.completion_key)
+    given = arguments.samples is None and has_completions(arguments.input, arguments.completion_key, arguments.limit)
     source = "--model" if arguments.tokenizer is None else "--tokenizer"
-    path = arguments.tokenizer or arguments.model
-    tokenizer = load_tokenizer(f"{source} {path}", path)
+    path, trust = arguments.tokenizer or arguments.model, {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = load_tokenizer(f"{source} {path}", path, **trust)
     if arguments.compare is not None:
-        _check_comparable(tokenizer, arguments.compare)
+        _check_comparable(tokenizer, arguments.compare, **trust)
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     completions = _given(tokenizer, arguments) if given else None
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         path = getattr(arguments, option)
         if path is None:
             continue
-        model = load_model(f"--{option} {path}", path, dtype=dtype).to(device).eval()
+        model = load_model(f"--{option} {path}", path, dtype=dtype, **trust).to(device).eval()
         if completions is None:
             completions = _sampled(model, tokenizer, arguments)
         name = _name(path)
@@ -64,18 +64,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_writable(output: Path) -> None:
-    """Before minutes of work. Leaves no file behind, and one that is there as it is."""
-    is_there = output.exists()
+    """Raises UserError if the page cannot be written. Leaves an existing file unmodified and creates none."""
+    exists = output.exists()
     try:
         output.open("ab").close()
     except OSError as error:
         raise UserError(f"--output {output}: it cannot be written: {error.strerror}") from None
-    if not is_there:
+    if not exists:
         output.unlink()
 
 
 def _name(path: str) -> str:
-    """Of a checkpoint of the trainer the step, global_step_N/actor/huggingface; else the last part of the path."""
+    """The last part of the path; global_step_N for a checkpoint of the trainer, global_step_N/actor/huggingface."""
     parts = Path(path).resolve().parts if Path(path).exists() else Path(path).parts
     return parts[-3] if parts[-2:] == ("actor", "huggingface") else parts[-1]
 
@@ -84,19 +84,19 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to PyTorch; auto and cpu are allowed here")
+        raise UserError("--device cuda: PyTorch sees no GPU; it must be auto or cpu here")
     return torch.device(name)
 
 
-def _check_comparable(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Before the first model is measured: that the second one is there, and that its tokens are the same.
+def _check_comparable(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:
+    """Raises UserError if the second model does not exist or has other tokens than the first one.
 
-    One without a tokenizer is taken to share the first one's.
+    A second model without a tokenizer is assumed to share the first one's.
     """
     where = f"--compare {path}"
-    check_model(where, path)
+    check_model(where, path, trust_remote_code=trust_remote_code)
     try:
-        other = load_tokenizer(where, path)
+        other = load_tokenizer(where, path, trust_remote_code=trust_remote_code)
     except UserError:
         return
     if other.get_vocab() != tokenizer.get_vocab():

@@ -1,12 +1,13 @@
 """Entropy, probability and the most probable tokens at every position of the completions, in bounded memory.
 
-The model's body runs over a few sequences at a time. Its head, which makes a row of the vocabulary's size for every
-token, then runs over a few rows at a time, so that logits never take more than LOGITS_BYTES.
+The model's body runs over a few sequences at a time. Its head then runs over a few tokens at a time, because it makes
+a row as long as the vocabulary for each: the logits never take more than LOGITS_BYTES.
 """
 
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,21 +15,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from entropy_rl.errors import UserError
+from entropy_rl.pretrained import check_fits
 from entropy_rl.report.completions import Completion
 from entropy_rl_ext import logprob_entropy
 
 LOGITS_BYTES = 256 * 2**20
-BODY_TOKENS = 4096  # of the sequences that run through the body together, padding included
+BODY_TOKENS = 4096  # in the sequences that run through the body together, padding included
 ALTERNATIVES = 5
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of the n tokens of all completions, one after another. Nats, under softmax(logits / temperature)."""
+    """Values for the n tokens of all completions in order, in nats, under softmax(logits / temperature)."""
 
     entropy: Tensor  # [n] float32, of the distribution that the token was drawn from
-    log_prob: Tensor  # [n] float32, of the token
+    log_prob: Tensor  # [n] float32, of the token itself
     top_tokens: Tensor  # [n, ALTERNATIVES] int64, the most probable first; fewer where the vocabulary is smaller
     top_log_prob: Tensor  # [n, ALTERNATIVES] float32
 
@@ -37,12 +38,17 @@ class Measurement:
 def measure(
     model: PreTrainedModel, completions: Sequence[Completion], *, temperature: float = 1.0, name: str = "model"
 ) -> Measurement:
-    """Runs the model over the completions, with a progress bar that counts tokens.
+    """Runs the model over the completions and shows a progress bar that counts tokens.
 
     Raises:
         UserError: a token id that the model does not have, or a sequence longer than its positions.
     """
-    _check(model, completions, name)
+    check_fits(
+        model,
+        {f"{name}: a prompt or completion": chain(*(c.prompt + c.tokens for c in completions))},
+        f"{name}: a prompt with its completion",
+        max(map(_length, completions)),
+    )
     total = sum(len(completion.tokens) for completion in completions)
     starts = torch.tensor([0, *(len(completion.tokens) for completion in completions)]).cumsum(0).tolist()
     columns = min(ALTERNATIVES, model.config.get_text_config().vocab_size)
@@ -76,10 +82,10 @@ def measure(
 
 
 def _measure_rows(logits: Tensor, targets: Tensor, temperature: float, result: Measurement, place: Tensor) -> None:
-    """logits [R, V], targets [R]: one pass for the entropy, one for the most probable tokens."""
+    """logits [R, V], targets [R]. One pass gives the entropy, another the most probable tokens."""
     top, top_tokens = logits.topk(result.top_tokens.shape[1], dim=-1)
     chosen = logits.gather(-1, targets[:, None])
-    # Log-probabilities of the others follow from the first one's: at equal temperature they differ as the logits do.
+    # The other log-probabilities follow from the first one: they differ from it as the logits do, over the temperature.
     first_log_prob, entropy = logprob_entropy(logits, top_tokens[:, 0], temperature=temperature)
     dtype = first_log_prob.dtype
 
@@ -93,10 +99,11 @@ def _measure_rows(logits: Tensor, targets: Tensor, temperature: float, result: M
 
 
 class _Head:
-    """The part of a model after its body, run on chosen rows.
+    """Runs what a model does after its body, on chosen rows.
 
-    It is the model's own forward with the body's output put in, so that whatever comes after the body (scaling or
-    soft-capping of logits) is there. A model whose forward does not begin with its body runs as a whole.
+    It calls the model's own forward with the body replaced by its output, so that whatever follows the body (such as
+    scaling or soft-capping of the logits) is included. If the forward does not begin with the body, the model runs
+    in one piece.
     """
 
     def __init__(self, model: PreTrainedModel, probe: Sequence[int]) -> None:
@@ -104,23 +111,23 @@ class _Head:
         self._split = model.base_model is not model
         if self._split:
             ids = torch.tensor([list(probe[:8])], device=model.device)
-            whole = model(input_ids=ids, use_cache=False).logits
+            expected = model(input_ids=ids, use_cache=False).logits
             rows = torch.arange(ids.shape[1], device=model.device)
             try:
                 parts = self.logits(self.run_body(ids, rows), slice(None))
-                self._split = torch.allclose(parts, whole[0], rtol=1e-2, atol=1e-2, equal_nan=True)
+                self._split = torch.allclose(parts, expected[0], rtol=1e-2, atol=1e-2, equal_nan=True)
             except (AttributeError, KeyError, RuntimeError, TypeError):
                 self._split = False
 
     def run_body(self, ids: Tensor, rows: Tensor) -> Any:
-        """ids [B, S] -> what `logits` needs of the rows, flat indices into B * S."""
+        """ids [B, S] -> what `logits` needs for the rows, which are flat indices into B * S."""
         if not self._split:
             return self._model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[rows]
         output = self._model.base_model(input_ids=ids, use_cache=False, return_dict=True)
         return type(output)(**{**output, "last_hidden_state": output.last_hidden_state.flatten(0, 1)[None, rows]})
 
     def logits(self, body: Any, part: slice) -> Tensor:
-        """[R, V], of a part of the rows."""
+        """[R, V], the logits of a part of the rows."""
         if not self._split:
             return body[part]
         hidden = body.last_hidden_state[:, part]
@@ -146,7 +153,7 @@ def _length(completion: Completion) -> int:
 
 
 def _batches(completions: Sequence[Completion]) -> list[list[int]]:
-    """Indices of completions of similar length, at most BODY_TOKENS together unless one alone is longer."""
+    """Indices of completions of similar length, at most BODY_TOKENS tokens together unless one alone has more."""
     batches: list[list[int]] = []
     for i in sorted(range(len(completions)), key=lambda i: -_length(completions[i])):
         if batches and (len(batches[-1]) + 1) * _length(completions[batches[-1][0]]) <= BODY_TOKENS:
@@ -154,13 +161,3 @@ def _batches(completions: Sequence[Completion]) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
-
-
-def _check(model: PreTrainedModel, completions: Sequence[Completion], name: str) -> None:
-    config = model.config.get_text_config()
-    highest = max(max(*completion.prompt, *completion.tokens) for completion in completions)
-    if highest >= config.vocab_size:
-        raise UserError(f"{name}: the completions hold token {highest}; the model has {config.vocab_size} tokens")
-    longest, positions = max(map(_length, completions)), getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise UserError(f"{name}: a prompt with its completion has {longest} tokens; the model takes {positions}")

@@ -1,7 +1,7 @@
-"""The page: one HTML file that needs nothing else, its data in compressed columns.
+"""Writes the page: one HTML file without external resources, with its data in compressed columns.
 
-A column is a typed array, gzipped, in base64. Entropies are whole float32, because the page selects by them as
-`global_top_mask` does; log-probabilities are 16-bit steps of LOG_PROB_STEP nats.
+A column is a typed array, gzipped, in base64. Entropies keep all bits of float32, because the page selects tokens by
+them as `global_top_mask` does. Log-probabilities are 16-bit multiples of LOG_PROB_STEP nats.
 """
 
 import base64
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.measure import Measurement
 
-LOG_PROB_STEP = 1 / 2000  # nats; 65535 steps reach a probability of 6e-15, and stand for what is below, too
+LOG_PROB_STEP = 1 / 2000  # nats; 65535 steps reach a probability of 6e-15 and stand for every lower one
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -39,14 +39,14 @@ def write_page(
     ratio: float = 0.2,
     temperature: float = 1.0,
 ) -> None:
-    """Writes the page of one model, or of two to compare, measured on the same completions."""
+    """Writes the page for one model, or for two models measured on the same completions."""
     parts = files("entropy_rl.report")
-    # "<" would let a token end the script element.
+    # A token that contains "<" could end the script element.
     data = json.dumps(_data(models, completions, tokenizer, ratio, temperature)).replace("<", "\\u003c")
-    page = (parts / "page.html").read_text()
-    for name, text in (("page.css", (parts / "page.css").read_text()), ("page.js", (parts / "page.js").read_text())):
-        page = page.replace(f"/* {name} */", text)
-    path.write_text(page.replace('"page data"', data))
+    page = (parts / "page.html").read_text(encoding="utf-8")
+    for name in ("page.css", "page.js"):
+        page = page.replace(f"/* {name} */", (parts / name).read_text(encoding="utf-8"))
+    path.write_text(page.replace('"page data"', data), encoding="utf-8")
 
 
 def _data(
@@ -57,7 +57,7 @@ def _data(
     temperature: float,
 ) -> dict[str, Any]:
     tokens = torch.tensor([token for completion in completions for token in completion.tokens])
-    # Ids of the page: the places in the list of the tokens that occur in it, as text or as alternatives.
+    # The page numbers the tokens that it shows: a token's number is its index in their sorted list.
     used = torch.cat([tokens, *(model.measurement.top_tokens.flatten() for model in models)]).unique()
     prompts = list(dict.fromkeys(tuple(completion.prompt) for completion in completions))
     prompt_index = {prompt: index for index, prompt in enumerate(prompts)}
@@ -69,14 +69,14 @@ def _data(
         "prompts": [tokenizer.decode(list(prompt)) for prompt in prompts],
         "promptOf": [prompt_index[tuple(completion.prompt)] for completion in completions],
         "lengths": [len(completion.tokens) for completion in completions],
-        "tokens": _column(_place_in(used, tokens)),
+        "tokens": _column(_number_in(used, tokens)),
         "models": [
             {
                 "name": model.name,
                 "entropy": _column(model.measurement.entropy),
                 "logProb": _column(_steps(model.measurement.log_prob)),
                 "alternatives": model.measurement.top_tokens.shape[1],
-                "topTokens": _column(_place_in(used, model.measurement.top_tokens)),
+                "topTokens": _column(_number_in(used, model.measurement.top_tokens)),
                 "topLogProb": _column(_steps(model.measurement.top_log_prob)),
             }
             for model in models
@@ -85,10 +85,10 @@ def _data(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text that a token adds behind another; the bytes in hexadecimal where it is a part of a character."""
+    """The text that a token adds after another token, or its bytes in hexadecimal if it is a part of a character."""
     before = tokenizer.decode([token])
     text = tokenizer.decode([token, token])
-    # Alone, a token may lose the space that it begins with; behind itself it does not.
+    # A token may lose its leading space when it is decoded alone, but not after another token.
     text = text[len(before) :] if text.startswith(before) else before
     if REPLACEMENT in text:
         return f"⟨{_hexadecimal(tokenizer.convert_ids_to_tokens(token))}⟩"
@@ -96,7 +96,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def _hexadecimal(token: str) -> str:
-    """Of a token of byte-level BPE, whose alphabet has a printable character for each byte, or of one like <0xE4>."""
+    """The bytes of a token like <0xE4> or of byte-level BPE, which has a printable character for each byte."""
     if token.startswith("<0x"):
         return token[3:-1].lower()
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -105,7 +105,7 @@ def _hexadecimal(token: str) -> str:
     return bytes(alphabet[c] for c in token).hex(" ") if set(token) <= alphabet.keys() else token
 
 
-def _place_in(used: Tensor, tokens: Tensor) -> Tensor:
+def _number_in(used: Tensor, tokens: Tensor) -> Tensor:
     return torch.searchsorted(used, tokens).to(torch.int32)
 
 

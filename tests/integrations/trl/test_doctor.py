@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 
 from entropy_rl import cli, doctor
-from entropy_rl.integrations import trl as integration
 
 
 def test_here(capsys: pytest.CaptureFixture[str]) -> None:
-    """The package is on the search path, not installed: that is told, and no fault."""
+    """doctor reports that the package is on the search path but not installed, and does not count it as an error."""
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"✓ TRL +1\.16\.\S+; EntropyGRPOTrainer is there", shown)
-    assert doctor.SUPPORTED["trl"] == integration.SUPPORTED
 
 
 def test_an_integration_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

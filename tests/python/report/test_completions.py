@@ -1,4 +1,4 @@
-"""What a file of completions may hold, and how it becomes tokens."""
+"""Reading a file of completions, and sampling completions."""
 
 import json
 from collections.abc import Callable
@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from entropy_rl.errors import UserError
-from entropy_rl.report.completions import has_completions, read_completions, read_prompts
+from entropy_rl.pretrained import end_of_text_ids
+from entropy_rl.report.completions import has_completions, read_completions, read_prompts, sample_completions
 
 USER = [{"role": "user", "content": "1 + 1 ="}]
+ANSWER = [{"role": "assistant", "content": "2"}]
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_messages_go_through_the_chat_template(tmp_path: Path, tokenizer: PreTra
         "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    path = write_lines(tmp_path / "a.jsonl", {"prompt": USER, "completion": [{"role": "assistant", "content": "2"}]})
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": USER, "completion": ANSWER})
     assert read(path, tokenizer) == [("<user>1 + 1 =;<assistant>", "2;")]
 
 
@@ -60,8 +62,39 @@ def test_a_beginning_of_text_token_comes_once(tmp_path: Path, tokenizer: PreTrai
 
 
 def test_whether_a_file_holds_completions(tmp_path: Path) -> None:
-    assert has_completions(write_lines(tmp_path / "a.jsonl", {"prompt": "1", "completion": "2"}), "completion")
-    assert not has_completions(write_lines(tmp_path / "b.jsonl", {"prompt": "1"}), "completion")
+    answered, bare = {"prompt": "1", "completion": "2"}, {"prompt": "1"}
+    for rows, expected in ([answered], True), ([bare], False), ([bare | {"completion": None}], False):
+        assert has_completions(write_lines(tmp_path / "a.jsonl", *rows), "completion", None) is expected
+    # Every row that is used must agree; rows beyond the limit do not count.
+    for rows, line, other in (([bare, answered], 1, 2), ([answered, {"completion": None}], 2, 1)):
+        path = write_lines(tmp_path / "b.jsonl", *rows)
+        with pytest.raises(UserError, match=f"line {line}: there is no 'completion', but line {other} has one"):
+            has_completions(path, "completion", None)
+        assert has_completions(path, "completion", 1) is (rows[0] is answered)
+
+
+def test_several_end_of_text_tokens_end_a_sample_as_in_training(
+    model_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The generation configuration names other ids than the tokenizer, whose id 1 ends a response too."""
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model.generation_config.eos_token_id = [20, 30]
+    assert end_of_text_ids(model, tokenizer) == [1, 20, 30]
+    sampling = {"max_new_tokens": 60, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0, "batch_size": 32}
+    completions = sample_completions(model, tokenizer, [[5, 6]], samples=64, **sampling)
+    last = {completion.tokens[-1] for completion in completions if len(completion.tokens) < 60}
+    assert last == {1, 20, 30}
+    assert not any({1, 20, 30} & set(completion.tokens[:-1]) for completion in completions)
+
+
+def test_a_sample_that_the_model_cannot_hold(model_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    sampling = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0, "batch_size": 32}
+    with pytest.raises(UserError, match="prompt with --max-new-tokens: it has 513 tokens; the model has 512 positions"):
+        sample_completions(model, tokenizer, [[5] * 3], max_new_tokens=510, **sampling)
+    tokenizer.add_special_tokens({"pad_token": "<a pad token beyond the embedding>"})
+    with pytest.raises(UserError, match="padding token: it has the id 97; the model's embedding has the ids 0 to 96"):
+        sample_completions(model, tokenizer, [[5]], max_new_tokens=5, **sampling)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +102,14 @@ def test_whether_a_file_holds_completions(tmp_path: Path) -> None:
     [
         ([{"completion": "2"}], "line 1: there is no 'prompt'; it has 'completion'"),
         ([{"prompt": "1", "completion": "2"}, {"prompt": "1"}], "line 2: there is no 'completion'; it has 'prompt'"),
+        ([{"prompt": None, "completion": "2"}], "line 1: prompt must be a text or a list .* it is null"),
+        ([{"prompt": "1", "completion": None}], "line 1: completion must be a text or a list .* it is null"),
+        ([{"prompt": "1", "completion": ANSWER}], "completion is a list of messages and prompt is a text; give both"),
+        ([{"prompt": "\ud800", "completion": "2"}], r"line 1: prompt holds the lone surrogate '\\ud800'; Unicode"),
+        ([{"prompt": "1", "completion": "a\udfff"}], r"line 1: completion holds the lone surrogate '\\udfff'"),
+        ([{"prompt": [{"role": "user", "content": "\ud800"}], "completion": "2"}], "prompt holds the lone surrogate"),
         ([{"prompt": "1", "completion": ""}], "line 1: completion is empty"),
-        ([{"prompt": "", "completion": "2"}], "a prompt has no tokens"),
+        ([{"prompt": "", "completion": "2"}], "line 1: prompt has no tokens"),
         ([{"prompt": "1", "completion": 2}], "line 1: completion must be a text or a list of"),
         ([{"prompt": [], "completion": "2"}], "line 1: prompt must be a text or a list of"),
         ([{"prompt": [{"content": "1"}], "completion": "2"}], "line 1: prompt must be a text or a list of"),
@@ -101,6 +140,9 @@ def test_files_that_are_something_else(
         read(tmp_path / name, tokenizer)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_file_that_does_not_exist(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         read(tmp_path / "a.jsonl", tokenizer)
+    (tmp_path / "b.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"this is a directory; a \.jsonl file was expected"):
+        read(tmp_path / "b.jsonl", tokenizer)

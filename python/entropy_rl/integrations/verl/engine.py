@@ -1,12 +1,12 @@
-"""What verl's engines do when the ratio is set.
+"""Changes to verl's engines for `entropy_top_ratio`.
 
-`install` is called by the actor's configuration, in the process that trains and before its engine is built: importing
-verl's engines any earlier, as a plugin, would settle on a platform before others have registered theirs.
+The actor's configuration calls `install` in the process that trains, before its engine is built. A plugin must not
+import verl's engines: that would fix the platform before others have registered theirs.
 """
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -22,29 +22,29 @@ from verl.workers.engine.fsdp import transformer_impl as fsdp
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from entropy_rl.integrations.verl import loss
-from entropy_rl.lm_head import answering
-from entropy_rl.selection import COVARIANCE_MODES, covariance_options, prepass, select_by_covariance, select_tokens
+from entropy_rl.lm_head import patched_forward
+from entropy_rl.selection import StepSelection, prepass
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy
 
 _MARK = "_entropy_rl"
 
 
 def install(kernel: str) -> None:
-    """Prepares this process's engines; a second time is harmless.
+    """Changes the engines of this process. A second call changes nothing more.
 
     Args:
-        kernel: what computes log-probs and entropies of FSDP engines. "entropy_rl": this package's ops, of the logits
-            `logprob_entropy`, and with use_fused_kernels `linear_logprob_entropy` of the hidden states; or "verl".
+        kernel: what computes log-probs and entropies of FSDP engines. "entropy_rl": this package's `logprob_entropy`,
+            and with use_fused_kernels `linear_logprob_entropy`. "verl": verl's own functions.
     """
     for name, engine in (("fsdp", "FSDPEngine"), ("megatron", "MegatronEngine")):
         module = sys.modules.get(f"verl.workers.engine.{name}.transformer_impl")
         if module is not None:
-            _replace(module, "prepare_micro_batches", _with_token_counts)
+            _replace(module, "prepare_micro_batches", _with_numbers)
             _replace(getattr(module, engine), "forward_backward_batch", _with_selection)
     if kernel == "entropy_rl":
         _replace(fsdp.FSDPEngineWithLMHead, "prepare_model_outputs", _with_logprob_entropy)
         _replace(fsdp.FSDPEngineWithLMHead, "forward_step", _with_fused_head)
-        # What the models' fused forwards call, by impl_backend: torch and liger the first, triton the second.
+        # The fused forwards of the models call the first with impl_backend torch or liger, the second with triton.
         _replace(torch_functional.FusedLinearForPPO, "forward", _with_fused_linear)
         _replace(linear_cross_entropy, "linear_cross_entropy", _with_linear_cross_entropy)
 
@@ -57,113 +57,103 @@ def _replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callabl
         setattr(owner, name, wrapped)
 
 
-def _with_token_counts(prepare_micro_batches: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells each micro-batch how many response tokens every micro-batch of the optimizer step has, on all ranks.
+def _with_numbers(prepare_micro_batches: Callable[..., Any]) -> Callable[..., Any]:
+    """Numbers the micro-batches of an optimizer step, and tells its selection how many response tokens each has.
 
-    The number of tokens to be selected follows from that alone, so that the divisor of the loss is known before the
-    first forward. And the engine is asked for entropies, whatever `calculate_entropy` says.
+    The engine then computes entropies, whatever `calculate_entropy` says.
     """
 
     def wrapped(data: TensorDict, dp_group: Any = None, **options: Any) -> tuple[list[TensorDict], Any]:
         micro_batches, indices = prepare_micro_batches(data, dp_group=dp_group, **options)
-        if "advantages" in data:  # what trains the actor, and no inference or critic
-            counts = _all_gather(torch.stack([_tokens(micro_batch) for micro_batch in micro_batches]), dp_group)
-            for micro_batch in micro_batches:
-                tu.assign_non_tensor(micro_batch, **{loss.MICRO_BATCH_TOKENS: counts}, calculate_entropy=True)
+        step = tu.get_non_tensor_data(data, loss.STEP, None)
+        if step is not None:
+            # verl gives every rank the same number of micro-batches.
+            counts = [_values(micro_batch["response_mask"]).bool().sum() for micro_batch in micro_batches]
+            step.count_tokens(torch.stack(counts).to(get_device_id()))
+            for number, micro_batch in enumerate(micro_batches):
+                tu.assign_non_tensor(micro_batch, **{loss.NUMBER: number}, calculate_entropy=True)
         return micro_batches, indices
 
     return wrapped
 
 
 def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """With the scope mini_batch, makes the selection of an optimizer step before its first micro-batch.
+    """Adds a StepSelection to the batch of an optimizer step and, with the scope mini_batch, makes the selection.
 
-    It travels as a field of the batch, of which verl hands each micro-batch its slice; so does a choice by covariance.
+    The selection of each token is in fields of the batch, of which verl gives each micro-batch its rows.
     """
 
-    def wrapped(self: Any, data: TensorDict, loss_function: Callable[..., Any], forward_only: bool = False) -> Any:
+    def wrapped(self: Any, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         config = getattr(loss_function, "keywords", {}).get("config")
-        if not forward_only and loss.applies(config) and config.entropy_top_scope == "mini_batch":
-            # A loss of distillation looks at all tokens.
-            preselects = loss_function.func is loss.ppo_loss and loss.preselects(config)
-            forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
-            _select(data, config, self.get_data_parallel_group(), forward, preselects)
+        if not forward_only and loss.applies(config):
+            step = StepSelection(config, self.get_data_parallel_group())
+            if step.mini_batch:
+                # The loss of a distillation reads all tokens.
+                only_selected = loss_function.func is loss.ppo_loss and loss.only_selected(config)
+                forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
+                _select_mini_batch(step, data, config, forward, only_selected)
+            tu.assign_non_tensor(data, **{loss.STEP: step})
         return forward_backward_batch(self, data, loss_function, forward_only)
 
     return wrapped
 
 
-def _select(data: TensorDict, config: Any, group: Any, forward: Callable[[], Any], preselects: bool) -> None:
+def _select_mini_batch(
+    step: StepSelection, data: TensorDict, config: Any, forward: Callable[[], Any], only_selected: bool
+) -> None:
     mask = data["response_mask"]  # [B, S], nested or padded
-    if config.entropy_top_source == "old_policy":
-        if "entropy" not in data:
-            raise RuntimeError(
-                "actor_rollout_ref.actor.entropy_top_source=old_policy, but the batch has no entropies of the old "
-                "policy: the trainer keeps none (algorithm.rollout_correction.bypass_mode, or trainer.use_v1=false); "
-                "entropy_top_source must be prepass here"
-            )
-        log_prob, entropy = data["old_log_probs"], data["entropy"]
-    else:
-        tu.assign_non_tensor(data, calculate_entropy=True)
-        with prepass(torch.device(get_device_name())):
-            output = forward()["model_output"]
-        log_prob, entropy = (
-            response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
-            for name in ("log_probs", "entropy")
-        )
-
-    def on_device(tensor: Tensor) -> Tensor:
-        return _values(tensor).to(get_device_id())
-
-    def field(values: Tensor) -> Tensor:
-        values = values.to(_values(mask))
-        return torch.nested.nested_tensor_from_jagged(values, mask.offsets()) if mask.is_nested else values
-
-    selected, metrics = select_tokens(
-        on_device(entropy),
-        on_device(mask),
-        config.entropy_top_ratio,
-        config.entropy_top_rule,
-        config.entropy_top_ranks,
-        group,
+    log_prob, entropy = _old_policy(data) if step.old_policy else _prepass(data, forward)
+    batch = (log_prob, entropy, mask, data["old_log_probs"], data["advantages"])
+    log_prob, entropy, response_mask, old_log_prob, advantages = (_values(x).to(get_device_id()) for x in batch)
+    tokens = step.select_mini_batch(
+        log_prob,
+        entropy,
+        response_mask,
+        old_log_prob=old_log_prob,
+        advantages=advantages,
+        seed=int(torch.randint(2**62, ())) if config.policy_loss.loss_mode == "clip_cov" else 0,
+        only_selected=only_selected,
     )
-    count = selected.sum()
-    torch.distributed.all_reduce(count, group=group)
-    data[loss.SELECTED] = field(selected)
-    if config.policy_loss.loss_mode in COVARIANCE_MODES:
-        chosen = select_by_covariance(
-            *(on_device(tensor) for tensor in (log_prob, data["old_log_probs"], data["advantages"], mask)),
-            group=group,
-            seed=int(torch.randint(2**62, ())) if config.policy_loss.loss_mode == "clip_cov" else 0,
-            **covariance_options(config),
+    for name, key in loss.TOKENS.items():
+        value = getattr(tokens, name)
+        if value is not None:
+            value = value.to(mask.device, _values(mask).dtype if value.dtype == torch.bool else None)
+            data[key] = torch.nested.nested_tensor_from_jagged(value, mask.offsets()) if mask.is_nested else value
+
+
+def _old_policy(data: TensorDict) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, [B, S], that the trainer computed with the old policy."""
+    if "entropy" not in data:
+        raise RuntimeError(
+            "actor_rollout_ref.actor.entropy_top_source=old_policy, but the batch has no entropies of the old policy: "
+            "the trainer keeps none (algorithm.rollout_correction.bypass_mode, or trainer.use_v1=false); "
+            "entropy_top_source must be prepass here"
         )
-        data[loss.CHOSEN] = field(chosen)
-    if preselects:
-        data[loss.KNOWN_LOG_PROBS] = log_prob.to(mask.device)
-    # A field of the batch has a row for each of its own; these two are single numbers, and stay on the device.
-    tu.assign_non_tensor(data, **{loss.SELECTED_TOKENS: count, loss.THRESHOLD: metrics["actor/entropy_threshold"]})
+    return data["old_log_probs"], data["entropy"]
+
+
+def _prepass(data: TensorDict, forward: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies, [B, S], from a forward before the optimizer step."""
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    with prepass(torch.device(get_device_name())):
+        output = forward()["model_output"]
+    mask = data["response_mask"]
+    log_prob, entropy = (
+        response_from_nested(output[name], mask) if mask.is_nested else no_padding_2_padding(output[name], data)
+        for name in ("log_probs", "entropy")
+    )
+    return log_prob, entropy
 
 
 def _values(tensor: Tensor) -> Tensor:
     return tensor.values() if tensor.is_nested else tensor
 
 
-def _tokens(micro_batch: TensorDict) -> Tensor:
-    return _values(micro_batch["response_mask"]).bool().sum()
-
-
-def _all_gather(counts: Tensor, group: Any) -> tuple[int, ...]:
-    """[M] on each rank -> all ranks' counts. verl gives every rank the same number of micro-batches."""
-    counts = counts.to(get_device_id())
-    ranks = [torch.empty_like(counts) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(ranks, counts, group=group)
-    return tuple(torch.cat(ranks).tolist())
-
-
 def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable[..., Any]:
-    """Log-probs and entropies in one float32 pass over the logits, where verl has logits to offer.
+    """Computes log-probs and entropies in one float32 pass over the logits, if the engine has logits.
 
-    verl's own entropy is in the dtype of the logits: in bfloat16 it is up to 0.1 nat off, and ties at the threshold.
+    verl computes its entropy in the dtype of the logits. In bfloat16 it is up to 0.1 nat wrong, and many entropies tie
+    at the threshold.
     """
 
     def wrapped(
@@ -173,12 +163,14 @@ def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable
         if any(tu.get_non_tensor_data(data=micro_batch, key=key, default=False) for key in others):
             return prepare_model_outputs(self, output, output_args, micro_batch, **options)
         logits = output.logits
-        if isinstance(logits, DTensor):  # split over the vocabulary
+        if isinstance(logits, DTensor):  # sharded over the vocabulary
             logits = logits.full_tensor()
         offsets = micro_batch["input_ids"].offsets()
         targets = output_args["input_ids_rmpad_rolled"]
         if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            values = log_prob_and_entropy(logits.squeeze(0), targets, output_args["temperature_rmpad"])
+            values: Sequence[Tensor] = log_prob_and_entropy(
+                logits.squeeze(0), targets, output_args["temperature_rmpad"]
+            )
             values = [self._gather_and_unpad_packed(value, output_args["pad_size"]) for value in values]
         else:
             inside = torch.arange(logits.shape[1], device=logits.device) < offsets.diff()[:, None]
@@ -197,22 +189,22 @@ def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable
 def log_prob_and_entropy(
     logits: Tensor, targets: Tensor, temperature: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`logprob_entropy` of [..., V] logits. The loss detaches an entropy that needs no gradient, which then is free."""
+    """`logprob_entropy` of [..., V] logits. The entropy's gradient costs nothing if the loss detaches the entropy."""
     return logprob_entropy(logits, targets, mask=mask, temperature=temperature, entropy_grad=torch.is_grad_enabled())
 
 
 class _FusedHead(NamedTuple):
-    """The LM head of the model that runs."""
+    """The LM head of the model whose forward runs."""
 
-    module: nn.Module
-    rows: tuple[Tensor, int] | None  # whose log-probs and entropies matter, and their number; None: all of them
+    module: Any
+    rows: tuple[Tensor, int] | None  # mask of the rows that the loss reads, and their number; None: all rows
 
 
 _fused_head: ContextVar[_FusedHead | None] = ContextVar("_fused_head", default=None)
 
 
 def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the fused kernels whose head they compute and, when the actor trains, which rows the loss will look at."""
+    """Tells the fused kernels which head they compute and, when the actor trains, which rows the loss reads."""
 
     def wrapped(self: Any, micro_batch: TensorDict, *args: Any, **options: Any) -> Any:
         if not tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False):
@@ -229,17 +221,18 @@ def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
-    """Of the selected tokens, where the others' log-probs are known, else of the response tokens."""
-    mask = micro_batch[loss.SELECTED if loss.KNOWN_LOG_PROBS in micro_batch else "response_mask"]
+    """The rows of the selected tokens if only those meet the LM head, else of the response tokens."""
+    only_selected = loss.TOKENS["log_prob"] in micro_batch
+    mask = micro_batch[loss.TOKENS["mask"] if only_selected else "response_mask"]
     input_ids = micro_batch["input_ids"]
     if not mask.is_nested:
         return None
-    # A response ends its sequence, and a row scores the token that follows it.
+    # A response is the end of its sequence, and each row scores the token after it.
     shift = input_ids.offsets()[1:] - 1 - mask.offsets()[1:]
     index = torch.arange(len(mask.values()), device=shift.device) + shift.repeat_interleave(mask.offsets().diff())
     rows = torch.zeros(len(input_ids.values()), dtype=torch.bool, device=shift.device)
     rows[index] = mask.values().bool()
-    count = int(rows.sum())  # verl moves a micro-batch to the device later: nothing waits for it
+    count = int(rows.sum())  # on the CPU: verl moves the micro-batch to the device later
     if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
         rows = rows[None]
     else:
@@ -265,7 +258,7 @@ def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Call
         reduction: str = "none",
         dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        if reduction != "none" or dist_process_group is not None:  # as Megatron's models call it
+        if reduction != "none" or dist_process_group is not None:  # a call from one of Megatron's models
             return linear_cross_entropy(hidden, weight, labels, temperature, reduction, dist_process_group)
         return fused_log_prob_and_entropy(hidden, weight, labels, temperature)
 
@@ -275,16 +268,16 @@ def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Call
 def fused_log_prob_and_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob_entropy` of [..., H] hidden states, on the rows that matter: both [...], 0 in the others."""
+    """`linear_logprob_entropy` of [..., H] hidden states on the rows that the loss reads: both [...], 0 elsewhere."""
     head = _fused_head.get()
     mask = count = None
     if head is not None and head.rows is not None:
         mask, count = head.rows
-        # Padding to a fixed length comes last.
+        # verl pads to a fixed length at the end.
         mask = nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
 
     def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_logprob_entropy(
+        log_prob, entropy = linear_logprob_entropy(
             hidden,
             weight,
             targets,
@@ -293,10 +286,11 @@ def fused_log_prob_and_entropy(
             temperature=temperature,
             entropy_grad=torch.is_grad_enabled(),
         )
+        return log_prob, entropy
 
     if head is None or not isinstance(weight, DTensor):
         return score(hidden, weight)
-    # FSDP2 shards a head that is not tied to the embeddings by itself, and gathers it for its own forward alone.
-    with answering(head.module, lambda hidden: torch.stack(score(hidden, head.module.weight), -1)):
+    # FSDP2 shards an LM head that is not tied to the embeddings separately, and gathers it during its forward only.
+    with patched_forward(head.module, lambda hidden: torch.stack(score(hidden, head.module.weight), -1)):
         log_prob, entropy = head.module(hidden).unbind(-1)
     return log_prob, entropy

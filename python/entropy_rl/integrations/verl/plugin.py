@@ -1,13 +1,14 @@
-"""The `verl.plugins` entry point. verl loads it in each of its processes, and logs a failure where nobody looks.
+"""The `verl.plugins` entry point, which installs this package's `ppo_loss` in verl.
 
-So it never raises: it notes why it could not install itself, and `require` raises that when the ratio is set.
+verl loads it in each of its processes and logs an exception at debug level only. Importing this module therefore never
+raises: it stores the reason in `failure`, and `require` raises it when `entropy_top_ratio` is set.
 """
 
 import os
 import sys
 from importlib.metadata import version
 
-SUPPORTED = "0.9"
+from entropy_rl.integrations import SUPPORTED, is_supported
 
 # Modules that bind ppo_loss by name when they are imported.
 _USERS = ("verl.workers.utils.losses", "verl.workers.engine_workers", "verl.trainer.distillation.losses")
@@ -15,17 +16,19 @@ _USERS = ("verl.workers.utils.losses", "verl.workers.engine_workers", "verl.trai
 failure: str | None = None
 
 
-def unsupported() -> str | None:
-    """What to say about the installed verl where this package does not support it, else None."""
+def unsupported_reason() -> str | None:
+    """Why this package does not support the installed verl; None if it does."""
     installed = version("verl")
-    if installed.split(".")[:2] == SUPPORTED.split("."):
+    if is_supported("verl", installed):
         return None
-    return f"entropy-rl-ext {version('entropy-rl-ext')} supports verl {SUPPORTED}.x; verl {installed} is installed"
+    return (
+        f"entropy-rl-ext {version('entropy-rl-ext')} supports verl {SUPPORTED['verl']}.x; verl {installed} is installed"
+    )
 
 
 def require() -> None:
-    """Raises RuntimeError where verl would not call this package's loss in this process."""
-    reason = failure or unsupported()
+    """Raises RuntimeError if verl would not call this package's loss in this process."""
+    reason = failure or unsupported_reason()
     if reason is None:
         from entropy_rl.integrations.verl.loss import ppo_loss
 
@@ -33,8 +36,8 @@ def require() -> None:
         if others:
             policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
             reason = (
-                f"{' and '.join(others)} have another ppo_loss than this package's; VERL_USE_EXTERNAL_PLUGINS={policy} "
-                "(it must be auto or name entropy_rl)"
+                f"{' and '.join(others)} imported another ppo_loss; VERL_USE_EXTERNAL_PLUGINS={policy}, but it must "
+                "be auto or name entropy_rl"
             )
     if reason is not None:
         raise RuntimeError(
@@ -44,7 +47,7 @@ def require() -> None:
 
 def _install() -> None:
     global failure
-    failure = unsupported()
+    failure = unsupported_reason()
     if failure is not None:
         return
     try:
