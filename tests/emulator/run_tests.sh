@@ -19,9 +19,10 @@ add() {
 pytest="$bin/pytest -q -p no:cacheprovider"
 on_device="$pytest -p emulated --device cuda"
 
-quick() {
-  add check "$bin/python tests/emulator/check.py --cases 40"
+quick() {  # the longest first
   add gpu "--graphs $on_device tests/gpu -k 'not 1024'"
+  add check "$bin/python tests/emulator/check.py --cases 40"
+  add ops "$on_device tests/ops/test_token_entropy.py tests/ops/test_aggregate.py tests/ops/test_kl_loss.py"
   common
 }
 full() {
