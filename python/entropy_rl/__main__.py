@@ -1,4 +1,4 @@
-"""`python -m entropy_rl` is the command `entropy-rl`."""
+"""`python -m entropy_rl` runs the command `entropy-rl`."""
 
 import sys
 

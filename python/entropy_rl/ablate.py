@@ -3,8 +3,8 @@
 DIRECTORY/settings.json            what all runs share
 DIRECTORY/seed_N/                  the demo's warmed-up model and problems
 DIRECTORY/seed_N/ARM/              a run of the trainer
-DIRECTORY/results/seed_N.ARM.json  what came of it; written when the run has ended well
-DIRECTORY/table.md, curves.png     made of all results
+DIRECTORY/results/seed_N.ARM.json  the result of a run, written when it has succeeded
+DIRECTORY/table.md, curves.png     made from all results
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises UserError for what the user can mend."""
+    """Runs what is left to run and writes the table. Raises UserError for an error that the user can fix."""
     output: Path = arguments.output
     runs = [plan(arguments, seed, arm) for seed in range(arguments.seeds) for arm in ARMS if arm in arguments.arms]
     for planned in runs:
@@ -76,13 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
         for path in {str(config.load(planned.overrides).actor_rollout_ref.model.path) for planned in left}:
             pretrained.check_model(f"actor_rollout_ref.model.path={path}", path)
         if left:
-            tasks.load_tasks(config.load(left[0].overrides))  # a mistake in the files, before anything starts
+            tasks.load_tasks(config.load(left[0].overrides))  # an error in the files stops here, before anything starts
     else:
         for seed in sorted({planned.seed for planned in left}):
             _prepare_demo(output / f"seed_{seed}", seed, arguments.warmup_steps)
     _run_all(left, arguments.jobs)
 
-    results = [json.loads(planned.result_path().read_text()) for planned in runs]
+    results = [_read_result(planned.result_path()) for planned in runs]
     text = table(results)
     (output / "table.md").write_text(text)
     draw(results, output / "curves.png")
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace, seed: int, arm: str) -> Run:
-    """A run and its command line: the task, the user's keys, and what makes the arm, which wins over both."""
+    """A run and its command line: the task, then the user's keys, then the keys of the arm, which override both."""
     of_seed: Path = arguments.output / f"seed_{seed}"
     steps = arguments.steps or demo.STEPS
     if _own_task(arguments):
@@ -138,27 +138,31 @@ def _check(settings: DictConfig) -> None:
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Runs with other settings must neither be taken for finished ones nor go on from their checkpoints."""
+    """Claims the directory for runs with these settings.
+
+    Raises:
+        UserError: the directory has runs with other settings, which this command must neither count nor resume.
+    """
     path = output / "settings.json"
     if path.exists():
         try:
             found = dict(json.loads(path.read_text()))
         except (OSError, TypeError, ValueError) as error:
             raise UserError(
-                f"--output {output}: {path.name} there is none of this command's: {one_line(error)}"
+                f"--output {output}: {path.name} there is not a file of this command: {one_line(error)}"
             ) from None
         for name in {**found, **settings}:
             if found.get(name) != settings.get(name):
                 raise UserError(
-                    f"--output {output}: the runs there have {name} {found.get(name)}, this command "
-                    f"{settings.get(name)}; give the same, or another directory"
+                    f"--output {output}: the runs there have {name} {found.get(name)}, and this command has "
+                    f"{settings.get(name)}; use the same, or another directory"
                 )
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "results").mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {output}: it cannot be made: {error.strerror}") from None
+        raise UserError(f"--output {output}: it cannot be created: {error.strerror}") from None
     _write(path, settings)
 
 
@@ -179,12 +183,12 @@ def _run_all(runs: Sequence[Run], jobs: int) -> None:
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=not futures):
             future.result()
     finally:
-        # After a mistake or Ctrl-C no further run begins; those that have begun end, or have had the same Ctrl-C.
+        # After an error or Ctrl-C no further run begins. The runs in progress finish, unless Ctrl-C reached them too.
         executor.shutdown(cancel_futures=True)
 
 
 def _train(planned: Run) -> None:
-    """In a process of its own, so that no run inherits anything from another one."""
+    """Trains in a separate process, so that no run inherits state from another one."""
     planned.directory.mkdir(parents=True, exist_ok=True)
     log = planned.directory / "log.txt"
     with log.open("w") as file:
@@ -192,7 +196,7 @@ def _train(planned: Run) -> None:
             [sys.executable, "-m", "entropy_rl.train", *planned.overrides], stdout=file, stderr=subprocess.STDOUT
         ).returncode
     if status:
-        last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+        last = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
         raise UserError(f"seed {planned.seed}, {_ARMS[planned.arm].title}: {last} (status {status}; {log})")
     _write(planned.result_path(), _result(planned))
 
@@ -218,18 +222,25 @@ def _result(planned: Run) -> Result:
     }
 
 
+def _read_result(path: Path) -> Result:
+    """A result; a number that was not finite, null in its file, is NaN."""
+    found = json.loads(path.read_text())
+    lists = {name: values for name, values in found.items() if isinstance(values, list)}
+    return found | {name: [math.nan if value is None else value for value in lists[name]] for name in lists}
+
+
 def _write(path: Path, content: Any) -> None:
-    """A file of this name is whole."""
+    """Writes a file that is complete as soon as it has its name."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
 
 
-# ---- What came of it
+# ---- Results
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % confidence interval by Student's t; NaN for a single value."""
+    """The mean, and half the width of its 95 % confidence interval by Student's t, which is NaN for a single value."""
     from scipy.stats import t
 
     mean = sum(values) / len(values)
@@ -240,7 +251,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown. Differences are by seed: the runs of a seed begin from one model and meet the same problems."""
+    """The results as Markdown. Differences are by seed: the runs of a seed share their model and their problems."""
     last = {(result["arm"], result["seed"]): result["validation_reward"][-1][1] for result in results}
     lines = [
         "| trained on | share of tokens | seeds | validation reward before | after | minus all tokens, seed by seed "
@@ -274,7 +285,7 @@ def _with_interval(values: Sequence[float], style: str = ".3f") -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Each run thin, the mean over the seeds of an arm thick."""
+    """Plots each run as a thin line, and the mean over the seeds of an arm as a thick one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.5), layout="constrained")

@@ -86,10 +86,9 @@ def begin(directory: Path, resumed: Path | None) -> None:
         further = [path.name for path in present if step_of(path) > step_of(resumed)]
         if here and further:
             print(f"{', '.join(further)} of {directory}: not resumed, because an earlier run or branch wrote them")
-        # Then the last run began elsewhere and has saved nothing.
-        if here and "from" in last_run and last_run["serial"] == _newest(present) != 0:
-            if last_run["from"] != _manifest(resumed).get("id"):
-                print(f"{resumed}: an earlier run wrote it; the last run in {directory} has saved no checkpoint")
+        saved_nothing = last_run.get("serial") == _newest(present) != 0
+        if here and saved_nothing and last_run["from"] != _manifest(resumed).get("id"):
+            print(f"{resumed}: an earlier run wrote it; the last run in {directory} has saved no checkpoint")
     elif present:
         names = ", ".join(path.name for path in present)
         print(
@@ -175,7 +174,8 @@ def _check_saving(
         tokenizer.save_pretrained(trial)
     except Exception as error:
         raise ConfigError(
-            f"actor_rollout_ref.model.path: the model cannot be saved as it is configured: {one_line(error)}"
+            f"actor_rollout_ref.model.path={model.name_or_path}: the model cannot be saved as it is configured: "
+            f"{one_line(error)}"
         ) from None
     finally:
         shutil.rmtree(trial, ignore_errors=True)
@@ -364,6 +364,10 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     if missing:
         raise ConfigError(f"{path}: it has no {' and no '.join(missing)} state; {_way_out(checkpoint)}")
     try:
+        saved = {name for group in state["optimizer"]["param_groups"] for name in group["params"]}
+        own = {name for name, _ in distributed.unwrapped(model).named_parameters()}
+        if saved != own:
+            raise ValueError(f"only one of the two has {', '.join(sorted(saved ^ own)[:3])}")
         distributed.load_optimizer(model, optimizer, state["optimizer"])
     except (KeyError, RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
         raise ConfigError(

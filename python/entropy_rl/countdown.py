@@ -1,9 +1,9 @@
-"""Countdown: combine the given numbers by +, - and *, each exactly once, to reach the target.
+"""Countdown: combine the given numbers with +, - and *, each number exactly once, to reach the target.
 
     4 9 3 -> 39 : 4 * 9 = 36 , 36 + 3 = 39
 
-The demo's task, because its forks are known: which numbers to take and which operator is a choice; the equals sign, the
-result and the comma follow from it. `compute_score` is a reward function in verl's signature.
+The demo uses this task because its forks are known: the numbers and the operators are choices; the equals signs, the
+results and the commas follow from them. `compute_score` is a reward function with verl's signature.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-LARGEST = 99  # of any number, given or computed; the smallest is 1
+LARGEST = 99  # the largest number, given or computed; the smallest is 1
 LARGEST_GIVEN = 20
 OPERATORS = ("+", "-", "*")
 
@@ -35,14 +35,14 @@ class Countdown(NamedTuple):
 
 
 def is_held_out(numbers: Sequence[int]) -> bool:
-    """Whether problems with these numbers, in any order, are for validation only: one in ten are."""
+    """Whether problems with these numbers, in any order, are only for validation. One in ten is."""
     return random.Random(str(sorted(numbers))).randrange(10) == 0
 
 
 def problems(
     generator: random.Random, *, held_out: bool = False, count: int = 3
 ) -> Iterator[tuple[Countdown, list[Step]]]:
-    """Random problems of `count` numbers, each with a solution, without end."""
+    """An endless stream of random problems with `count` numbers, each with a solution."""
     while True:
         numbers = tuple(generator.randint(1, LARGEST_GIVEN) for _ in range(count))
         if is_held_out(numbers) == held_out:
@@ -52,14 +52,14 @@ def problems(
 
 
 def random_steps(numbers: Sequence[int], generator: random.Random) -> list[Step] | None:
-    """A random way to combine all numbers, or None where it leads nowhere."""
+    """A random way to combine all numbers, or None if it gets stuck."""
     pool, steps = list(numbers), []
     while len(pool) > 1:
         options = [
             (i, j, Step(pool[i], operator, pool[j], result))
             for i, j in itertools.permutations(range(len(pool)), 2)
             for operator in OPERATORS
-            if operator == "-" or i < j  # the order of the others changes nothing
+            if operator == "-" or i < j  # for the other operators, the order does not matter
             if (result := compute(pool[i], operator, pool[j])) is not None
         ]
         if not options:
@@ -71,7 +71,7 @@ def random_steps(numbers: Sequence[int], generator: random.Random) -> list[Step]
 
 
 def compute(left: int, operator: str, right: int) -> int | None:
-    """The result, or None where it is outside 1 .. LARGEST or the operator is unknown."""
+    """The result, or None if it is outside 1 .. LARGEST or the operator is unknown."""
     match operator:
         case "+":
             result = left + right
@@ -89,12 +89,12 @@ def write(steps: Sequence[Step]) -> str:
 
 
 def response_tokens(count: int) -> int:
-    """Length of a whole response to `count` numbers: two operands, operator, "=", result, and comma or end, a step."""
+    """Length of a complete response. A step has 6 tokens: 2 operands, operator, "=", result, and a comma or the end."""
     return 6 * (count - 1)
 
 
 def forks(words: Sequence[str]) -> list[bool]:
-    """Which words of a response are choices: operators, and numbers that are not the result after an "="."""
+    """Which words of a response are choices: operators, and numbers that do not follow an "="."""
     return [
         word in OPERATORS or (word.isdecimal() and previous != "=")
         for previous, word in zip(("", *words), words, strict=False)
@@ -104,7 +104,7 @@ def forks(words: Sequence[str]) -> list[bool]:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: dict[str, Any], extra_info: dict[str, Any] | None = None
 ) -> float:
-    """1.0 if every step is right, each number is used once and the last result is the target, else 0.0."""
+    """1.0 if every step is right, each number is used once and the last result is the target; otherwise 0.0."""
     pool = [str(number) for number in ground_truth["numbers"]]
     for text in solution_str.split(" , "):
         tokens = text.split(" ")

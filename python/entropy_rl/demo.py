@@ -1,9 +1,9 @@
-"""A small model learns Countdown by reinforcement on the fifth of its tokens that have the highest entropy.
+"""A small model learns Countdown by reinforcement learning on the 20 % of its tokens that have the highest entropy.
 
     python -m entropy_rl.demo [--directory demo] [--seed 0]
 
-Makes a Qwen3 of 0.6 million parameters, warms it up on traces whose arithmetic is right but which mostly miss the
-target, runs `python -m entropy_rl.train` on it, and shows what that changed on problems that it never saw.
+Creates a Qwen3 with 0.6 million parameters, warms it up on traces whose arithmetic is right but which mostly miss the
+target, trains it with `python -m entropy_rl.train`, and shows the effect on problems that it has never seen.
 """
 
 import argparse
@@ -31,14 +31,14 @@ TOP_RATIO = 0.2
 TRAIN_PROBLEMS = 16384
 VALIDATION_PROBLEMS = 512
 STEPS = 120
-# So many of the warm-up's traces reach the target; the others are correct arithmetic towards some other number.
+# The share of the warm-up's traces that reach the target. The others are correct arithmetic towards another number.
 SOLVED_SHARE = 0.3
 SELECTED, PLAIN = "\033[1;30;43m", "\033[0m"  # black on yellow
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m entropy_rl.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything is written")
+    parser.add_argument("--directory", type=Path, default=Path("demo"), help="directory for all results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warmup-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of reinforcement learning")
@@ -56,7 +56,7 @@ def main() -> int:
     if status:
         return status
 
-    print("3/3 What changed on problems with numbers that neither phase ever saw together")
+    print("3/3 The effect on problems whose numbers neither phase has seen together")
     settings = config.load(overrides)
     run = Path(settings.trainer.default_local_dir)
     trained = checkpoint.model_directory(run / f"global_step_{arguments.steps}")
@@ -90,7 +90,7 @@ def main() -> int:
 
 
 def prepare(directory: Path, seed: int, warmup_steps: int) -> None:
-    """Writes what training begins from: the warmed-up model, directory/warm, and the problems."""
+    """Writes the inputs of training: the warmed-up model in directory/warm, and the problems."""
     directory.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -131,7 +131,7 @@ def training_overrides(directory: Path, seed: int, steps: int) -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: numbers, operators, marks."""
+    """A tokenizer with one token for each number, operator and mark."""
     words = ["<pad>", "<eos>", "->", ":", "=", ",", *countdown.OPERATORS]
     words += [str(number) for number in range(1, countdown.LARGEST + 1)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -141,7 +141,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>",
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
-        # Cleaning up would take the spaces before commas away.
+        # Clean-up would remove the spaces before commas.
         clean_up_tokenization_spaces=False,
     )
 
@@ -174,7 +174,7 @@ def warm_up(
     batch_size: int = 128,
     peak_lr: float = 2e-3,
 ) -> None:
-    """Supervised training on traces: the model learns the format and the arithmetic, and to choose mostly at random."""
+    """Trains on traces: the model learns the format and the arithmetic, and chooses mostly at random."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     source = countdown.problems(generator)
     end = tokenizer.eos_token
@@ -185,7 +185,7 @@ def warm_up(
             if generator.random() > SOLVED_SHARE:
                 trace = countdown.random_steps(problem.numbers, generator) or trace
             texts.append(f"{problem.prompt()} {countdown.write(trace)} {end}")
-        tokens = torch.tensor(tokenizer(texts)["input_ids"])  # all of one length
+        tokens = torch.tensor(tokenizer(texts)["input_ids"])  # all of the same length
         length = countdown.response_tokens(len(problem.numbers))
         logits = model(tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -length:].flatten())
@@ -216,8 +216,11 @@ def write_problems(path: Path, generator: random.Random, count: int, *, held_out
 
 
 def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[str, float]:
-    """Share of forks among the selected and among all tokens of responses to the held-out problems, sampled as in
-    training. Prints `samples` of the responses with the selected tokens coloured."""
+    """Samples responses to the held-out problems as in training, and measures forks and accuracy.
+
+    Returns the share of forks among the selected tokens and among all tokens, and the mean reward. Prints `samples` of
+    the responses, with the selected tokens in color.
+    """
     tokenizer = train.load_tokenizer(settings.actor_rollout_ref.model)
     model = train.load_model(settings.actor_rollout_ref.model, model_path).to(
         train.choose_device(settings.trainer.device)
@@ -234,7 +237,7 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
     forks = torch.tensor([countdown.forks(row) for row in words], device=model.device)
     for row in range(samples):
         prompt = problems[row].messages[0]["content"]
-        print(f"  {prompt} {coloured(words[row], selected[row], batch.response_mask[row])}", end="")
+        print(f"  {prompt} {colored(words[row], selected[row], batch.response_mask[row])}", end="")
         print("   solved" if rewards[row] == 1 else "   not solved")
     if samples:
         print(f"  {SELECTED}selected tokens{PLAIN}: the {actor.entropy_top_ratio:.0%} of highest entropy")
@@ -245,7 +248,7 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
     }
 
 
-def coloured(words: list[str], selected: Tensor, inside: Tensor) -> str:
+def colored(words: list[str], selected: Tensor, inside: Tensor) -> str:
     return " ".join(
         f"{SELECTED}{word}{PLAIN}" if mark else word
         for word, mark, shown in zip(words, selected.tolist(), inside.tolist(), strict=True)
@@ -254,7 +257,7 @@ def coloured(words: list[str], selected: Tensor, inside: Tensor) -> str:
 
 
 def logged(metrics: Path, name: str) -> list[float]:
-    """A metric's values, step by step."""
+    """The values of a metric in the order of the steps."""
     lines = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
     return [line[name] for line in lines if name in line]
 

@@ -141,7 +141,7 @@ def reduces_gradients(model: nn.Module, wanted: bool) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     """The model with all of its parameters on every rank, so that each rank can run it as often as it needs.
 
     The forward of a sharded model is a collective: it hangs unless all ranks run it.

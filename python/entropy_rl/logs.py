@@ -1,4 +1,4 @@
-"""Writes the metrics of a run to the terminal, metrics.jsonl and TensorBoard, and at the end a picture of the curves."""
+"""Writes the metrics of a run to the terminal, metrics.jsonl and TensorBoard, and draws curves at the end."""
 
 import json
 import math

@@ -97,7 +97,8 @@ def train(config: DictConfig) -> None:
     device = choose_device(config.trainer.device)
     with distributed.process_group(device, config.actor_rollout_ref.nccl_timeout):
         check_ranks(config)
-        run(config, device)
+        with checkpoint.locked(Path(config.trainer.default_local_dir).expanduser()):
+            run(config, device)
 
 
 @dataclass
@@ -111,7 +112,8 @@ class Training:
     model: PreTrainedModel
     reference: PreTrainedModel | None  # with use_kl_loss
     optimizer: Optimizer
-    first_step: int  # the step of the checkpoint that the run resumes from; 0 without one
+    resumed: Path | None  # the checkpoint that the run resumes from
+    first_step: int  # its step; 0 without one
     total_steps: int
 
 
@@ -119,9 +121,8 @@ def run(config: DictConfig, device: torch.device) -> None:
     """Runs one rank: its share of every batch and of every gradient."""
     trainer, first_rank = config.trainer, distributed.rank() == 0
     directory = Path(trainer.default_local_dir).expanduser()
-    make_directory(directory)
     training = set_up(config, directory, device)
-    last_step = training.total_steps
+    saved, last_step = training.resumed, training.total_steps
 
     def validated() -> dict[str, float]:
         return validate(training.model, training.tokenizer, training.validation, training.scorer, config)
@@ -138,9 +139,10 @@ def run(config: DictConfig, device: torch.device) -> None:
                     metrics |= validated()
             # Logged before the checkpoint: a run that resumes from it has logged all of its steps.
             logs.write(step, metrics | timer.metrics(tokens))
-            if trainer.save_freq > 0 and (last or step % trainer.save_freq == 0):
+            if is_due(step, last_step, trainer.save_freq):
                 keep = trainer.max_actor_ckpt_to_keep
-                checkpoint.save(directory, step, training.model, training.tokenizer, training.optimizer, keep)
+                state = (training.model, training.tokenizer, training.optimizer)
+                saved = checkpoint.save(directory, step, *state, keep=keep, previous=saved)
     if first_rank:
         print(f"metrics, curves and checkpoints: {directory.resolve()}")
 
@@ -151,7 +153,7 @@ def train_step(training: Training, step: int, timer: "Timer", config: DictConfig
     chosen = share_of_rank(batch_of_step(training.examples, step, config.data), config)
     # The responses to a problem stand next to each other.
     group = [example for example in chosen for _ in range(rollout.n)]
-    with timer.phase("gen"), distributed.whole(model) as unsharded_model:
+    with timer.phase("gen"), distributed.unsharded(model) as unsharded_model:
         seed = distributed.seed_of_rank(rollout.seed * 1_000_003 + step)
         generator = torch.Generator(device).manual_seed(seed)
         prompts = [prompt for _, prompt in group]
@@ -184,6 +186,9 @@ def set_up(config: DictConfig, directory: Path, device: torch.device) -> Trainin
     """Loads data and models, and the state of the checkpoint from which the run resumes."""
     actor, settings = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     resumed = distributed.from_first(find_checkpoint(config.trainer, directory))
+    first_step = checkpoint.step_of(resumed) if resumed else 0
+    if resumed:
+        checkpoint.verify(resumed, settings.path, trust_remote_code=settings.trust_remote_code)
     problems, validation_problems, scorer = load_tasks(config)
     tokenizer = load_tokenizer(settings)
     examples = encode(tokenizer, problems, config)
@@ -193,10 +198,17 @@ def set_up(config: DictConfig, directory: Path, device: torch.device) -> Trainin
             f"data.train_batch_size={config.data.train_batch_size}: it must be at most the number of training "
             f"problems, {len(examples)}"
         )
+    steps = config.trainer.total_epochs * (len(examples) // config.data.train_batch_size)
+    total_steps = config.trainer.total_training_steps or steps
 
     seed = config.actor_rollout_ref.rollout.seed
     transformers.set_seed(seed)
     model = load_model(settings, checkpoint.model_directory(resumed) if resumed else settings.path).to(device)
+    check_model(model, tokenizer, [*examples, *validation], config)
+    saves = [
+        step for step in range(first_step + 1, total_steps + 1) if is_due(step, total_steps, config.trainer.save_freq)
+    ]
+    checkpoint.check_saving(directory, saves, model, tokenizer)
     model = distributed.distribute(model, actor.strategy, device)
     reference = None
     if actor.use_kl_loss:
@@ -206,19 +218,19 @@ def set_up(config: DictConfig, directory: Path, device: torch.device) -> Trainin
     optimizer = AdamW(model.parameters(), betas=tuple(actor.optim.betas), weight_decay=actor.optim.weight_decay)
     if distributed.rank() > 0:
         torch.manual_seed(distributed.seed_of_rank(seed))
-    else:
-        checkpoint.remove_partial(directory)
+    checkpoint.begin(directory, resumed)
     if resumed:
         checkpoint.restore(resumed, model, optimizer)
-        if distributed.rank() == 0:
-            print(f"resuming from {resumed}")
     # After the state is restored: a forward leaves the root of a sharded model unsharded until its backward.
     tell_about_lm_head(model, config)
+    return Training(
+        examples, validation, scorer, tokenizer, model, reference, optimizer, resumed, first_step, total_steps
+    )
 
-    first_step = checkpoint.step_of(resumed) if resumed else 0
-    steps = config.trainer.total_epochs * (len(examples) // config.data.train_batch_size)
-    total_steps = config.trainer.total_training_steps or steps
-    return Training(examples, validation, scorer, tokenizer, model, reference, optimizer, first_step, total_steps)
+
+def is_due(step: int, total_steps: int, every: int) -> bool:
+    """Whether to save after a step: after every so many steps and after the last one; never if `every` is -1."""
+    return every > 0 and (step == total_steps or step % every == 0)
 
 
 def tell_about_lm_head(model: PreTrainedModel, config: DictConfig) -> None:
@@ -272,13 +284,6 @@ def check_ranks(config: DictConfig) -> None:
         )
 
 
-def make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"trainer.default_local_dir={directory}: it cannot be created: {error.strerror}") from None
-
-
 def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
     if trainer.resume_mode == "disable":
         return None
@@ -289,9 +294,8 @@ def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
 
 def load_model(settings: DictConfig, path: str | Path) -> PreTrainedModel:
     """The model in float32, the precision in which the optimizer updates it."""
-    model = pretrained.load_model(
-        _where(settings), path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
-    )
+    where = _where(settings) if path == settings.path else str(path)  # a checkpoint
+    model = pretrained.load_model(where, path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code)
     if settings.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -305,6 +309,20 @@ def load_tokenizer(settings: DictConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], config: DictConfig
+) -> None:
+    """Raises UserError if a token id or the longest prompt with its response does not fit the model."""
+    where, limit = _where(config.actor_rollout_ref.model), config.data.max_response_length
+    prompts = [prompt for _, prompt in examples]
+    ids = {
+        f"{where}: its tokenizer's padding token": [tokenizer.pad_token_id],
+        f"{where}: a token that its tokenizer gives": set().union(*prompts),
+    }
+    longest = f"data.max_response_length={limit}: the longest prompt with a response"
+    pretrained.check_fits(model, ids, longest, max(map(len, prompts)) + limit)
 
 
 def _where(settings: DictConfig) -> str:
@@ -483,7 +501,7 @@ def validate(
     size = config.data.val_batch_size or len(examples)
     own = examples[distributed.rank() :: distributed.size()]
     scored: list[tuple[str, float]] = []
-    with distributed.whole(model) as unsharded_model:
+    with distributed.unsharded(model) as unsharded_model:
         generator = torch.Generator(unsharded_model.device).manual_seed(seed)
         for begin in range(0, len(own), size):
             group = [example for example in own[begin : begin + size] for _ in range(sampling.n)]

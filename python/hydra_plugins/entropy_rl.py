@@ -1,7 +1,7 @@
-"""Lets `python -m verl.trainer.main_ppo` compose the entropy_top_* keys: Hydra loads what is in hydra_plugins.
+"""Adds the entropy_top_* keys to the configuration of `python -m verl.trainer.main_ppo`.
 
-A directory in front of verl's own holds actor configurations that extend those of the same name, which they find
-under verl.trainer, as config/actor.
+Hydra loads every module in hydra_plugins. This one puts a directory in front of verl's on the search path. Its actor
+configurations extend verl's configurations of the same names, which they find as config/actor under verl.trainer.
 """
 
 import sys
@@ -12,7 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 class EntropyRLSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if "verl" not in sys.modules:  # another application of Hydra's
+        if "verl" not in sys.modules:  # another application that uses Hydra
             return
         from entropy_rl.integrations.verl import plugin
 

@@ -135,7 +135,7 @@ def test_runs_with_other_settings_are_not_mixed(
         ({"data.train_files": "nowhere.parquet"}, (), "data.train_files=nowhere.parquet: there is no such file"),
         ({"reward.custom_reward_function.path": "nowhere.py"}, (), "nowhere.py: there is no such file"),
         ({f"{ACTOR}.entropy_top_normalize": "all"}, (), "one of selected, response"),
-        ({}, ("--output=/proc/ablation",), "--output /proc/ablation: it cannot be made"),
+        ({}, ("--output=/proc/ablation",), "--output /proc/ablation: it cannot be created"),
         ({}, ("--arms=all,top_30",), "top_30: the arms are all, top_50, top_20, top_10, bottom_80"),
         ({}, ("--seeds=0",), "0: it must be an integer of at least 1"),
     ],
@@ -162,7 +162,7 @@ def test_a_directory_of_something_else(
     (tmp_path / "settings.json").write_text(content)
     assert cli.main(command(tmp_path, task)) == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "settings.json there is none of this command's" in message
+    assert message.count("\n") == 1 and "settings.json there is not a file of this command" in message
     assert not started
 
 

@@ -1,12 +1,15 @@
-"""Checkpoints: a resumed run is the uninterrupted one, bit for bit, and a kill costs no whole checkpoint."""
+"""Checkpoints: a resumed run is the uninterrupted one, bit for bit, and no kill damages a complete checkpoint."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,8 +108,8 @@ def test_resume_continues_bit_for_bit(how: str, long_run: Overrides, uninterrupt
 
 @pytest.mark.parametrize(("when", "survivor"), [("writing", 2), ("removing", 4)])
 def test_kill_while_saving(when: str, survivor: int, long_run: Overrides, uninterrupted: Path, tmp_path: Path) -> None:
-    """SIGKILL while step 4 is being saved, or while the older checkpoint goes: the last whole one is there, and from
-    it the run ends as if nothing had happened."""
+    """SIGKILL while step 4 is saved, or while the older checkpoint is removed: the last complete one remains, and a run
+    that resumes from it ends as if nothing had happened."""
     directory, marker = tmp_path / "run", tmp_path / "marker"
     if when == "removing":
         long_run["trainer.max_actor_ckpt_to_keep"] = 1
@@ -175,9 +178,248 @@ def test_a_checkpoint_that_cannot_be_read(
 
 
 def test_latest_is_by_number(tmp_path: Path) -> None:
-    """10 comes after 9, and neither other files nor half-written checkpoints count."""
+    """10 comes after 9. Files and directories of other programs and half-written checkpoints do not count."""
     for name in ("global_step_9", "global_step_10", "global_step_11.partial", "global_step_x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer.pt").touch()
+    (tmp_path / "global_step_12/actor").mkdir(parents=True)
+    (tmp_path / "global_step_13").touch()
     assert checkpoint.find_latest(tmp_path) == tmp_path / "global_step_10"
     assert checkpoint.find_latest(tmp_path / "nowhere") is None
+
+
+# ---- Several runs in one directory
+
+
+def steps_in(directory: Path) -> list[str]:
+    return sorted(path.name.removeprefix("global_step_") for path in directory.glob("global_step_*"))
+
+
+def test_a_run_keeps_what_another_run_wrote(
+    overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An older run's third step, then a run of two steps that keeps one checkpoint: its second."""
+    directory = tmp_path / "run"
+    overrides |= {"trainer.save_freq": 1, "trainer.resume_mode": "disable"}
+    assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 3})) == 0
+    for step in ("1", "2"):
+        shutil.rmtree(directory / f"global_step_{step}")
+    old = (directory / "global_step_3/checkpoint.json").read_text()
+    capsys.readouterr()
+    changes = {"trainer.total_training_steps": 2, "trainer.max_actor_ckpt_to_keep": 1}
+    assert train.main(as_arguments(overrides | changes)) == 0
+    assert "has checkpoints of an earlier run: global_step_3; this run replaces" in capsys.readouterr().out
+    assert steps_in(directory) == ["2", "3"]
+    assert (directory / "global_step_3/checkpoint.json").read_text() == old
+
+    # The last run goes on, and says what it leaves out.
+    overrides |= {"trainer.resume_mode": "auto", "trainer.total_training_steps": 3}
+    assert checkpoint.find_latest(directory) == directory / "global_step_2"
+    assert train.main(as_arguments(overrides)) == 0
+    shown = capsys.readouterr().out
+    assert f"resuming from {directory / 'global_step_2'}" in shown
+    assert f"global_step_3 of {directory}: not resumed, because an earlier run or branch wrote them" in shown
+    assert [line["step"] for line in read_metrics(directory)] == [1, 2, 3]
+
+
+def test_a_branch_keeps_what_the_other_branch_wrote(long_run: Overrides, uninterrupted: Path) -> None:
+    """Back to step 2 of a run with steps 2, 4 and 5: of these the branch replaces those that it reaches, and removes
+    the one from which it resumed."""
+    long_run |= {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": uninterrupted / "global_step_2"}
+    long_run |= {"trainer.default_local_dir": uninterrupted, "trainer.max_actor_ckpt_to_keep": 1}
+    assert train.main(as_arguments(long_run | {"trainer.total_training_steps": 4})) == 0
+    assert steps_in(uninterrupted) == ["4", "5"]
+
+
+def test_a_run_that_saved_nothing_is_not_resumed_without_a_word(
+    overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(as_arguments(overrides | {"trainer.save_freq": 1})) == 0
+    changes = {"trainer.total_training_steps": 2, "trainer.resume_mode": "disable"}
+    assert train.main(as_arguments(overrides | changes)) == 0
+    for told in (True, False):
+        capsys.readouterr()
+        assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 2})) == 0
+        shown = capsys.readouterr().out
+        # The second time, the last run did resume from this checkpoint.
+        message = f"an earlier run wrote it; the last run in {tmp_path / 'run'} has saved no checkpoint"
+        assert (message in shown) is told
+
+
+def test_directories_of_other_programs_are_left_alone(
+    overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run/global_step_7/actor/model.pt"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"verl's")
+    (tmp_path / "run/global_step_8.partial.bak").mkdir()
+    overrides |= {"trainer.save_freq": 1, "trainer.max_actor_ckpt_to_keep": 1}
+    assert train.main(as_arguments(overrides)) == 0
+    assert steps_in(tmp_path / "run") == ["1", "7", "8.partial.bak"] and other.read_bytes() == b"verl's"
+    capsys.readouterr()
+    assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 7})) == 2
+    message = capsys.readouterr().err
+    assert "global_step_7 there is not a checkpoint of this trainer" in message and message.count("\n") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
+
+
+def test_a_second_run_in_a_directory_is_refused(
+    overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    program = (
+        f"import fcntl; f = open({str(directory / 'run.lock')!r}, 'a')\n"
+        "fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    (directory / "run.lock").write_text('{"process": 12, "host": "node-3"}\n')
+    assert train.main(as_arguments(overrides)) == 2
+    message = capsys.readouterr().err
+    assert f"trainer.default_local_dir={directory}: another run writes there (process 12 on node-3)" in message
+    assert message.count("\n") == 1 and not (directory / "metrics.jsonl").exists()
+    holder.communicate(b"\n")
+    assert train.main(as_arguments(overrides)) == 0
+    assert train.main(as_arguments(overrides)) == 0, "a lock ends with its run"
+
+
+# ---- Damaged checkpoints
+
+
+@pytest.fixture
+def saved(overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert train.main(as_arguments(overrides | {"trainer.save_freq": 1})) == 0
+    capsys.readouterr()
+    return tmp_path / "run/global_step_1"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+WEIGHTS = "actor/huggingface/model.safetensors"
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "truncated weights": (
+        WEIGHTS,
+        lambda path: os.truncate(path, 1000),
+        "the file is damaged: it has 1000 bytes and was",
+    ),
+    "a bit of the weights": (WEIGHTS, flip_a_bit, "the file is damaged: its checksum is not that of checkpoint.json"),
+    "missing weights": (WEIGHTS, Path.unlink, "the file is missing"),
+    "missing configuration": ("actor/huggingface/config.json", Path.unlink, "the file is missing"),
+    "missing optimizer": ("trainer.pt", Path.unlink, "the file is missing"),
+    "a bit of the optimizer": ("trainer.pt", flip_a_bit, "the file is damaged: its checksum"),
+    "no JSON": ("checkpoint.json", lambda path: path.write_bytes(b"\0" * 9), "it is damaged: "),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_named(
+    what: str, overrides: Overrides, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, damage, expected = DAMAGE[what]
+    damage(saved / name)
+    assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 2})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {saved / name}: {expected}") and message.count("\n") == 1
+    assert message.endswith(f"remove {saved} or set trainer.resume_from_path\n")
+
+
+def without_manifest(checkpoint_directory: Path) -> None:
+    (checkpoint_directory / "checkpoint.json").unlink()
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(
+    long_run: Overrides, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no checkpoint.json; the newest has the highest step."""
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    shutil.rmtree(directory / "global_step_5")
+    for path in directory.glob("global_step_*"):
+        without_manifest(path)
+    (directory / "run.lock").unlink()
+    capsys.readouterr()
+    long_run |= {"trainer.default_local_dir": directory, "trainer.max_actor_ckpt_to_keep": 1}
+    assert train.main(as_arguments(long_run)) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "global_step" in line] == [
+        f"resuming from {directory / 'global_step_4'}"
+    ]
+    assert_same_run(directory, uninterrupted)
+    assert steps_in(directory) == ["2", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"random": []}, "it has no optimizer state; "),
+        ({}, "it has no optimizer and no random state; "),
+        ([1], "it has no optimizer and no random state; "),
+        ({"optimizer": {}, "random": []}, "its optimizer state does not fit the model: "),
+        ({"optimizer": {"state": {}, "param_groups": [{"params": ["x"]}]}, "random": []}, "does not fit the model: "),
+    ],
+)
+def test_a_state_that_lacks_a_part(
+    content: Any, expected: str, overrides: Overrides, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_manifest(saved)
+    torch.save(content, saved / "trainer.pt")
+    assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 2})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {saved / 'trainer.pt'}: ") and message.count("\n") == 1
+    assert expected in message
+
+
+def test_weights_of_an_earlier_version_that_are_damaged(
+    overrides: Overrides, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names the checkpoint, not the model that the run began with."""
+    without_manifest(saved)
+    os.truncate(saved / WEIGHTS, 1000)
+    assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 2})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {saved / 'actor/huggingface'}: no Hugging Face causal language model")
+
+
+def test_a_checkpoint_of_another_model(
+    overrides: Overrides, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(overrides["actor_rollout_ref.model.path"], other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
+    assert train.main(as_arguments(overrides | {"actor_rollout_ref.model.path": other})) == 2
+    message = capsys.readouterr().err
+    assert f"actor_rollout_ref.model.path={other}: {saved} is a checkpoint of another model: its" in message
+    assert "its intermediate_size is 64, and 65 here" in message and message.count("\n") == 1
+
+
+# ---- What saving needs
+
+
+def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(
+    overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its generation configuration has a temperature without do_sample, which transformers refuses to write."""
+    path = tmp_path / "model"
+    shutil.copytree(overrides["actor_rollout_ref.model.path"], path)
+    generation = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.6}))
+    overrides |= {"actor_rollout_ref.model.path": path}
+    assert train.main(as_arguments(overrides | {"trainer.save_freq": 1})) == 2
+    message = capsys.readouterr().err
+    assert "cannot be saved as it is configured: GenerationConfig is invalid" in message and "temperature" in message
+    assert f"actor_rollout_ref.model.path={path}: " in message and message.count("\n") == 1
+    assert not any((tmp_path / "run").glob("global_step_*")) and not (tmp_path / "run/metrics.jsonl").exists()
+    assert train.main(as_arguments(overrides)) == 0, "a run that saves nothing needs nothing for it"
+
+
+def test_too_little_space_stops_the_run_at_its_start(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert train.main(as_arguments(overrides | {"trainer.save_freq": 1})) == 2
+    assert f"trainer.default_local_dir={tmp_path / 'run'}: a checkpoint needs 0.0 GB" in capsys.readouterr().err

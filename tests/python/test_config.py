@@ -1,4 +1,4 @@
-"""The configuration: every key is checked and explained, and a mistake is told in one line."""
+"""The configuration: every key is checked and explained, and an error is one line."""
 
 import itertools
 import re
@@ -81,12 +81,12 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("data.max_prompt_length", 3, "a prompt has 7 tokens"),
         ("trainer.logger", "[wandb]", "each one of console, file, tensorboard"),
         ("trainer.resume_mode", "resume_path", "trainer.resume_from_path=null: it must be a path"),
-        ("trainer.default_local_dir", "/proc/run", "trainer.default_local_dir=/proc/run: it cannot be made"),
+        ("trainer.default_local_dir", "/proc/run", "trainer.default_local_dir=/proc/run: it cannot be created"),
         ("trainer.n_gpus_per_node", 8, "torchrun started 1 processes"),
         ("trainer.total_training_steps", 0, "an integer of at least 1, or null"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_an_error_is_one_line(
     key: str, value: Any, expected: str, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On stderr: the key, its value, and what is allowed; exit status 2."""
@@ -98,7 +98,7 @@ def test_a_mistake_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("override", ["data", "data.seed", "data.seed=[", "=3", "data=3", "hydra.verbose=true"])
-def test_an_override_that_is_none(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_override_that_cannot_be_read(override: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([override]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and override in message
@@ -109,12 +109,12 @@ def test_an_interpolation_that_leads_nowhere(overrides: dict[str, Any], capsys: 
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_gpu_that_is_not_there(
+def test_a_gpu_that_does_not_exist(
     overrides: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert train.main(as_arguments(overrides | {"trainer.device": "cuda"})) == 2
-    assert "trainer.device=cuda: no GPU is visible to PyTorch" in capsys.readouterr().err
+    assert "trainer.device=cuda: PyTorch sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_chat_template_that_refuses(
 
 
 def test_the_reference_is_current() -> None:
-    """It has every key; `python -m entropy_rl.config.reference > docs/configuration.md` mends it."""
+    """It has every key; `python -m entropy_rl.config.reference > docs/configuration.md` updates it."""
     page = (Path(__file__).parents[2] / "docs/configuration.md").read_text()
     assert page == reference.reference()
     assert {key for key, _, _ in reference.entries(YAML.read_text())} == configuration.RULES.keys()

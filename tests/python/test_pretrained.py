@@ -115,3 +115,38 @@ def test_the_longest_sequence_of_a_model(rope: dict[str, Any] | None, length: in
     else:
         with pytest.raises(UserError, match=f"a sequence: it has {length} tokens; the model has"):
             pretrained.check_fits(model, {}, "a sequence", length)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected"),
+    [
+        ({"data.max_response_length": 503}, "data.max_response_length=503", "it has 513 tokens; the model has 512 pos"),
+        ({"pad": 97}, "its tokenizer's padding token", "it has the id 97; the model's embedding has the ids 0 to 96"),
+        ({"vocabulary": 25}, "a token that its tokenizer gives", "the model's embedding has the ids 0 to 24"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_what_the_model_cannot_hold_stops_a_run_at_its_start(
+    changes: dict[str, Any],
+    key: str,
+    expected: str,
+    overrides: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Prompts of at most 10 tokens, and a model with 512 positions and 97 ids."""
+    path = tmp_path / "model"
+    shutil.copytree(overrides["actor_rollout_ref.model.path"], path)
+    changes = dict(changes)
+    if pad := changes.pop("pad", None):
+        tokenizer = AutoTokenizer.from_pretrained(path, pad_token="<a new token>")
+        assert tokenizer.pad_token_id == pad
+        tokenizer.save_pretrained(path)
+    if rows := changes.pop("vocabulary", None):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.resize_token_embeddings(rows)
+        model.save_pretrained(path)
+    overrides |= {"actor_rollout_ref.model.path": path}
+    assert train.main(as_arguments(overrides | changes)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and key in message and expected in message

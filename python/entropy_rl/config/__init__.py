@@ -1,6 +1,6 @@
-"""The configuration of the trainer: train.yaml with the command line's overrides, every value checked.
+"""The configuration of the trainer: train.yaml with the overrides of the command line, every value checked.
 
-A mistake raises `ConfigError`, whose one line names the key, its value and what is allowed.
+An error raises `ConfigError`, whose one line names the key, its value and what is allowed.
 """
 
 import difflib
@@ -47,10 +47,12 @@ LOGGERS = ("console", "file", "tensorboard")
 
 
 class ConfigError(UserError):
-    """A mistake of the user's: in the configuration, or in a file that it names."""
+    """An error of the user in the configuration, or in a file that it names."""
 
 
 class Rule(NamedTuple):
+    """What a value may be: in words for an error, and as a test."""
+
     allowed: str
     holds: Callable[[Any], bool]
 
@@ -229,10 +231,10 @@ RULES: dict[str, Rule] = {
 
 
 def load(overrides: Sequence[str]) -> DictConfig:
-    """train.yaml with `overrides` (Hydra's syntax), checked.
+    """Loads train.yaml with `overrides` in Hydra's syntax, and checks every value.
 
     Raises:
-        ConfigError: a key that does not exist, a value that is not allowed, keys that contradict each other.
+        ConfigError: a key does not exist, a value is not allowed, or keys contradict each other.
     """
     for override in overrides:
         _check_key(override)
@@ -247,10 +249,10 @@ def load(overrides: Sequence[str]) -> DictConfig:
 
 
 def check(config: DictConfig) -> None:
-    """Checks every value by its rule, then the values that must fit each other.
+    """Checks every value with its rule, then the values that must fit each other.
 
     Raises:
-        ConfigError: the first one that does not hold.
+        ConfigError: for the first value that is not allowed.
     """
     for key, rule in RULES.items():
         value = OmegaConf.select(config, key)
@@ -286,7 +288,7 @@ def check(config: DictConfig) -> None:
 
 
 def _check_key(override: str) -> None:
-    """Hydra would take several lines to name an unknown key, and would accept one that begins with +."""
+    """Checks that the key exists. Hydra names an unknown key in several lines, and accepts one that begins with +."""
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
     except HydraException:

@@ -1,4 +1,4 @@
-"""docs/configuration.md, from train.yaml and the rules that check it.
+"""Writes docs/configuration.md from train.yaml and the rules that check it.
 
 python -m entropy_rl.config.reference > docs/configuration.md
 """
@@ -12,14 +12,14 @@ from entropy_rl.config import RULES
 HEAD = """\
 # Configuration
 
-Every key of `python -m entropy_rl.train`, made by `python -m entropy_rl.config.reference` from
-[`train.yaml`](../python/entropy_rl/config/train.yaml) and the rules that check it. [training.md](training.md) explains
-what they do together.
+This page lists every key of `python -m entropy_rl.train`. [training.md](training.md) explains how the keys work
+together. `python -m entropy_rl.config.reference` generates the page from
+[`train.yaml`](../python/entropy_rl/config/train.yaml) and the rules that check it.
 """
 
 
 def entries(text: str) -> Iterator[tuple[str, str, str]]:
-    """(key, default, explanation) of each key of a YAML text in which a comment stands above every key."""
+    """(key, default, explanation) for each key of a YAML text that has a comment above every key."""
     path: list[str] = []
     comment: list[str] = []
     for line in text.splitlines():

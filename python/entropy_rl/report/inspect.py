@@ -84,7 +84,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to PyTorch; auto and cpu are allowed here")
+        raise UserError("--device cuda: PyTorch sees no GPU; it must be auto or cpu here")
     return torch.device(name)
 
 

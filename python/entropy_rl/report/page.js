@@ -1,6 +1,6 @@
-// The page reads its columns, ranks the tokens once, and from then on a token is selected when its rank is below k.
-const BLOCK_TOKENS = 400; // tokens of a block, whose elements exist only while it is near the window
-const BLOCK_LIMIT = 800; // where a block ends without a line break
+// The page reads its columns and ranks the tokens once. A token is selected if its rank is below k.
+const BLOCK_TOKENS = 400; // the tokens of a block; its elements exist only while it is near the window
+const BLOCK_LIMIT = 800; // the length at which a block ends even without a line break
 const TABLE_ROWS = 20;
 const BINS = 64;
 
@@ -13,7 +13,7 @@ async function column(text, Type) {
   return new Type(await new Response(stream).arrayBuffer());
 }
 
-// Place of each token when they are ordered by entropy, highest first; NaN before all, ties by position: the order
+// The rank of each token by entropy, highest first, with NaN before all others and ties by position. This is the order
 // of entropy_rl::global_top_mask.
 function ranks(entropy) {
   const order = Uint32Array.from(entropy.keys());
@@ -67,7 +67,7 @@ function element(tag, properties = {}, ...children) {
   return node;
 }
 
-// What a token looks like where white space must be seen.
+// The text of a token with visible white space.
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (s) => "␣".repeat(s.length)) || "∅";
 
 function choice(fieldset, name, options, chosen, act) {
@@ -77,9 +77,9 @@ function choice(fieldset, name, options, chosen, act) {
   });
 }
 
-// ---- Completions: blocks of tokens, filled while they are near the window
+// ---- Completions: blocks of tokens, which have elements while they are near the window
 
-const scale = (() => { // the entropy that gets the full shade: the 99th percentile of the first model's
+const scale = (() => { // the entropy with the strongest shade: the first model's 99th percentile
   const { order, entropy } = models[0];
   return Math.max(entropy[order[Math.floor(n * 0.01)]] || 0, 1e-6);
 })();
@@ -110,7 +110,7 @@ function paint(span) {
   span.classList.toggle("cursor", i === state.cursor);
 }
 
-const heads = []; // of each completion, what changes with the share
+const heads = []; // for each completion, the elements that change with the share
 const blocks = []; // { first, end, node, filled }
 const blockOf = new Uint32Array(n);
 
@@ -135,7 +135,7 @@ const nearby = new IntersectionObserver(
 );
 
 function addBlock(article, first, end) {
-  let lines = 1, column = 0; // a guess of the height, for the scroll bar, until the block has been seen
+  let lines = 1, column = 0; // the estimated height, for the scroll bar, until the block has been shown
   for (let i = first; i < end; i++) {
     const text = data.vocabulary[tokens[i]];
     column += text.length;
@@ -166,7 +166,7 @@ function addCompletion(c) {
   return article;
 }
 
-// ---- Charts: each is drawn once, and moved or recoloured when the share changes
+// ---- Charts: each is drawn once, then moved or recolored when the share changes
 
 function svg(parent, ...shapes) {
   parent.innerHTML = `<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">${shapes.join("")}</svg>`;
@@ -227,13 +227,13 @@ function drawSequences() {
     `<line class="guide" x1="0" x2="100" y1="${y}" y2="${y}"/>`);
 }
 
-function shares(model) { // of each completion's tokens, how many are selected
+function shares(model) { // the selected share of each completion's tokens
   const chosen = new Float64Array(data.lengths.length);
   for (let place = 0; place < state.k; place++) chosen[owner[model.order[place]]] += 1;
   return chosen.map((value, c) => value / data.lengths[c]);
 }
 
-// overlapUpTo[k]: positions that both models have among their first k.
+// overlapUpTo[k]: the number of positions that are among the first k of both models.
 const overlapUpTo = models.length < 2 ? null : (() => {
   const total = new Uint32Array(n + 1);
   for (let i = 0; i < n; i++) total[Math.max(models[0].rank[i], models[1].rank[i]) + 1] += 1;
@@ -253,7 +253,7 @@ function drawOverlap() {
 
 // ---- Tables
 
-const statistics = new Map(); // model -> mean entropy and places of every token that occurs
+const statistics = new Map(); // model -> mean entropy and positions of every token that occurs
 
 function tokenStatistics(model) {
   if (!statistics.has(model)) {
@@ -286,7 +286,7 @@ function drawTable() {
 
 // ---- Share, view, theme
 
-// The expression of the paper's authors, which the op uses, too.
+// The expression of the paper's authors, which the op uses too.
 const selectedCount = (ratio) => Math.min(n, Math.max(1, Math.trunc(n * ratio + 0.9999)));
 
 function drawFacts() {
@@ -435,5 +435,5 @@ if (models.length > 1) {
 byId("completions").append(...data.lengths.map((_, c) => addCompletion(c)));
 drawLegend();
 drawAll();
-// For scripts and tests: the selection of a model, one flag a token.
+// For scripts and tests: the selection of a model, one flag for each token.
 window.entropyReport = { setRatio, selected: (m = 0) => Uint8Array.from(models[m].rank, (rank) => rank < state.k) };

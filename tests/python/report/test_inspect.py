@@ -48,7 +48,7 @@ def test_command_line(program: list[str], arguments: dict[str, Any], tmp_path: P
 
 
 def test_samples(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """--samples draws anew though the input has completions; the same seed draws the same."""
+    """With --samples the completions of the input are ignored. The same seed draws the same samples."""
     sampled = arguments | {"--samples": 3, "--max-new-tokens": 6, "--limit": 2, "--batch-size": 4}
     pages = []
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_a_broken_model(
         ({"--colour": "red"}, "unrecognized arguments: --colour red; see entropy-rl --help"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
+def test_an_error_is_one_line(
     changes: dict[str, Any], expected: str, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments | changes) == 2
@@ -124,12 +124,12 @@ def test_a_mistake_is_told_in_one_line(
     assert expected in message
 
 
-def test_a_gpu_that_is_not_there(
+def test_a_gpu_that_does_not_exist(
     arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(arguments | {"--device": "cuda"}) == 2
-    assert "--device cuda: no GPU is visible to PyTorch" in capsys.readouterr().err
+    assert "--device cuda: PyTorch sees no GPU" in capsys.readouterr().err
 
 
 def test_models_with_other_tokens_are_not_compared(
