@@ -103,8 +103,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
-    inspect.add_argument("--model", required=True, metavar="PATH", help="a directory, or a name on the hub")
-    inspect.add_argument("--input", required=True, type=Path, metavar="FILE", help="a .jsonl or .parquet file")
+    inspect.add_argument("--model", metavar="PATH", help="a directory, or a name on the hub")
+    inspect.add_argument("--input", type=Path, metavar="FILE", help="a .jsonl or .parquet file")
+    inspect.add_argument(
+        "--rollouts",
+        type=Path,
+        metavar="DIR",
+        help="the trainer's responses, DIR/1.jsonl and so on, in place of --model and --input",
+    )
     inspect.add_argument(
         "--output", required=True, type=Path, metavar="FILE", help="the page to write; an existing file is replaced"
     )
@@ -122,8 +128,9 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
         "--temperature",
         type=_positive,
         default=1.0,
-        help="temperature of sampling and of the distributions that the page shows (1.0)",
+        help="temperature of the distributions that the page shows (1.0)",
     )
+    inspect.add_argument("--title", help="title of the page (the name of the model)")
     inspect.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -138,6 +145,9 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     sampling = inspect.add_argument_group("sampling")
+    sampling.add_argument(
+        "--sampling-temperature", type=_positive, metavar="T", help="temperature of sampling (that of --temperature)"
+    )
     sampling.add_argument(
         "--samples",
         type=_count,

@@ -33,7 +33,8 @@ def run(arguments: dict[str, Any]) -> int:
 
 def read_data(path: Path) -> Any:
     (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)
-    return json.loads(found)
+    data = json.loads(found)
+    return data | data["steps"][0]
 
 
 @pytest.mark.parametrize("program", [["-m", "entropy_rl"], ["-m", "entropy_rl.cli"]])
@@ -70,7 +71,7 @@ def test_an_end_of_text_ends_a_sample(arguments: dict[str, Any], model_path: Pat
 def test_compare(arguments: dict[str, Any], model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments | {"--compare": model_path}) == 0
     assert "overlap of the selected positions: 100.0%" in capsys.readouterr().out
-    assert [model["name"] for model in read_data(arguments["--output"])["models"]] == [str(model_path)] * 2
+    assert read_data(arguments["--output"])["names"] == [str(model_path)] * 2
 
 
 @pytest.mark.parametrize(
