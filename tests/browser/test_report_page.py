@@ -23,6 +23,8 @@ from entropy_rl_ext import global_top_mask
 
 WORDS = ["<eos>", "\n", " so", " but", " 36", " +", "</script><b>", "&amp;", *(f" w{i}" for i in range(92))]
 
+LENGTHS = [300, 1, 57, 120]
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
@@ -60,6 +62,7 @@ def open_page(browser: WebDriver, path: Path) -> None:
     browser.get_log("performance")
     browser.get(path.as_uri())
     WebDriverWait(browser, 20).until(lambda b: b.execute_script("return !!window.entropyReport"))
+    browser.execute_async_script("entropyReport.complete().then(arguments[0])")
 
 
 def set_ratio(browser: WebDriver, ratio: float) -> None:
@@ -84,6 +87,12 @@ def by_op(measurement: Measurement, ratio: float) -> torch.Tensor:
     return global_top_mask(entropy, torch.ones_like(entropy), ratio)[0]
 
 
+def by_sequence(measurement: Measurement, lengths: Sequence[int], ratio: float) -> torch.Tensor:
+    entropy = torch.nn.utils.rnn.pad_sequence(measurement.entropy.split(list(lengths)), batch_first=True)
+    mask = torch.arange(entropy.shape[1]) < torch.tensor(lengths)[:, None]
+    return global_top_mask(entropy, mask, ratio, scope="sequence")[mask]
+
+
 def token(browser: WebDriver, index: int) -> WebElement:
     return browser.find_element(By.CSS_SELECTOR, f".t[data-i='{index}']")
 
@@ -95,7 +104,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(pages: Path, browser: WebDriver) -> list[Measurement]:
-    return make_page(pages / "one.html", [300, 1, 57, 120], 1)
+    return make_page(pages / "one.html", LENGTHS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +148,7 @@ def test_selection_at_the_edges(entropy: list[float], tmp_path: Path, browser: W
 
 
 def test_a_share_that_the_slider_cannot_say(pages: Path, one: list[Measurement], browser: WebDriver) -> None:
-    make_page(pages / "eighth.html", [300, 1, 57, 120], 1, ratio=0.125)
+    make_page(pages / "eighth.html", LENGTHS, 1, ratio=0.125)
     open_page(browser, pages / "eighth.html")
     assert browser.find_element(By.ID, "percent").get_property("value") == "12.5"
     assert torch.equal(selected(browser), by_op(one[0], 0.125))
@@ -167,6 +176,113 @@ def test_keys_go_from_token_to_token(one: list[Measurement], pages: Path, browse
     assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == str(following)
 
 
+@pytest.mark.parametrize("ratio", [0.01, 0.2, 0.57, 1.0])
+def test_selection_by_sequence(ratio: float, one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    browser.find_elements(By.CSS_SELECTOR, "#scopes label")[1].click()
+    set_ratio(browser, ratio)
+    expected = by_sequence(one[0], LENGTHS, ratio)
+    assert torch.equal(selected(browser), expected)
+    shown = browser.find_elements(By.CSS_SELECTOR, ".head span:nth-of-type(2)")
+    shares = [part.float().mean().item() for part in expected.split(LENGTHS)]
+    assert [head.text for head in shown] == [f"{100 * share:.1f} % selected" for share in shares]
+
+
+def test_order_and_filter(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    shares = [part.float().mean().item() for part in by_op(one[0], 0.2).split(LENGTHS)]
+
+    def listed() -> list[str]:
+        return [article.get_attribute("id") or "" for article in browser.find_elements(By.TAG_NAME, "article")]
+
+    browser.execute_script(
+        "const sort = document.getElementById('sort'); sort.value = 'share'; sort.dispatchEvent(new Event('change'))"
+    )
+    order = sorted(range(4), key=lambda c: -shares[c])
+    assert listed() == [f"c{c}" for c in order]
+    browser.find_element(By.ID, "share-low").send_keys(str(100 * shares[order[1]] - 0.001))
+    assert listed() == [f"c{c}" for c in order[:2]]
+    assert browser.find_element(By.ID, "listed").text == "2 of 4 completions"
+    # A link to a completion that the filter hides shows it.
+    browser.execute_script(f"location.hash = '#{order[3] + 1}.1'")
+    WebDriverWait(browser, 5).until(lambda b: b.find_elements(By.CSS_SELECTOR, ".t.cursor"))
+    assert len(listed()) == 4
+
+
+def test_an_address_names_a_token(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    path = pages / "one.html"
+    open_page(browser, path)
+    browser.find_element(By.ID, "reading").send_keys("n", "n", "n", Keys.ARROW_RIGHT)
+    assert browser.current_url == path.as_uri() + "#3.2"
+    browser.get("about:blank")
+    browser.get(path.as_uri() + "#3.2")
+    WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, ".t.cursor"))
+    assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == "302"
+    assert "token 2 of completion 3" in browser.find_element(By.ID, "tip").text
+    for wrong in ("#9.1", "#1.999", "#x", "#step3-1.1"):
+        browser.execute_script("location.hash = arguments[0]", wrong)
+    assert browser.get_log("browser") == []
+
+
+def test_charts_by_keyboard(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    chart = browser.find_element(By.CSS_SELECTOR, "[data-chart=sequences]")
+    shares = [part.float().mean().item() for part in by_op(one[0], 0.2).split(LENGTHS)]
+    lowest = min(range(4), key=lambda c: shares[c])
+    chart.send_keys(Keys.END)
+    assert chart.get_attribute("aria-valuetext") == f"#{lowest + 1}, {100 * shares[lowest]:.1f} %"
+    for chart in browser.find_elements(By.CSS_SELECTOR, ".chart svg"):
+        assert chart.find_element(By.XPATH, "..").get_attribute("aria-label")
+
+
+def test_characters_of_several_tokens(tmp_path: Path, browser: WebDriver) -> None:
+    """Byte-level tokens: 春 and 🌸 take three and four; the last character is never completed."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    tokens = fast.encode("a春🌸b") + fast.encode("春")[:2]
+    n = len(tokens)
+    entropy = torch.arange(n).float()
+    found = Measurement(entropy, torch.zeros(n), torch.full((n, 1), tokens[0]), torch.zeros(n, 1))
+    write_page(tmp_path / "page.html", [MeasuredModel("A", found)], [Completion([2], tokens)], fast, ratio=0.5)
+    open_page(browser, tmp_path / "page.html")
+    assert browser.find_element(By.CSS_SELECTOR, ".block").text.replace("\n", "") == "a春🌸b⟨e6⟩⟨98⟩"
+    assert [len(g.find_elements(By.CLASS_NAME, "t")) for g in browser.find_elements(By.CLASS_NAME, "glyph")] == [3, 4]
+    marked = browser.execute_script("return [...document.querySelectorAll('article .t.a')].map(t => +t.dataset.i)")
+    assert marked == list(range(n))[-((n + 1) // 2) :]
+    widths = [token(browser, i).size["width"] for i in (1, 2, 3)]
+    assert min(widths) > 5, "each token of a character can be pointed at"
+    ActionChains(browser).move_to_element(token(browser, 2)).perform()
+    tip = browser.find_element(By.ID, "tip").text
+    assert "⟨98⟩" in tip and "bytes 2 of 3 of 春" in tip
+
+
+def test_copy(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    browser.execute_script(
+        "navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }"
+    )
+    browser.find_element(By.CSS_SELECTOR, "#c2 button").click()
+    shown = browser.find_element(By.CSS_SELECTOR, "#c2 .block").get_property("textContent")
+    assert browser.execute_script("return window.copied") == str(shown).replace("⏎", "")
+
+
+def test_a_narrow_window_shows_the_text_first(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        open_page(browser, pages / "one.html")
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        panels, button = browser.find_element(By.ID, "panels"), browser.find_element(By.ID, "charts")
+        assert not panels.is_displayed() and token(browser, 0).location["y"] < 600
+        button.click()
+        assert panels.is_displayed() and button.get_attribute("aria-expanded") == "true"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_charts_and_tables(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
     open_page(browser, pages / "one.html")
     threshold = one[0].entropy[by_op(one[0], 0.2)].min().item()
@@ -180,7 +296,9 @@ def test_charts_and_tables(one: list[Measurement], pages: Path, browser: WebDriv
     words = browser.execute_script("return [...document.querySelectorAll('article .t')].map(t => t.textContent)")
     for word, entropy in zip(words, one[0].entropy.tolist(), strict=True):
         means.setdefault(word.strip(), []).append(entropy)
-    frequent = sorted((sum(e) / len(e) for e in means.values() if len(e) >= 2), reverse=True)
+    least = int(browser.find_element(By.ID, "least").get_property("value"))
+    assert least == min(5, sorted(map(len, means.values()))[-20])  # sqrt(478) / 4 is 5
+    frequent = sorted((sum(e) / len(e) for e in means.values() if len(e) >= least), reverse=True)
 
     def table() -> list[float]:
         rows = browser.find_elements(By.CSS_SELECTOR, "#tokens tr")
@@ -199,6 +317,12 @@ def test_compare(two: list[Measurement], pages: Path, browser: WebDriver) -> Non
         assert torch.equal(selected(browser, 0), first) and torch.equal(selected(browser, 1), second)
         overlap = ((first & second).sum() / first.sum()).item()
         assert browser.find_element(By.ID, "overlap-now").text == f"{100 * overlap:.1f} %"
+    browser.find_element(By.CSS_SELECTOR, "#scopes [value=sequence]").send_keys(Keys.SPACE)
+    set_ratio(browser, 0.2)
+    first, second = (by_sequence(found, [300, 40, 500], 0.2) for found in two)
+    assert torch.equal(selected(browser, 0), first) and torch.equal(selected(browser, 1), second)
+    overlap = ((first & second).sum() / first.sum()).item()
+    assert browser.find_element(By.ID, "overlap-now").text == f"{100 * overlap:.1f} %"
     browser.find_elements(By.CSS_SELECTOR, "#views label")[2].click()
     change = two[1].entropy - two[0].entropy
     drawn = browser.execute_script(
@@ -279,10 +403,10 @@ def test_large_page_stays_responsive(tmp_path: Path, browser: WebDriver) -> None
 
     # To the last completion and back: what left the window is emptied.
     for place in ("last", "first"):
-        browser.execute_script(f"document.querySelector('article:{place}-of-type').scrollIntoView()")
-        WebDriverWait(browser, 5).until(
-            lambda b, place=place: b.find_elements(By.CSS_SELECTOR, f"article:{place}-of-type .t")
-        )
+        chunk = f".chunk:{place}-child"
+        browser.execute_script("document.querySelector(arguments[0]).scrollIntoView()", chunk)
+        WebDriverWait(browser, 5).until(lambda b, chunk=chunk: b.find_elements(By.CSS_SELECTOR, f"{chunk} .t"))
         assert browser.execute_script("return document.querySelectorAll('.t').length") < 10_000
-    first = browser.find_element(By.CSS_SELECTOR, "article:first-of-type .block:last-child")
+    assert not browser.find_elements(By.CSS_SELECTOR, ".chunk:last-child article")
+    first = browser.find_element(By.CSS_SELECTOR, "#c0 .block:last-child")
     assert first.size["height"] > 0 and not first.find_elements(By.CLASS_NAME, "t")

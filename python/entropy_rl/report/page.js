@@ -14,7 +14,8 @@ const byId = (id) => document.getElementById(id);
 // ---- A batch
 
 async function column(text, Type) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const binary = atob(text), bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Type(await new Response(stream).arrayBuffer());
 }
@@ -23,7 +24,8 @@ async function column(text, Type) {
 // of entropy_rl::global_top_mask. A stable radix sort of the bits: -0 equals 0, and a larger entropy has a smaller key.
 function ranks(entropy, owner, completions) {
   const n = entropy.length;
-  const key = new Uint32Array(Float32Array.from(entropy, (e) => e + 0).buffer);
+  const value = new Float32Array(n), key = new Uint32Array(value.buffer);
+  for (let i = 0; i < n; i++) value[i] = entropy[i] + 0;
   for (let i = 0; i < n; i++) key[i] = Number.isNaN(entropy[i]) ? 0 : key[i] >>> 31 ? key[i] : ~(key[i] | 0x80000000);
   let order = new Uint32Array(n), next = new Uint32Array(n);
   for (let i = 0; i < n; i++) order[i] = i;
@@ -44,21 +46,36 @@ function ranks(entropy, owner, completions) {
 
 async function readModel(model, name, { lengths, starts, owner, n }) {
   const entropy = model.entropy ? await column(model.entropy, Float32Array) : new Float32Array(n);
-  const sums = new Float64Array(lengths.length);
-  for (let i = 0; i < n; i++) sums[owner[i]] += entropy[i];
+  const sums = new Float64Array(lengths.length), ranked = ranks(entropy, owner, lengths.length);
+  const top = Math.max(...[...ranked.order.slice(0, 1000)].map((i) => entropy[i]).filter(Number.isFinite), 1e-6);
+  const bin = new Uint8Array(n); // the bar of each token in the histogram, from 0 to `top` nats
+  for (let i = 0; i < n; i++) {
+    sums[owner[i]] += entropy[i];
+    bin[i] = Number.isFinite(entropy[i]) ? Math.max(0, Math.min(BINS - 1, Math.floor((entropy[i] / top) * BINS))) : BINS;
+  }
   return {
     name,
     entropy,
-    ...ranks(entropy, owner, lengths.length),
+    ...ranked,
+    top,
+    bin,
     sum: sums.reduce((a, b) => a + b, 0),
     meanOf: sums.map((sum, c) => sum / Math.max(1, lengths[c])),
-    logProb: model.logProb && await column(model.logProb, Uint16Array),
     alternatives: model.alternatives,
-    topTokens: model.topTokens && await column(model.topTokens, Int32Array),
-    topLogProb: model.topLogProb && await column(model.topLogProb, Uint16Array),
+    logProb: null,
     chosen: new Uint8Array(n), // 1 for a selected token
     share: new Float64Array(lengths.length), // the selected share of each completion
   };
+}
+
+// What only the box of a token shows; it is most of the data, and is read after the page has been drawn.
+async function readProbabilities(of) {
+  await Promise.all(of.models.map(async (model, m) => {
+    const { logProb, topTokens, topLogProb } = of.step.models[m];
+    if (topTokens) model.topTokens = await column(topTokens, Int32Array);
+    if (topLogProb) model.topLogProb = await column(topLogProb, Uint16Array);
+    if (logProb) model.logProb = await column(logProb, Uint16Array);
+  }));
 }
 
 // The bytes of each token that is part of a character, which the vocabulary writes as ⟨e6 98⟩.
@@ -95,7 +112,8 @@ async function readBatch(step) {
   const n = starts[lengths.length];
   const owner = new Uint32Array(n); // the completion of each token
   lengths.forEach((_, c) => owner.fill(c, starts[c], starts[c + 1]));
-  const read = { ...step, lengths, starts, n, owner, tokens: await column(step.tokens, Int32Array) };
+  const { promptOf, scores, advantages } = step;
+  const read = { step, promptOf, scores, advantages, lengths, starts, n, owner, tokens: await column(step.tokens, Int32Array) };
   read.trained = step.selected && await column(step.selected, Uint8Array);
   read.models = await Promise.all(step.models.map((model, m) => readModel(model, data.names[m], read)));
   read.measured = step.models[0].entropy !== null;
@@ -386,17 +404,14 @@ function thresholds(model) {
 }
 
 function drawHistogram() {
-  const { entropy, order, chosen, sum } = shown();
-  const top = Math.max(...[...order.slice(0, 1000)].map((i) => entropy[i]).filter(Number.isFinite), 1e-6);
-  const all = new Float64Array(BINS), on = new Float64Array(BINS);
+  const { top, bin, chosen, sum } = shown();
+  const all = new Float64Array(BINS + 1), on = new Float64Array(BINS + 1); // the last ones for what is not finite
   for (let i = 0; i < batch.n; i++) {
-    if (!Number.isFinite(entropy[i])) continue;
-    const bin = Math.max(0, Math.min(BINS - 1, Math.floor((entropy[i] / top) * BINS)));
-    all[bin] += 1;
-    on[bin] += chosen[i];
+    all[bin[i]] += 1;
+    on[bin[i]] += chosen[i];
   }
-  const highest = Math.log1p(all.reduce((a, b) => Math.max(a, b), 1));
-  const heights = (counts) => bars(counts.map((c) => Math.log1p(c) / highest));
+  const highest = Math.log1p(all.subarray(0, BINS).reduce((a, b) => Math.max(a, b), 1));
+  const heights = (counts) => bars(counts.subarray(0, BINS).map((c) => Math.log1p(c) / highest));
   const [threshold] = thresholds(shown());
   const x = Number.isFinite(threshold) ? (100 * Math.max(threshold, 0)) / top : 100;
   svg(chartOf("histogram"), `Histogram of the entropies from 0 to ${top.toFixed(2)} nats, mean ${nats(sum / batch.n)}; the selected tokens in color`,
@@ -524,7 +539,7 @@ function drawTable() {
 // ---- Steps, and one problem over the steps
 
 const rewards = data.steps.some((step) => step.scores);
-const stepName = (step) => `step ${step.step ?? "?"}`;
+const stepName = (step) => (step.step === null ? "" : `step ${step.step}`);
 
 function overTime() { // for each step: what the listed problem, or every problem, has there
   return data.steps.map((step, s) => {
@@ -641,7 +656,7 @@ function setScope(scope) {
 
 function startBatch() {
   document.body.classList.toggle("unmeasured", !batch.measured);
-  byId("step-now").textContent = stepName(batch);
+  byId("step-now").textContent = stepName(batch.step);
   if (!batch.trained && state.scope === "trained") state.scope = "batch";
   for (const input of document.querySelectorAll("#scopes input")) {
     input.disabled = input.value === "trained" && !batch.trained;
@@ -652,6 +667,9 @@ function startBatch() {
   drawCompletions();
   drawAll();
   drawSteps();
+  // After the first paint.
+  const started = batch;
+  started.complete = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); }).then(() => readProbabilities(started));
 }
 
 // ---- The token under the pointer or the cursor
@@ -659,7 +677,7 @@ function startBatch() {
 function describe(model, m, i) {
   const { alternatives: width } = model;
   const list = element("ol");
-  for (let a = i * width; a < (i + 1) * width; a++) {
+  for (let a = i * width; model.logProb && a < (i + 1) * width; a++) {
     const p = probability(model.topLogProb[a]);
     list.append(element("li", { className: model.topTokens[a] === batch.tokens[i] ? "taken" : "", style: { "--size": cssPercent(p) } },
       element("span", {}, visible(data.vocabulary[model.topTokens[a]])), element("span", {}, percent(p))));
@@ -698,7 +716,7 @@ const hideTip = () => { byId("tip").hidden = true; };
 // ---- Places in the page: #12 is a completion, #12.34 a token, #step3-12.34 a token of a training step
 
 function fragment(c, t) {
-  return `#${batch.step == null ? "" : `step${batch.step}-`}${c + 1}${t === undefined ? "" : `.${t + 1}`}`;
+  return `#${batch.step.step === null ? "" : `step${batch.step.step}-`}${c + 1}${t === undefined ? "" : `.${t + 1}`}`;
 }
 
 function viewOf(c) {
@@ -845,7 +863,7 @@ if (batch.models.length > 1) {
   });
 }
 byId("step").max = data.steps.length - 1;
-byId("steps").hidden = data.steps[0].step == null;
+byId("steps").hidden = data.steps[0].step === null;
 byId("time").hidden = data.steps.length < 2;
 document.querySelectorAll(".rewards").forEach((node) => { node.hidden = !rewards; });
 byId("filters").hidden = data.steps.every((step) => step.lengths.length < 2);
@@ -853,4 +871,4 @@ drawLegend();
 startBatch();
 goToFragment();
 // For scripts and tests: the selection of a model, one flag for each token.
-window.entropyReport = { setRatio, setScope, showStep, selected: (m = 0) => batch.models[m].chosen.slice() };
+window.entropyReport = { setRatio, setScope, showStep, selected: (m = 0) => batch.models[m].chosen.slice(), complete: () => batch.complete };

@@ -235,4 +235,4 @@ def _steps(log_prob: Tensor) -> Tensor:
 
 
 def _column(values: Tensor) -> str:
-    return base64.b64encode(gzip.compress(values.contiguous().numpy().tobytes(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(values.contiguous().numpy().tobytes(), 6, mtime=0)).decode()

@@ -86,7 +86,9 @@ def test_data(tmp_path: Path) -> None:
 
     page = (tmp_path / "page.html").read_text()
     assert page.count("</script>") == 2, "a token ended a script element"
-    assert not re.search(r"(?:src|href)=\"(?!data:)|@import|url\((?!#)|https?://", page), "the page names another place"
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)|@import|url\((?!#)|https?://", page), (
+        "the page names another place"
+    )
     data = read_data(page)
     (step,) = data["steps"]
     assert step["lengths"] == [len(ids), 2] and step["promptOf"] == [0, 0] and data["prompts"] == ["</script>"]
@@ -104,9 +106,11 @@ def test_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nOther?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nOther?<|im_end|>\n<|im_start|>assistant\nYes."
+        "<|im_end|>\n"
         "<|im_start|>user\nWhy\nnot?<|im_end|>\n<|im_start|>assistant\n",
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy\nnot?<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy\nnot?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>",
         "<bos><start_of_turn>user\nWhy\nnot?<end_of_turn>\n<start_of_turn>model\n",
         "<|system|>\nYou help.<|end|>\n<|user|>\nWhy\nnot?<|end|>\n<|assistant|>\n",
         "<|start|>system<|message|>You help.<|end|><|start|>user<|message|>Why\nnot?<|end|><|start|>assistant",
