@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.measure import Measurement
-from entropy_rl.report.page import MeasuredModel, write_page
+from entropy_rl.report.page import MeasuredModel, write_page, write_rollout_page
+from entropy_rl.report.rollouts import Rollout
 from entropy_rl_ext import global_top_mask
 
 WORDS = ["<eos>", "\n", " so", " but", " 36", " +", "</script><b>", "&amp;", *(f" w{i}" for i in range(92))]
@@ -364,6 +365,71 @@ def test_text_contrasts_with_every_shade(scheme: str, two: list[Measurement], pa
     pairs += [(text, ground) for text in ("--quiet", "--first", "--second") for ground in ("--paper", "--panel")]
     for text, ground, contrast in browser.execute_script(script, scheme, pairs):
         assert contrast >= 4.5, f"{text} on {ground}: {contrast:.2f} : 1"
+
+
+@pytest.fixture
+def rollouts(tmp_path: Path) -> list[Rollout]:
+    """Three steps of two problems with two responses each; the trainer selected the first token of each response."""
+    generator = torch.Generator().manual_seed(0)
+    rollouts = []
+    for step in (1, 2, 5):
+        for c in range(4):
+            n = 10 + 5 * c
+            entropies = torch.rand(n, generator=generator).tolist()
+            prompt = f"<|im_start|>user\nproblem {c // 2}<|im_end|>\n<|im_start|>assistant\n"
+            words = [f" w{step}" for _ in range(n)]
+            reward = float(c % 2) if step < 5 else 1.0
+            flags = [1] + [0] * (n - 1)
+            rollouts.append(
+                Rollout(prompt, "".join(words), reward, step, words, entropies=entropies, selected=flags, advantage=0.5)
+            )
+    write_rollout_page(tmp_path / "page.html", rollouts, title="a run")
+    return rollouts
+
+
+def heads(browser: WebDriver) -> list[str]:
+    return [head.text.split("\n")[0] for head in browser.find_elements(By.CLASS_NAME, "head")]
+
+
+def test_rollouts(rollouts: list[Rollout], tmp_path: Path, browser: WebDriver) -> None:
+    """A batch is a step; the trainer's selection, then the page's; filters; a problem over the steps."""
+    open_page(browser, tmp_path / "page.html")
+    assert browser.find_element(By.ID, "step-now").text == "step 1"
+    assert selected(browser).tolist() == [flag for r in rollouts[:4] for flag in r.selected or []]
+    browser.find_element(By.ID, "step").send_keys(Keys.END)
+    WebDriverWait(browser, 5).until(lambda b: b.find_element(By.ID, "step-now").text == "step 5")
+    assert " w5" in browser.find_element(By.CSS_SELECTOR, "article .block").get_property("textContent")  # type: ignore[operator]
+    set_ratio(browser, 0.3)
+    n = sum(len(r.tokens) for r in rollouts[8:])
+    entropy = torch.tensor([e for r in rollouts[8:] for e in r.entropies or []])
+    expected = by_op(Measurement(entropy, entropy, torch.zeros(n, 1), torch.zeros(n, 1)), 0.3)
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+    assert torch.equal(selected(browser), expected)
+
+    browser.get(f"{(tmp_path / 'page.html').as_uri()}#step2-3.1")
+    WebDriverWait(browser, 5).until(lambda b: "step 2" in b.find_element(By.ID, "step-now").text)
+    browser.find_element(By.ID, "reward-low").send_keys("0.5")
+    assert [head.split()[0] for head in heads(browser)] == ["#2", "#4"]
+    browser.find_element(By.CSS_SELECTOR, "#c3 button:last-child").click()
+    assert [head.split()[0] for head in heads(browser)] == ["#4"]
+    assert browser.find_element(By.ID, "problem").text == "problem 1"
+    rows = [
+        [cell.text for cell in row.find_elements(By.TAG_NAME, "td")][:3]
+        for row in browser.find_elements(By.CSS_SELECTOR, "#times tr")
+    ]
+    assert rows == [["step 1", "2", "0.5"], ["step 2", "2", "0.5"], ["step 5", "2", "1"]]
+    browser.find_element(By.ID, "clear").click()
+    assert len(heads(browser)) == 4
+    assert browser.get_log("browser") == []
+
+
+def test_rollouts_without_entropies(tmp_path: Path, browser: WebDriver) -> None:
+    write_rollout_page(tmp_path / "page.html", [Rollout("1 + 1 =", " 2", 1.0, 1, [" 2"])], title="a run")
+    open_page(browser, tmp_path / "page.html")
+    assert selected(browser).tolist() == [False]
+    assert not browser.find_element(By.ID, "ratio").is_displayed()
+    assert not browser.find_element(By.CSS_SELECTOR, "[data-chart=histogram]").is_displayed()
+    assert browser.get_log("browser") == []
 
 
 def requested(browser: WebDriver) -> list[str]:

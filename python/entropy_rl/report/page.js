@@ -159,7 +159,7 @@ function select() {
 
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 const cssPercent = (share) => `${100 * share}%`;
-const count = (number) => number.toLocaleString("en");
+const { format: count } = new Intl.NumberFormat("en");
 const nats = (value) => (Number.isNaN(value) ? "NaN" : value.toFixed(3));
 const short = (value) => (value === null ? "none" : String(+value.toFixed(3)));
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN);
@@ -395,12 +395,12 @@ const shareGuide = () => {
 };
 
 // The lowest selected entropy; by sequence, the lowest and the highest of the sequences' thresholds.
-function thresholds(model) {
-  if (state.scope === "batch") return [model.entropy[model.order[selectedCount(batch.n) - 1]]];
+function thresholds({ entropy, order, chosen }) {
+  if (state.scope === "batch") return [entropy[order[selectedCount(batch.n) - 1]]];
   const lowest = new Float64Array(batch.lengths.length).fill(Infinity);
-  for (let i = 0; i < batch.n; i++) if (model.chosen[i]) lowest[batch.owner[i]] = Math.min(lowest[batch.owner[i]], model.entropy[i]);
-  const found = lowest.filter((value) => value < Infinity);
-  return found.length ? [found.reduce((a, b) => Math.min(a, b)), found.reduce((a, b) => Math.max(a, b))] : [NaN];
+  for (let i = 0; i < batch.n; i++) if (chosen[i]) lowest[batch.owner[i]] = Math.min(lowest[batch.owner[i]], entropy[i]);
+  const found = lowest.filter((value) => value < Infinity).sort();
+  return state.scope === "sequence" ? [found[0], found.at(-1)] : [found[0]];
 }
 
 function drawHistogram() {
@@ -596,7 +596,7 @@ function drawFacts() {
   let carried = 0;
   for (let i = 0; i < batch.n; i++) if (model.chosen[i]) carried += model.entropy[i];
   const facts = {
-    "begins at": [model.count ? thresholds(model).map(nats).join(" to ") : "none", " nats"],
+    "begins at": [model.count ? thresholds(model).map((value) => nats(value ?? NaN)).join(" to ") : "none", " nats"],
     tokens: [count(model.count), ` of ${count(batch.n)}`],
     "of all entropy": [percent(model.sum ? carried / model.sum : 0, 0), ""],
   };
