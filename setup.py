@@ -12,18 +12,49 @@ ENTROPY_RL_ABI3=1 makes the wheel that serves Python 3.10 and later.
 import glob
 import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
-import pybind11
-import torch
 from setuptools import Extension, setup
-from torch.utils import cpp_extension
 
-CUDA_ARCHS = "8.0;9.0+PTX"
 ABI3 = os.environ.get("ENTROPY_RL_ABI3") == "1"
 
 with open(os.path.join(os.path.dirname(__file__), "pyproject.toml")) as project:
-    VERSION = re.search(r'^version = "(.+)"$', project.read(), re.MULTILINE)[1]
+    PROJECT = project.read()
+VERSION = re.search(r'^version = "(.+)"$', PROJECT, re.MULTILINE)[1]
+
+
+def check_requirements():
+    """Exits with one line where this environment lacks a build requirement of pyproject.toml."""
+    requirements = re.findall(r'"(.+?)"', re.search(r"^requires = \[(.+)\]$", PROJECT, re.MULTILINE)[1])
+    missing = []
+    for requirement in requirements:
+        name, _, oldest = requirement.partition(">=")
+        try:
+            met = numbers(version(name)) >= numbers(oldest)
+        except PackageNotFoundError:
+            met = (name == "ninja" and shutil.which("ninja")) or (name == "pybind11" and ABI3)
+        if not met:
+            missing.append(shlex.quote(requirement))
+    if missing:
+        sys.exit(f"entropy_rl_ext: {sys.prefix} lacks what the build needs; run pip install {' '.join(missing)}")
+
+
+def numbers(text):
+    return [int(digits) for digits in re.findall(r"\d+", text)[:2]]
+
+
+check_requirements()
+# torch looks for ninja on the PATH, which lacks an environment that is not activated.
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+
+import torch  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+
+CUDA_ARCHS = "8.0;9.0+PTX"
 
 
 def find_cuda_toolkit():
@@ -100,11 +131,13 @@ if BUILD_CUDA:
             glob.glob("csrc/cuda/*.cu"),
             {
                 "cxx": CXX_FLAGS + STABLE_ABI,
-                "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xptxas=-v", *STABLE_ABI],
+                "nvcc": ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", *STABLE_ABI],
             },
         )
     )
 if not ABI3:
+    import pybind11
+
     extensions.append(
         Extension(
             "entropy_rl_ext._bindings",
@@ -115,6 +148,51 @@ if not ABI3:
             language="c++",
         )
     )
+
+
+class Build(cpp_extension.BuildExtension):
+    """Checks the compiler, reports progress, and keeps the objects of an in-place build for the next one."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.inplace:
+            self.build_temp = os.path.join("build", "inplace")
+
+    def build_extensions(self):
+        check_compiler()
+        files = sum(len(extension.sources) for extension in self.extensions)
+        jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
+        print(f"entropy_rl_ext: compiling {files} files, {jobs} at a time (MAX_JOBS); this takes minutes", flush=True)
+        os.environ.setdefault("NINJA_STATUS", "[%f of %t done, %e s] ")
+        os.environ.setdefault("MAX_JOBS", str(jobs))
+        if not self.debug:  # Python's own flags have -g, which makes the library five times as large
+            for extension in self.extensions:
+                flags = extension.extra_compile_args
+                (flags["cxx"] if isinstance(flags, dict) else flags).append("-g0")
+                extension.extra_link_args.append("-Wl,-s")
+        super().build_extensions()
+
+    def build_extension(self, extension):
+        """Gives each library its own folder of objects: each has its own build.ninja."""
+        parent = self.build_temp
+        self.build_temp = os.path.join(parent, extension.name.rpartition(".")[2])
+        super().build_extension(extension)
+        self.build_temp = parent
+
+
+def check_compiler():
+    """Exits with one line where there is no C++17 compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    command = [*shlex.split(compiler), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    program = "#include <charconv>\n#include <optional>\nstd::optional<int> value;\n"
+    try:
+        result = subprocess.run(command, input=program, capture_output=True, text=True)
+    except OSError:
+        sys.exit(f"entropy_rl_ext: no C++ compiler: {compiler!r} does not run; install g++, or set CXX to a compiler")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[0]
+        sys.exit(f"entropy_rl_ext: {compiler!r} does not compile C++17 ({reason}); install a newer g++, or set CXX")
+
 
 setup(
     packages=[
@@ -135,6 +213,6 @@ setup(
         "entropy_rl.report": ["page.html", "page.css", "page.js"],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
 )

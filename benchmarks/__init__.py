@@ -1,1 +1,1 @@
-"""Every op against its peers: `python -m benchmarks --help`."""
+"""Measures every op against its peers; see `python -m benchmarks --help`."""

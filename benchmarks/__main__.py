@@ -19,16 +19,18 @@ OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Every op against its peers.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures every op against its peers.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, metavar="OP", help=", ".join(OPS))
     parser.add_argument(
-        "--case", default="", help="only cases whose name contains this; a result file keeps its others"
+        "--case", default="", help="run only cases whose name contains this; the other cases stay in the file"
     )
-    parser.add_argument("--threads", nargs="+", type=int, help="CPU threads, a run each; default: as torch has it")
+    parser.add_argument("--threads", nargs="+", type=int, help="CPU threads, one run for each; default: torch's own")
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="where results go; default: benchmarks/results/<device>")
-    parser.add_argument("--quick", action="store_true", help="small inputs, two repetitions; writes with --json alone")
+    parser.add_argument("--json", type=Path, help="folder of the results; default: benchmarks/results/<device>")
+    parser.add_argument(
+        "--quick", action="store_true", help="small inputs, two repetitions; writes no file without --json"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
@@ -60,7 +62,7 @@ def main() -> None:
             if directory:
                 directory.mkdir(parents=True, exist_ok=True)
                 suffix = f".threads{threads}" if arguments.device == "cpu" else ""
-                # The name tells a path that was asked for from the one that the processor gives.
+                # An instruction set that ENTROPY_RL_SIMD selects is part of the file's name.
                 chosen = os.environ.get("ENTROPY_RL_SIMD")
                 suffix += f".{chosen}" if chosen and arguments.device == "cpu" else ""
                 path = directory / f"{op}{suffix}.json"
@@ -69,7 +71,7 @@ def main() -> None:
 
 
 def with_kept_runs(result: dict[str, Any], path: Path, order: list[str]) -> list[dict[str, Any]]:
-    """The runs of a result, and of the file that it replaces those of other cases, where all else is the same."""
+    """The runs of a result, and those of other cases in the file that it replaces, if the rest of the file agrees."""
     runs = {run["case"]: run for run in result["runs"]}
     if path.exists():
         old = json.loads(path.read_text())

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.harness import Case, Inputs, compiled
 from entropy_rl_ext import global_top_mask
 
-# (rows, tokens of a row, scope)
+# (rows, tokens in a row, scope)
 SHAPES = {
     "quick": [(8, 64, "batch"), (8, 64, "sequence")],
     "cpu": [(256, 4096, "batch"), (1024, 4096, "batch"), (1024, 4096, "sequence")],
@@ -26,7 +26,7 @@ RATIO = 0.2
 
 
 def authors(entropy: Tensor, response_mask: Tensor) -> Tensor:
-    """The expression of the paper's authors: top-k of the gathered response tokens, scattered to an int64 mask."""
+    """The code of the paper's authors: top-k of the gathered response tokens, scattered to an int64 mask."""
     response = response_mask.flatten().bool()
     values = entropy.flatten()[response]
     chosen = values.topk(max(1, int(len(values) * RATIO + 0.9999))).indices
@@ -46,7 +46,7 @@ def quantile(entropy: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def by_sort(scope: str, entropy: Tensor, response_mask: Tensor) -> Tensor:
-    """Ours by CUB's segmented sort: what the radix select of `algorithm="auto"` is measured against."""
+    """Our kernel with CUB's segmented sort, to compare with the radix select that `algorithm="auto"` uses."""
     ratio = torch.tensor(RATIO, dtype=torch.float64)
     mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
         entropy, response_mask, ratio, "topk", scope, None, "sort"
@@ -57,7 +57,7 @@ def by_sort(scope: str, entropy: Tensor, response_mask: Tensor) -> Tensor:
 def case(size: str, device: torch.device, rows: int, tokens: int, scope: str) -> Case:
     def inputs() -> Inputs:
         lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), device=device)
-        entropy = torch.rand(rows, tokens, device=device).pow(4) * 3  # few forks among many sure tokens
+        entropy = torch.rand(rows, tokens, device=device).pow(4) * 3  # few high entropies among many low ones
         return {"entropy": entropy, "response_mask": torch.arange(tokens, device=device) < lengths}
 
     batch = scope == "batch"

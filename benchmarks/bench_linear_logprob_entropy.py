@@ -1,4 +1,5 @@
-"""linear_logprob_entropy: the LM head, forward and backward: all rows train, a fifth, or a fifth known before."""
+"""linear_logprob_entropy: the LM head, forward and backward, where all rows train, a fifth of them, or a fifth that is
+known before the forward."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""logprob_entropy: forward, and forward with backward, where all rows or a fifth of them have a gradient."""
+"""logprob_entropy: the forward alone, and with the backward where all rows or a fifth of them have a gradient."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,14 +44,14 @@ def trl(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def liger(logits: Tensor, targets: Tensor) -> tuple[Tensor, None]:
-    """Log-prob alone: Liger has no entropy of given logits. A clone, since it overwrites what it reads."""
+    """Only the log-prob: Liger has no entropy of given logits. It gets a clone, because it overwrites its input."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return -liger_cross_entropy(logits.clone(), targets, reduction="none"), None
 
 
 def quack(logits: Tensor, targets: Tensor) -> tuple[Tensor, None]:
-    """Log-prob alone: quack has no entropy."""
+    """Only the log-prob: quack has no entropy."""
     from quack.cross_entropy import cross_entropy
 
     return -cross_entropy(logits, targets, reduction="none"), None
@@ -69,12 +69,12 @@ def forward_backward(function: Callable[..., Any], logits: Tensor, targets: Tens
 
 
 def compacted(function: Callable[..., Any], logits: Tensor, targets: Tensor, grad: Tensor) -> Any:
-    """A user's own way to skip rows: the forward on all, then again with its backward on those with a gradient."""
+    """How a user can skip rows: the forward on all rows, then forward and backward on those with a gradient."""
     forward(function, logits, targets)
     rows = grad.nonzero().squeeze(1)
-    whole = logits.detach().requires_grad_()
-    log_prob, entropy = function(whole[rows], targets[rows])
-    return torch.autograd.grad(log_prob, whole, grad[rows].to(log_prob.dtype)), entropy
+    logits = logits.detach().requires_grad_()
+    log_prob, entropy = function(logits[rows], targets[rows])
+    return torch.autograd.grad(log_prob, logits, grad[rows].to(log_prob.dtype)), entropy
 
 
 def case(size: str, device: torch.device, dtype: str, rows: int, vocab: int, share: float | None) -> Case:

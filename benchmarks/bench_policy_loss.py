@@ -32,7 +32,7 @@ def verl_loss(mode: str, log_prob: Tensor, **others: Tensor) -> Any:
 
 
 def torch_vanilla(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """The loss alone, without metrics."""
+    """The loss without metrics."""
     ratio = (log_prob - old_log_prob).clamp(-20, 20).exp()
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
     losses = torch.where(advantages < 0, torch.minimum(losses, -3 * advantages), losses)
@@ -51,7 +51,7 @@ def case(size: str, device: torch.device, mode: str) -> Case:
         peers["torch"] = forward_backward(torch_vanilla)
         peers["torch.compile"] = forward_backward(compiled(torch_vanilla))
     goals = {"verl": GOALS[size][mode]} if mode in GOALS.get(size, {}) else {}
-    # 2^21 tokens at 2.5 times the time of moving their bytes.
+    # 2^21 tokens in at most 2.5 times the time that a copy of their bytes takes.
     if size == "cuda" and mode == "vanilla":
         goals["copy"] = 1 / 2.5
     return Case(

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.harness import Case, compiled
 from entropy_rl_ext import token_entropy
 
-# (dtype, rows, vocab): Qwen3's vocabulary, few rows, and GPT-2's, which no vector width divides.
+# (dtype, rows, vocab): the vocabularies of Qwen3 and of GPT-2, which no vector width divides; many rows and few.
 SHAPES = {
     "quick": [("float32", 3, 1000), ("bfloat16", 3, 1000)],
     "cpu": [("float32", 128, 151936), ("bfloat16", 128, 151936), ("float16", 128, 151936), ("float32", 512, 50257)],
@@ -58,7 +58,7 @@ def trl(logits: Tensor) -> Tensor:
 
 
 def amax(logits: Tensor) -> Tensor:
-    """Another result: what reading the logits once takes."""
+    """A different result, for comparison: the time of reading the logits once."""
     return logits.amax(-1)
 
 

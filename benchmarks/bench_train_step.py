@@ -1,7 +1,7 @@
-"""The trainer's own step on a small Qwen3: old log-probabilities and one optimizer step, with our head and a plain one.
+"""A step of the trainer on a small Qwen3: old log-probabilities and one optimizer step, with our head and a plain one.
 
-Sampling is left out: it is the same for both. One model's head has the share of the parameters that it has in
-Qwen3-0.6B; the other is the demo's, with its batch (python/entropy_rl/demo.py).
+Sampling is left out because it is the same for both. In the first model the LM head has the share of the parameters
+that it has in Qwen3-0.6B; the second is the demo's, with its batch (python/entropy_rl/demo.py).
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SHAPES: dict[str, list[Shape]] = {
     "cuda": [(28, 1024, 151936, 16, 128, 1024)],
 }
 ACTOR = "actor_rollout_ref.actor"
-# What selects, and from what is known when: docs/training.md.
+# docs/training.md explains the selections.
 SELECTIONS = {
     "ratio null": [f"{ACTOR}.entropy_top_ratio=null"],
     "ratio 0.2": [f"{ACTOR}.entropy_top_ratio=0.2"],
@@ -78,7 +78,7 @@ def step(
     metrics = train.update(
         model, optimizer, train.Experience(batch, advantages, old_log_prob, None, entropy), 1, 1, chosen
     )
-    optimizer.zero_grad()  # so that the next step begins with parameters and optimizer state alone
+    optimizer.zero_grad()  # the next step begins without gradients
     return metrics
 
 

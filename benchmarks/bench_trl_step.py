@@ -1,7 +1,7 @@
-"""An optimizer step of GRPO in TRL, our trainer's and TRL's own: forwards, loss, backward, clipping, AdamW.
+"""An optimizer step of GRPO in TRL with our trainer and with TRL's own: forwards, loss, backward, clipping, AdamW.
 
-Of a small Qwen3 with a large vocabulary for its size, so that the LM head is most of the step, as it is for the small
-models of today; completions are given, not sampled. All but the last train the same share of the tokens.
+The model is a small Qwen3 with a large vocabulary for its size: as in today's small models, the LM head is most of the
+step. Completions are given, not sampled. All contenders except the last train the same share of the tokens.
 """
 
 import tempfile

@@ -1,9 +1,9 @@
-"""How far gradients of an LM head in bfloat16 are from those of a dense head in float64: ours and each peer's.
+"""Measures the error of an LM head's gradients in bfloat16 against a dense head in float64, for ours and each peer.
 
     python -m benchmarks.gradient_error
 
-Writes benchmarks/results/gradient_error/bfloat16.json and, from it, the table of docs/linear_logprob_entropy.md; fails
-where a peer's error is smaller than ours by more than 1 %.
+It writes benchmarks/results/gradient_error/bfloat16.json and, from that file, the table of
+docs/linear_logprob_entropy.md. It fails if a peer's error is smaller than ours by more than 1 %.
 """
 
 import json
@@ -22,7 +22,7 @@ from entropy_rl_ext import linear_logprob_entropy
 RESULT = ROOT / "benchmarks" / "results" / "gradient_error" / "bfloat16.json"
 PAGE = ROOT / "docs" / "linear_logprob_entropy.md"
 ROWS, WIDTH, VOCAB = 1024, 512, 16384
-SHARES = (1.0, 0.2)  # of the rows that train
+SHARES = (1.0, 0.2)  # the shares of the rows that train
 HEADS: dict[str, Head] = {
     "**ours**": linear_logprob_entropy,
     "TRL, `ChunkedLogProbFunction`": trl,
@@ -51,7 +51,7 @@ def errors(head: Callable[..., tuple[Tensor, ...]], share: float) -> list[float]
     targets = torch.randint(VOCAB, (ROWS,), generator=generator)
     grad = torch.randn(ROWS, generator=generator) * (torch.rand(ROWS, generator=generator) < share)
     expected = gradients(exact, hidden.double(), weight.double(), targets, grad.double())
-    if head is exact:  # the least that an answer in bfloat16 can have
+    if head is exact:  # the smallest error that a bfloat16 result can have
         found = [g.bfloat16().double() for g in expected]
     else:
         found = gradients(head, hidden, weight, targets, grad)
@@ -59,7 +59,7 @@ def errors(head: Callable[..., tuple[Tensor, ...]], share: float) -> list[float]
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result file as Markdown."""
+    """The table of a result, as Markdown."""
     names, versions = ("torch", "trl", "verl", "liger-kernel"), result["versions"]
     columns = [f"{what}, {share:.0%} of the rows" for share in SHARES for what in ("hidden", "weight")]
     lines = [
@@ -93,7 +93,7 @@ def main() -> None:
     rows = {name: row for name, row in found.items() if name in HEADS and not isinstance(row, str)}
     best = [min(column) for column in zip(*rows.values(), strict=True)]
     if any(ours > 1.01 * least for ours, least in zip(rows["**ours**"], best, strict=True)):
-        sys.exit("a peer's gradient is nearer")
+        sys.exit("the gradient of a peer has a smaller error")
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     PAGE.write_text(page(result))

@@ -1,7 +1,7 @@
-"""Times ours and its peers side by side: the same fresh inputs, one process, alternating.
+"""Times our ops and their peers side by side: in one process, alternating, with the same fresh inputs.
 
-A `bench_<op>.py` yields cases; `run_case` times one of them. On CUDA the clock is events on the stream; on the CPU
-it is the wall. Before every timed call the caches are swept, so that inputs come from memory as they do in training.
+A `bench_<op>.py` yields cases; `run_case` times one of them. On CUDA, events on the stream measure the time; on the
+CPU, a wall clock. A sweep empties the caches before every timed call, so that inputs come from memory as in training.
 """
 
 import ctypes
@@ -31,28 +31,28 @@ PEER_PACKAGES = ("verl", "trl", "liger-kernel", "quack-kernels", "transformers",
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table: ours and its peers on one kind of input.
+    """One row of a table: our op and its peers on one kind of input.
 
-    A contender is a function of the inputs that returns what must be kept alive until the clock stops. Peers import
-    what they need inside: one that cannot be imported or fails is listed with its error.
+    A contender is a function of the inputs. It returns everything that must stay alive until the clock stops. Peers
+    import their packages inside the function: a peer that cannot be imported, or fails, is listed with its error.
     """
 
     name: str
     inputs: Callable[[], Inputs]
     ours: Callable[..., Any]
     peers: dict[str, Callable[..., Any]]
-    bytes: int  # the least that must be read from and written to memory
-    # Least ratio of a peer's time to ours; "copy": least share of a copy's bandwidth; "seconds": most time of ours.
+    bytes: int  # the fewest that must be read from and written to memory
+    # Least ratio of a peer's time to ours; "copy": least share of a copy's bandwidth; "seconds": our longest time.
     goals: dict[str, float] = field(default_factory=dict)
-    backward: bool = False  # whether contenders run the backward, too
-    graph: bool = False  # on CUDA: captured once, and timed in replay
-    # Each contender's memory is that of its second call in a process of its own, where no other has left any behind;
-    # `inputs` and contenders must be picklable.
+    backward: bool = False  # whether contenders also run the backward
+    graph: bool = False  # on CUDA: capture once, and time the replay
+    # Measure each contender's memory in a separate process, in its second call, so that none finds memory that another
+    # left behind. `inputs` and contenders must be picklable.
     peak_in_own_process: bool = False
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile, compiled afresh for each case."""
+    """`function` under torch.compile, compiled again for each case."""
 
     @cache
     def compile_once() -> Callable[..., Any]:
@@ -62,7 +62,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: compile_once()(*args, **kwargs)
 
 
-# --- the clock ------------------------------------------------------------------------------------
+# --- measuring -----------------------------------------------------------------------------------
 
 
 @cache
@@ -78,7 +78,7 @@ def _timed(call: Callable[[], Any], device: str) -> float:
         result = call()
         seconds = time.perf_counter() - begin
     else:
-        # The sweep still runs while the host queues the call: launch overhead is hidden, as in training.
+        # The sweep still runs while the host queues the call, so that launch overhead is hidden, as in training.
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         result = call()
@@ -90,7 +90,7 @@ def _timed(call: Callable[[], Any], device: str) -> float:
 
 
 def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """Most memory that one call holds beside its inputs; on the CPU resident memory, None where /proc has none."""
+    """Peak memory of one call, without its inputs. On the CPU it is resident memory; None where there is no /proc."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -99,8 +99,8 @@ def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would not count again
-        _take_lazily_freed()  # ours keeps such memory for its next gradient
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed would not count again
+        _take_lazily_freed()  # our backward keeps such memory for its next gradient
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         call()
@@ -130,16 +130,16 @@ def _resident(name: str) -> int:
 
 
 def _take_lazily_freed() -> None:
-    """Makes the system take what it may take at any time (MADV_FREE): it is nobody's, and would count for all."""
+    """Makes the system reclaim the memory that it may reclaim at any time (MADV_FREE), which would count as ours."""
     for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
         if re.search(r"^LazyFree: +[1-9]", mapping, flags=re.MULTILINE):
             begin, end = (int(address, 16) for address in mapping.split()[0].split("-"))
-            # Pages beside them keep their content.
+            # Other pages of the mapping keep their content.
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
 
 
 def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., Any]:
-    """The contender in a CUDA graph: a call copies the inputs in; what it returns replays."""
+    """The contender as a CUDA graph: a call copies the inputs in and returns the function that replays the graph."""
     static = {name: tensor.clone() for name, tensor in inputs.items()}
     graph = torch.cuda.CUDAGraph()
     contender(**static)
@@ -156,14 +156,14 @@ def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., An
 
 
 def measure_copy(device: str) -> float:
-    """Bytes a second, read and written, of a copy of 512 MiB: the best of ten."""
+    """Bytes per second, read and written, of a copy of 512 MiB: the best of ten."""
     source = torch.empty(128 << 20, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], None]) -> dict[str, Any]:
-    """The case's record for JSON; `tick` is told what runs."""
+    """The record of the case for JSON; `tick` gets a line that says what runs."""
     contenders = {"ours": case.ours, **case.peers}
     calls: dict[str, Callable[..., Callable[[], Any]]] = {}
     records: dict[str, dict[str, Any]] = {}
@@ -190,7 +190,7 @@ def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], No
     for repetition in range(repetitions):
         tick(f"{case.name}: {repetition + 1} of {repetitions}")
         inputs = case.inputs()
-        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+        order = order[1:] + order[:1]  # no contender always starts
         for name in order:
             records[name]["seconds"].append(_timed(calls[name](**inputs), device))
     return {
@@ -217,7 +217,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "versions": versions,
-        "torch_simd": torch.backends.cpu.get_cpu_capability(),  # of the peers on the CPU; ATEN_CPU_CAPABILITY chooses
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),  # of the peers; ATEN_CPU_CAPABILITY selects it
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", "csrc", "entropy_rl_ext", "setup.py", "benchmarks/*.py")),
         "date": time.strftime("%Y-%m-%d"),

@@ -1,7 +1,7 @@
-"""Tables of results, and docs/performance.md with its charts, from the JSON under benchmarks/results.
+"""Tables and charts of the JSON files under benchmarks/results.
 
-`python -m benchmarks.report` writes the page; `python -m benchmarks.report --check` fails where it is not what
-the committed results give.
+`python -m benchmarks.report` fills the tables of docs/performance.md and writes docs/performance_details.md and the
+charts; `python -m benchmarks.report --check` fails if a page is not what the committed results give.
 """
 
 import json
@@ -14,32 +14,90 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+DETAILS = ROOT / "docs" / "performance_details.md"
 PICTURE = ROOT / "docs" / "images" / "lm-head.svg"
 DEVICES = ("cpu", "cuda")
-SIMD = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512"}
+SIMD = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512"}  # from narrow to wide
 WITHOUT_BACKWARD = {"global_top_mask"}
+# Contenders that do less than ours and bound its time from below.
+LOWER_BOUNDS = {"amax"}
 
-HEAD = """# Performance
+# What each row of the headline table says, with the op and the case that it comes from.
+HEADLINE = {
+    "`token_entropy`, float32": ("token_entropy", "float32 [128, 151936]"),
+    "`token_entropy`, bfloat16": ("token_entropy", "bfloat16 [128, 151936]"),
+    "`logprob_entropy`, every row has a gradient": (
+        "logprob_entropy",
+        "forward and backward, 100% of the rows, float32 [128, 151936]",
+    ),
+    "`logprob_entropy`, 20 % of the rows have a gradient": (
+        "logprob_entropy",
+        "forward and backward, 20% of the rows, float32 [128, 151936]",
+    ),
+    "`linear_logprob_entropy`, every row has a gradient": (
+        "linear_logprob_entropy",
+        "100% of the rows train, float32 [2048, 1024] x [32768, 1024]",
+    ),
+    "`linear_logprob_entropy`, 20 % of the rows have a gradient": (
+        "linear_logprob_entropy",
+        "20% of the rows train, float32 [2048, 1024] x [32768, 1024]",
+    ),
+    "`linear_logprob_entropy`, 20 % selected before the forward": (
+        "linear_logprob_entropy",
+        "20% of the rows train, known before the forward, float32 [2048, 1024] x [32768, 1024]",
+    ),
+    "`global_top_mask`, [1024, 4096] tokens": ("global_top_mask", "scope batch [1024, 4096]"),
+    "`policy_loss`, vanilla, [64, 4096] tokens": ("policy_loss", "vanilla [64, 4096]"),
+    "`policy_loss`, gspo, [64, 4096] tokens": ("policy_loss", "gspo [64, 4096]"),
+    "`policy_loss`, gpg, [64, 4096] tokens": ("policy_loss", "gpg [64, 4096]"),
+    "an optimizer step of TRL's trainer, 20 % of the tokens": (
+        "trl_step",
+        "4 × (32 + 256) tokens, hidden 256, 2 layers, vocabulary 16384",
+    ),
+}
+# Columns of that table: each shows the fastest of these contenders.
+HEADLINE_PEERS = {
+    "PyTorch": ("torch", "torch, logits held"),
+    "`torch.compile`": ("torch.compile", "authors, torch.compile"),
+    "verl": ("verl",),
+    "TRL": ("TRL", "torch.quantile (TRL's rule)", "TRL, top_entropy_quantile"),
+    "Liger": ("Liger",),
+    "TRL or Liger, rows compacted by hand": ("TRL, rows compacted by hand", "Liger, rows compacted by hand"),
+    "the authors' code": ("authors",),
+}
 
-Made from the files under [benchmarks/results](../benchmarks/results) by `make performance`; a figure without such a
-file is not quoted anywhere. `make bench` measures: ours and each installed peer on the same fresh random inputs, in one
-process, in turns, with caches swept before every call. Times are medians with their quartiles. "GB/s" counts the
-least bytes that the work must read and write, and is set against a copy on the same device, reads and writes counted;
-what only reads can pass 100 %. Memory is the most that a call holds beside its inputs. The CPU kernels take the widest
-instruction set of the processor; a narrower one is named in the heading, and behind torch's version the one that torch,
-and so the peers, had: `ENTROPY_RL_SIMD=avx2 ATEN_CPU_CAPABILITY=avx2` makes both sides those of a processor without
-AVX-512.
-"""
-RUN_HEAD = """
-## Which kernels have run where
+# What runs more than one op: (part, on a CPU, on a GPU).
+OTHER_PARTS = (
+    ("the selection over several ranks", "tested with gloo", "**never executed**; NCCL has not been run"),
+    ("`entropy_rl.train`, one process, DDP and FSDP2", "tested, ranks with gloo", "**never executed**"),
+    ("verl with FSDP2", "tested, including full runs of `main_ppo`", "**never executed**"),
+    ("verl with FSDP1, vLLM, SGLang or Ulysses sequence parallelism", "not run", "**never executed**"),
+    ("verl with Megatron", "configuration tested; Megatron needs a GPU", "**never executed**"),
+    ("TRL's trainer, one and two processes", "tested with gloo", "**never executed**"),
+    ("TRL's trainer with LoRA (PEFT)", "run by hand on small models; no test", "**never executed**"),
+    ("TRL's trainer with FSDP, DeepSpeed, vLLM or images", "not run", "**never executed**"),
+)
 
-| op | CPU | CUDA |
-|---|---|---|
-"""
-RUN_FOOT = """
-"Compiled" means that `make cuda-build` builds, installs and imports the kernels, and that their unmodified source
-passes its tests under the host's SIMT shim (`tests/cpp/simt.h`), which is not a GPU. `make test-gpu` runs everything on
-a GPU: the op tests, the host-sync, CUDA-graph and determinism tests, and compute-sanitizer.
+DETAILS_HEAD = """# Performance: every measurement
+
+This page lists every benchmark result behind [performance.md](performance.md). `make performance`
+writes it from the files under [benchmarks/results](../benchmarks/results), which also hold the raw
+samples.
+
+- **Time** is the median, with its quartiles. `make bench` runs this package and each installed peer
+  in one process, in turns, on the same fresh random inputs, and sweeps the caches before every
+  call.
+- **Against ours** is the contender's time divided by ours: above 1 the contender is slower.
+- **GB/s** counts the fewest bytes that the work must read and write. **Of a copy** compares it with
+  a copy on the same device, whose reads and writes both count, so work that only reads can pass
+  100 %.
+- **Memory** is the most that a call holds in addition to its inputs.
+- Headings name the threads and the instruction set of our CPU kernels. The brackets after torch's
+  version name the instruction set of torch, and so of the peers.
+  `ENTROPY_RL_SIMD=avx2 ATEN_CPU_CAPABILITY=avx2` restricts both to AVX2. Older results lack one or
+  both.
+- `amax` reads the logits once and does nothing else: it bounds the time of `token_entropy` from
+  below.
 """
 
 
@@ -70,21 +128,24 @@ def _memory(record: dict[str, Any]) -> str:
     return "" if peak is None else f"{peak / 2**20:.1f} MiB"
 
 
+MISSED = ", **missed**"
+
+
 def _goal(name: str, least: float, run: dict[str, Any], copy: float) -> tuple[str, str]:
-    """(goal, what was measured, with whether it is met)"""
+    """Returns the goal, and the measured value with ", met" or MISSED behind it."""
     seconds = _median(run["contenders"]["ours"])
     if name == "seconds":
-        return f"at most {_time(least)}", f"{_time(seconds)}, {'met' if seconds <= least else '**missed**'}"
+        return f"at most {_time(least)}", _time(seconds) + (", met" if seconds <= least else MISSED)
     if name == "copy":
         share = run["bytes"] / seconds / copy
-        return f"at least {least:.0%} of a copy", f"{share:.0%}, {'met' if share >= least else '**missed**'}"
+        return f"at least {least:.0%} of a copy", f"{share:.0%}" + (", met" if share >= least else MISSED)
     peer = run["contenders"].get(name, {})
     text = f"at least {least:g}× {name}" if least >= 1 else f"at most {1 / least:g}× the time of {name}"
     if not peer.get("seconds"):
         return text, "the peer did not run"
     ratio = _median(peer) / seconds
     measured = f"{ratio:.3g}×" if least >= 1 else f"{1 / ratio:.3g}×"
-    return text, f"{measured}, {'met' if ratio >= least else '**missed**'}"
+    return text, measured + (", met" if ratio >= least else MISSED)
 
 
 def _threads(result: dict[str, Any]) -> str:
@@ -92,12 +153,12 @@ def _threads(result: dict[str, Any]) -> str:
 
 
 def _width(result: dict[str, Any]) -> tuple[int, int]:
-    """Orders runs by threads, then by instruction set, where none is told the last."""
+    """Sorts runs by threads, then by instruction set; a run that names none comes last."""
     return result["threads"] or 0, list(SIMD).index(result["simd"]) if result.get("simd") else len(SIMD)
 
 
 def _where(result: dict[str, Any]) -> str:
-    """Threads and instruction set of a CPU run, the device of another."""
+    """The threads and instruction set of a CPU run; the device name of any other run."""
     return ", ".join(filter(None, (_threads(result), SIMD.get(result.get("simd"))))) or result["device_name"]
 
 
@@ -107,9 +168,8 @@ def table(result: dict[str, Any]) -> str:
     torch = result["versions"]["torch"]
     if result["threads"] and "torch_simd" in result:
         torch += f" ({result['torch_simd']})"
-    narrow = SIMD[result["simd"]] if result.get("simd") not in (None, "avx512") else ""
     lines = [
-        "### " + ", ".join(filter(None, (result["op"], _threads(result), narrow))),
+        f"### {result['op']}, {_where(result)}",
         "",
         f"{result['device_name']}, commit {(result['commit'] or 'unknown')[:10]}"
         f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {torch}; "
@@ -135,7 +195,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def goal_table(results: list[dict[str, Any]]) -> str:
-    """The goals of these runs as Markdown, with a column for each way in which they ran."""
+    """The goals of these runs as Markdown, with one column for each combination of threads and instruction set."""
     with_goals = [result for result in results if any(run["goals"] for run in result["runs"])]
     places = list(dict.fromkeys(map(_where, sorted(with_goals, key=_width, reverse=True))))
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -153,27 +213,96 @@ def goal_table(results: list[dict[str, Any]]) -> str:
 
 
 def thread_table(results: list[dict[str, Any]]) -> str:
-    """Our time by the number of threads as Markdown, on the widest instruction set, beside the copy's."""
+    """Our times by the number of threads as Markdown, on the widest instruction set that ran with each number."""
     threads = sorted({result["threads"] for result in results})
-    times: dict[tuple[str, str], dict[int, float]] = {}
-    for result in results:
-        if result.get("simd") == "avx512":
+    times: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for result in sorted(results, key=_width):
+        if result.get("simd"):
             for run in result["runs"]:
-                work = times.setdefault((result["op"], run["case"]), {})
-                work[result["threads"]] = _median(run["contenders"]["ours"])
-    scaled = {work: by_threads for work, by_threads in times.items() if len(by_threads) == len(threads) > 1}
-    if not scaled:
-        return ""
+                of_simd = times.setdefault((result["op"], run["case"]), {}).setdefault(result["simd"], {})
+                of_simd[result["threads"]] = _median(run["contenders"]["ours"])
     heads = " | ".join(f"{n} thread{'s' if n > 1 else ''}" for n in threads)
-    lines = [f"| op | work | {heads} | speed-up |", "|---" * (3 + len(threads)) + "|"]
-    for (op, case), by_threads in scaled.items():
-        cells = " | ".join(_time(by_threads[n]) for n in threads)
-        lines.append(f"| {op} | {case} | {cells} | {by_threads[threads[0]] / by_threads[threads[-1]]:.2f} |")
+    lines = [f"| op | work | instruction set | {heads} | speed-up |", "|---" * (4 + len(threads)) + "|"]
+    for (op, case), by_simd in times.items():
+        complete = [simd for simd in SIMD if len(by_simd.get(simd, ())) == len(threads) > 1]
+        if complete:
+            of_threads = by_simd[complete[-1]]
+            cells = " | ".join(_time(of_threads[n]) for n in threads)
+            speedup = of_threads[threads[0]] / of_threads[threads[-1]]
+            lines.append(f"| {op} | {case} | {SIMD[complete[-1]]} | {cells} | {speedup:.2f} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _peers(run: dict[str, Any]) -> dict[str, float]:
+    """The time of each peer that ran, in multiples of ours."""
+    ours = _median(run["contenders"]["ours"])
+    return {
+        name: _median(record) / ours
+        for name, record in run["contenders"].items()
+        if record.get("seconds") and name not in LOWER_BOUNDS and not name.startswith("ours")
+    }
+
+
+def headline_table(results: list[dict[str, Any]]) -> str:
+    """Our time for each work of HEADLINE, and how many times as long the peers take, as Markdown."""
+    runs = {(op, run["case"]): run for op, result in _widest(results).items() for run in result["runs"]}
+    lines = [f"| | ours | {' | '.join(HEADLINE_PEERS)} |", "|---" * (2 + len(HEADLINE_PEERS)) + "|"]
+    for label, work in HEADLINE.items():
+        ratios = _peers(runs[work])
+        cells = [
+            min((ratios[name] for name in names if name in ratios), default=None) for names in HEADLINE_PEERS.values()
+        ]
+        ours = _time(_median(runs[work]["contenders"]["ours"]))
+        lines.append(f"| {label} | {ours} | {' | '.join(map(_multiple, cells))} |")
+    return "\n".join([*lines, "", _circumstances([_widest(results)[op] for op, _ in HEADLINE.values()])]) + "\n"
+
+
+def _circumstances(results: list[dict[str, Any]]) -> str:
+    """Where the headline's runs were made, and with which versions; both may differ between ops."""
+    places = dict.fromkeys(f"{result['device_name']}, {_threads(result)}" for result in results)
+    versions = [
+        f"{name} {' and '.join(dict.fromkeys(str(result['versions'][name]) for result in results))}"
+        for name in ("torch", "verl", "trl", "liger-kernel")
+    ]
+    return f"{'; '.join(places)}; {', '.join(versions)}."
+
+
+def _multiple(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    text = f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
+    return text if ratio >= 1 else f"**{text}**"
+
+
+def shortfall_table(results: list[dict[str, Any]]) -> str:
+    """The runs in which a peer is faster than ours, and those that miss their goal, as Markdown."""
+    lines = ["| op | work | run | result |", "|---|---|---|---|"]
+    for result in results:
+        for run in result["runs"]:
+            found = [f"{name} takes {ratio:.2f}× our time" for name, ratio in _peers(run).items() if ratio < 1]
+            for name, least in run["goals"].items():
+                goal, measured = _goal(name, least, run, result["copy_bytes_per_second"])
+                if measured.endswith(MISSED):
+                    found.append(f"goal: {goal}; measured: {measured.removesuffix(MISSED)}")
+            lines += [f"| `{result['op']}` | {run['case']} | {_where(result)} | {text} |" for text in found]
+    return "\n".join(lines) + "\n"
+
+
+def device_table(results: list[dict[str, Any]]) -> str:
+    """What has run on a CPU and on a GPU, as Markdown; `results` are the GPU's."""
+    # A benchmark of a training step belongs to no op.
+    ops = [path.stem for path in sorted((ROOT / "entropy_rl_ext" / "ops").glob("*.py"))]
+    ops = [op for op in ops if (ROOT / "benchmarks" / f"bench_{op}.py").exists()]
+    lines = ["| part | CPU | GPU |", "|---|---|---|"]
+    for op in ops:
+        kernels = f"`{op}`" if op in WITHOUT_BACKWARD else f"`{op}`, forward and backward"
+        lines.append(f"| {kernels} | tested | {_executed(op, results)} |")
+    lines += [f"| {' | '.join(part)} |" for part in OTHER_PARTS]
     return "\n".join(lines) + "\n"
 
 
 def _executed(op: str, results: list[dict[str, Any]]) -> str:
-    """What of an op its benchmark has run on a GPU, and where. It need not have met every kernel: the tests do."""
+    """What the benchmark of an op has run on a GPU, and where. Only the tests reach every kernel of an op."""
     backward: dict[tuple[str, str], bool] = {}
     for result in results:
         if result["op"] == op:
@@ -181,7 +310,7 @@ def _executed(op: str, results: list[dict[str, Any]]) -> str:
             place = (result["device_name"], commit)
             backward[place] = backward.get(place, False) or any(run["backward"] for run in result["runs"])
     if not backward:
-        return "compiled for sm_80 and sm_90; **never executed on a GPU**"
+        return "compiled, **never executed**"
     return "; ".join(
         f"{_parts(op, ran_backward)}benchmark run on {name} at commit {commit}"
         for (name, commit), ran_backward in sorted(backward.items())
@@ -191,7 +320,7 @@ def _executed(op: str, results: list[dict[str, Any]]) -> str:
 def _parts(op: str, backward: bool) -> str:
     if op in WITHOUT_BACKWARD:
         return ""
-    return "forward and backward: " if backward else "forward alone: "
+    return "forward and backward: " if backward else "forward only: "
 
 
 def _pyplot() -> Any:
@@ -205,12 +334,12 @@ def _pyplot() -> Any:
 
 
 def _widest(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each op the run with most threads, of these the one on the widest instruction set."""
+    """The run of each op with the most threads and, among those, the widest instruction set."""
     return {result["op"]: result for result in sorted(results, key=_width)}
 
 
 def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times ours each peer takes, the widest run (most threads) of each op."""
+    """Draws one bar for each peer: its time as a multiple of ours, in the widest run of each op."""
     pyplot = _pyplot()
     bars = [
         (f"{op}: {run['case']}\n{name}", _median(record) / _median(run["contenders"]["ours"]))
@@ -235,19 +364,24 @@ def chart(device: str, results: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def with_table(path: Path, module: str, lines: str) -> str:
-    """The page with `lines` between its two marks, of which the first names the module that measures them."""
-    marks = f"<!-- python -m {module} -->\n", "<!-- end -->\n"
+def filled(text: str, source: str, lines: str) -> str:
+    """`text` with `lines` between its two marks; the first mark names the command that produces them."""
+    marks = f"<!-- python -m {source} -->\n", "<!-- end -->\n"
     return re.sub(
         f"{re.escape(marks[0])}.*?{re.escape(marks[1])}",
         lambda _: f"{marks[0]}{lines}{marks[1]}",
-        path.read_text(),
+        text,
         flags=re.DOTALL,
     )
 
 
+def with_table(path: Path, module: str, lines: str) -> str:
+    """The page at `path` with `lines` between the marks that name `module`."""
+    return filled(path.read_text(), module, lines)
+
+
 def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """The README's: seconds of the LM head, forward and backward, of ours and of each peer as it is installed."""
+    """Draws the README's chart: seconds of the LM head, forward and backward, of ours and of each unmodified peer."""
     pyplot = _pyplot()
     result = _widest(results)["linear_logprob_entropy"]
     runs = [run for run in result["runs"] if ", float32 " in run["case"]]
@@ -275,15 +409,20 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def page() -> str:
-    results = {device: load(device) for device in DEVICES}
-    # Not what is measured of the trainers, which have no kernels.
-    ops = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    parts = [HEAD, RUN_HEAD]
-    for op in ops:
-        kernels = f"`{op}`" if op in WITHOUT_BACKWARD else f"`{op}`, forward and backward"
-        parts.append(f"| {kernels} | tested | {_executed(op, results['cuda'])} |\n")
-    parts += [RUN_FOOT]
-    for device, files in results.items():
+    """docs/performance.md with the tables of the committed results."""
+    cpu, cuda = (load(device) for device in ("cpu", "cuda"))
+    tables = {"headline": headline_table(cpu), "shortfalls": shortfall_table(cpu), "devices": device_table(cuda)}
+    text = PAGE.read_text()
+    for name, lines in tables.items():
+        text = filled(text, f"benchmarks.report: {name}", lines)
+    return text
+
+
+def details() -> str:
+    """docs/performance_details.md."""
+    parts = [DETAILS_HEAD]
+    for device in DEVICES:
+        files = load(device)
         if not files:
             parts.append(f"\n## {device.upper()}\n\nNothing has been measured.\n")
             continue
@@ -291,17 +430,20 @@ def page() -> str:
         if goals := goal_table(files):
             parts.append(f"\n### Goals\n\n{goals}")
         if device == "cpu" and (scaling := thread_table(files)):
-            parts.append(f"\n### Threads\n\nOurs, {SIMD['avx512']}.\n\n{scaling}")
+            parts.append(f"\n### Our time by number of threads\n\n{scaling}")
         parts += ["\n" + table(result) for result in files]
     return "".join(parts)
 
 
 def main() -> None:
+    pages = {PAGE: page(), DETAILS: details()}
     if "--check" in sys.argv[1:]:
-        if PAGE.read_text() != page():
-            sys.exit("docs/performance.md is not what benchmarks/results gives: run make performance")
+        for path, text in pages.items():
+            if path.read_text() != text:
+                sys.exit(f"docs/{path.name} is not what benchmarks/results gives: run make performance")
         return
-    PAGE.write_text(page())
+    for path, text in pages.items():
+        path.write_text(text)
     for device in DEVICES:
         if results := load(device):
             chart(device, results, PAGE.parent / f"performance-{device}.svg")

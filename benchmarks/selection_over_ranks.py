@@ -1,10 +1,10 @@
-"""One selection over several processes, beside TRL's: time, and bytes on the wire.
+"""Time and bytes sent of one selection over several processes, ours and TRL's.
 
     python -m benchmarks.selection_over_ranks [--quick] [--json FILE]
 
-Writes benchmarks/results/distributed/selection.json and, from it, the table of docs/distributed.md (with --json the
-file alone). The processes are gloo ranks of one machine, a thread each, started by torchrun; what they send
-crosses the loopback interface, whose own counters give the bytes: nothing else may use it meanwhile.
+Writes benchmarks/results/distributed/selection.json and, from it, the table of docs/distributed.md; with --json, only
+FILE. The processes are gloo ranks on one machine, one thread each, started by torchrun. The bytes are the counters of
+the loopback interface, so nothing else may use it during the measurement.
 """
 
 import argparse
@@ -26,25 +26,24 @@ from torch import Tensor
 
 from benchmarks.harness import ROOT, environment
 from benchmarks.report import _median, _spread, _time, with_table
-from entropy_rl.selection import select_tokens
 from entropy_rl_ext import global_top_mask
 
 RESULT = ROOT / "benchmarks" / "results" / "distributed" / "selection.json"
 PAGE = ROOT / "docs" / "distributed.md"
 RANKS = (2, 4)
 RATIO = 0.2
-ROWS, LENGTH = (2, 256), 4096  # 2^13 and 2^20 tokens a rank, padding counted
+ROWS, LENGTH = (2, 256), 4096  # 2^13 and 2^20 tokens per rank, padding included
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 Contender = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(rule: str) -> Contender:
-    return lambda entropy, mask: select_tokens(entropy, mask, RATIO, rule, "global")[0]
+    return lambda entropy, mask: global_top_mask(entropy, mask, RATIO, rule=rule, group=dist.group.WORLD)
 
 
 def gathered(entropy: Tensor, mask: Tensor) -> Tensor:
-    """The same mask as ours under topk, by all entropies on every rank."""
+    """The same mask as ours with topk, from all entropies gathered on every rank."""
     rows, ranks = len(entropy), dist.get_world_size()
     entropies, masks = (tensor.new_empty(ranks * rows, LENGTH) for tensor in (entropy, mask))
     dist.all_gather_into_tensor(entropies, entropy)
@@ -53,7 +52,7 @@ def gathered(entropy: Tensor, mask: Tensor) -> Tensor:
 
 
 def trl_quantile() -> Contender:
-    """TRL's own method, which asks its trainer for the accelerator alone."""
+    """TRL's own method, which uses only the accelerator of its trainer."""
     from accelerate import Accelerator
     from trl import GRPOTrainer
 
@@ -62,19 +61,19 @@ def trl_quantile() -> Contender:
 
 
 def alone(entropy: Tensor, mask: Tensor) -> Tensor:
-    """Each rank by itself: nothing is sent but the barrier of the measurement."""
+    """Each rank selects from its own tokens. Only the barriers of the measurement are sent."""
     return global_top_mask(entropy, mask, RATIO)
 
 
 def inputs(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Entropies and response mask [rows, LENGTH] of responses from half to all of the length."""
+    """Entropies and response mask, [rows, LENGTH], of responses of LENGTH / 2 to LENGTH tokens."""
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (rows, 1), generator=generator)
-    # Few forks among many sure tokens.
+    # Few tokens of high entropy among many of low entropy.
     return torch.rand(rows, LENGTH, generator=generator).pow(4) * 3, torch.arange(LENGTH) < lengths
 
 
 def measure(contender: Contender, entropy: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Seconds of the slowest rank, and bytes that all ranks sent."""
+    """The seconds of the slowest rank, and the bytes that all ranks sent."""
     dist.barrier()
     before = int(LOOPBACK.read_text())
     dist.barrier()
@@ -88,7 +87,7 @@ def measure(contender: Contender, entropy: Tensor, mask: Tensor) -> tuple[float,
 
 
 def rank_main(quick: bool) -> None:
-    """On each rank; the first prints the record of each number of tokens as a line of JSON."""
+    """Runs on each rank. The first prints the record of each number of tokens as a line of JSON."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -100,7 +99,7 @@ def rank_main(quick: bool) -> None:
 
 
 def compare(rows: int, repetitions: int) -> dict[str, Any]:
-    """The record of `rows` rows a rank: every contender's times and bytes."""
+    """The times and bytes of every contender with `rows` rows per rank."""
     contenders: dict[str, Contender] = {"ours, topk": ours("topk"), "ours, quantile": ours("quantile")}
     records: dict[str, dict[str, Any]] = {name: {} for name in contenders}
     try:
@@ -119,7 +118,7 @@ def compare(rows: int, repetitions: int) -> dict[str, Any]:
     order = list(contenders)
     for _ in range(repetitions):
         batch = inputs(rows, generator)
-        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+        order = order[1:] + order[:1]  # so that no contender always follows the same one
         for name in order:
             for values, value in zip(records[name].values(), measure(contenders[name], *batch), strict=True):
                 values.append(value)

@@ -1,4 +1,4 @@
-"""What the benchmarks of policy_loss, kl_loss and aggregate share."""
+"""Inputs and timing that the benchmarks of policy_loss, kl_loss and aggregate share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ SHAPES = {"quick": (4, 64), "cpu": (64, 4096), "cuda": (512, 4096)}
 
 
 def make_tokens(shape: tuple[int, int], device: torch.device) -> Inputs:
-    """A policy a little off the old one, advantages, and rows of different lengths."""
+    """A policy near the old one, advantages, and rows of different lengths."""
     rows, tokens = shape
     log_prob = -torch.rand(shape, device=device).pow(2) * 4
     return {

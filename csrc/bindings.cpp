@@ -1,5 +1,5 @@
-// Build information only, no tensors: pybind11 cannot target the limited API, so what every
-// installation needs stays out of this module.
+// Build information only. pybind11 cannot target CPython's limited API, so an abi3 wheel has no
+// such module, and nothing that every installation needs is in it.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"

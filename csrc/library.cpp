@@ -1,8 +1,8 @@
 // Every op of the library. Each runs on CPU and CUDA; fakes and autograd are in entropy_rl_ext/ops.
 //
-// A number that a caller may change from call to call is a Scalar in the public op, and reaches the
-// kernels as a 0-dim float64 tensor on the CPU: torch.compile recompiles when a `float` argument
-// changes, and does not for these.
+// A number that a caller may change from call to call is a Scalar in the public op, and a 0-dim
+// float64 tensor on the CPU in the kernels' op: torch.compile recompiles when a `float` argument
+// changes, but not when one of these does.
 #include <torch/csrc/stable/library.h>
 
 #include "build_info.h"
@@ -30,27 +30,21 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "token_entropy(Tensor logits, Tensor? mask=None, Scalar temperature=1.0, "
       "Tensor? row_temperature=None) -> Tensor");
   m.def(
-      "token_entropy_forward(Tensor logits, Tensor? mask, Tensor temperature) "
-      "-> (Tensor entropy, Tensor statistics)");
-  m.def(
-      "token_entropy_backward(Tensor grad_entropy, Tensor logits, Tensor? mask, Tensor "
-      "temperature, "
-      "Tensor entropy, Tensor statistics) -> Tensor");
-  m.def(
       "logprob_entropy(Tensor logits, Tensor targets, Tensor? mask=None, Scalar temperature=1.0, "
       "Tensor? row_temperature=None, bool entropy_grad=False) -> (Tensor log_prob, Tensor "
       "entropy)");
+  // The kernels of both: without targets log_prob is empty, of shape [0].
   m.def(
-      "logprob_entropy_forward(Tensor logits, Tensor targets, Tensor? mask, Tensor temperature) "
-      "-> (Tensor log_prob, Tensor entropy, Tensor statistics)");
+      "logprob_entropy_forward(Tensor logits, Tensor? targets, Tensor? mask, Tensor temperature) "
+      "-> (Tensor log_prob, Tensor entropy, Tensor max_log_sum)");
   m.def(
       "logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, "
-      "Tensor targets, Tensor? mask, Tensor temperature, Tensor entropy, Tensor statistics) "
+      "Tensor? targets, Tensor? mask, Tensor temperature, Tensor entropy, Tensor max_log_sum) "
       "-> Tensor");
 
-  // [..., hidden], [vocab, hidden] -> [...]: logprob_entropy of the LM head's logits, which are
-  // never held whole. The forward and backward are loops over tiles in Python; the tile ops are the
-  // kernels.
+  // [..., hidden], [vocab, hidden] -> [...]: logprob_entropy of the LM head's logits, of which only
+  // a tile exists at a time. The forward and backward are loops over tiles in Python; the tile ops
+  // are the kernels.
   m.def(
       "linear_logprob_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, "
       "Tensor? mask=None, Scalar temperature=1.0, Tensor? row_temperature=None, "
@@ -60,20 +54,20 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "linear_logprob_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
       "Tensor? mask, Tensor temperature, *" LINEAR_OPTIONS
       ", bool token_statistics=False) -> "
-      "(Tensor log_prob, Tensor entropy, Tensor is_top1, Tensor sum_squared_probs, Tensor "
-      "statistics)");
+      "(Tensor log_prob, Tensor entropy, Tensor is_top1, Tensor sum_squared_probs, "
+      "Tensor max_log_sum)");
   m.def(
       "linear_logprob_entropy_backward(Tensor? grad_log_prob, Tensor? grad_entropy, "
       "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? mask, "
-      "Tensor temperature, Tensor entropy, Tensor statistics, bool[3] needs, *" LINEAR_OPTIONS
+      "Tensor temperature, Tensor entropy, Tensor max_log_sum, bool[3] needs, *" LINEAR_OPTIONS
       ") -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "linear_logprob_entropy_tile_forward(Tensor tile, Tensor targets, Tensor temperature, "
       "Tensor? bias, SymInt vocab_start, float logit_scale, float softcap, "
-      "bool statistics, Tensor(a!) state) -> ()");
+      "bool token_statistics, Tensor(a!) state) -> ()");
   m.def(
       "linear_logprob_entropy_tile_backward(Tensor? grad_log_prob, Tensor? grad_entropy, "
-      "Tensor entropy, Tensor statistics, Tensor targets, Tensor temperature, Tensor? bias, "
+      "Tensor entropy, Tensor max_log_sum, Tensor targets, Tensor temperature, Tensor? bias, "
       "SymInt vocab_start, float logit_scale, float softcap, Tensor(a!) tile, Tensor(b!)? narrow) "
       "-> ()");
 
@@ -84,9 +78,9 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
   m.def(
       "global_top_mask_forward(Tensor entropy, Tensor response_mask, Tensor top_ratio, str rule, "
       "str scope, Tensor? group_ids, str algorithm=\"auto\") -> Tensor");
-  // The same over values that several processes hold, in steps between which they add up what each
-  // has counted: the digits of the keys below a key's first ones, the k-th largest key from those,
-  // the next larger key, the mask from both.
+  // The same over values that several processes hold, in steps; between the steps the processes add
+  // up their counts. Counts of the next digit of the keys; the k-th largest key, digit by digit;
+  // the next larger key; the mask.
   m.def("global_top_mask_counts(Tensor values, Tensor mask, Tensor? key, int shift) -> Tensor");
   m.def(
       "global_top_mask_key(Tensor counts, Tensor? key, Tensor k, int shift) "
@@ -97,8 +91,8 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "Tensor? ties=None, int process=0, Tensor? next_key=None, Tensor? weight=None) "
       "-> (Tensor mask, Tensor lowest)");
 
-  // [rows, tokens] -> []: losses over response tokens. The forwards give the loss, its metrics, and
-  // the gradient in two factors, one a token and one a row.
+  // [rows, tokens] -> []: losses over response tokens. A forward returns the loss, its metrics, and
+  // the gradient as two factors, one for each token and one for each row.
   m.def(
       "policy_loss(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor response_mask, "
       "Tensor? entropy_mask=None, Tensor? covariance_mask=None, Tensor? rollout_is_weights=None, "
@@ -129,7 +123,7 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
   m.def("aggregate_backward(" LOSS_GRADIENT ", Tensor values) -> Tensor");
 }
 
-// Read through ctypes where the pybind11 module is absent.
+// Read through ctypes, for installations without the pybind11 module.
 extern "C" __attribute__((visibility("default"))) const char* entropy_rl_build_info() {
   return entropy_rl::build_info_json();
 }

@@ -31,12 +31,12 @@ def load_libraries() -> None:
 
 
 def build_info() -> dict[str, str]:
-    """What the libraries were built from, and how the CPU kernels run here.
+    """How the libraries were built, and which instruction set the CPU kernels use here.
 
     Returns:
-        `version` of this package, `torch` and `cuda` versions of the build ("" for a build without CUDA),
-        `cuda_archs`, `compiler`, and `simd`: the instruction set of the CPU kernels, "avx512", "avx2" or
-        "portable"; the environment variable ENTROPY_RL_SIMD chooses a narrower one than the processor has.
+        `version` of this package, the `torch` and `cuda` versions of the build ("" for a build without CUDA),
+        `cuda_archs`, `compiler`, and `simd`: "avx512", "avx2" or "portable". The environment variable
+        ENTROPY_RL_SIMD can choose a narrower instruction set than the processor has.
     """
     try:
         from . import _bindings  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""Plain-torch oracle of every op: float64 inside, written for reading, independent of the C++ code.
+"""Plain-torch oracle of every op: float64 inside, written for reading. It shares no code with the ops.
 
 Each function has the name and arguments of the op it stands for and is differentiable by autograd where
 the op is.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -222,31 +223,167 @@ def kl_loss(
     )
 
 
-def _splitmix64(x: Tensor) -> Tensor:
-    """The next word of splitmix64 (Steele, Lea, Flood, 2014) after each state, int64 standing for unsigned words."""
+@dataclass(frozen=True)
+class _Options:
+    """Numbers of the loss modes."""
 
-    def shifted(x: Tensor, by: int) -> Tensor:
-        return (x >> by) & ((1 << (64 - by)) - 1)
+    clip_ratio: float = 0.2
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    clip_ratio_c: float = 3.0
+    clip_cov_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    kl_cov_ratio: float = 0.0002
+    ppo_kl_coef: float = 0.1
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    dro_beta: float | None = None
+    seed: int = 0
 
-    x = x + (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
-    return x ^ shifted(x, 31)
+    @property
+    def low(self) -> float:
+        return self.clip_ratio if self.clip_ratio_low is None else self.clip_ratio_low
+
+    @property
+    def high(self) -> float:
+        return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
 
 
-def _covariance(log_p: Tensor, advantage: Tensor, response: Tensor, loss_mode: str) -> Tensor:
-    """Each token's covariance of log-probability and advantage, whose means verl takes in these two ways."""
-    n = _count(response) + (1e-8 if loss_mode == "clip_cov" else 0.0)
-    return (advantage - advantage.sum() / n) * (log_p - log_p.sum() / n)
+@dataclass(frozen=True)
+class _Tokens:
+    """A batch in float64, 0 outside the response: [B, S]."""
+
+    log_p: Tensor
+    old: Tensor
+    advantage: Tensor
+    response: Tensor
+    weight: Tensor | None  # rollout_is_weights
+    chosen: Tensor | None  # covariance_mask
+
+    @property
+    def d(self) -> Tensor:
+        return self.log_p - self.old
+
+    @property
+    def clamped(self) -> Tensor:
+        return self.d.clamp(-20, 20)
 
 
-def _first_largest(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """Marks the `count` largest eligible keys, the first ones where keys are equal: [B, S] -> [B, S] bool."""
-    indices = eligible.flatten().nonzero().squeeze(1)
-    order = keys.flatten()[indices].sort(descending=True, stable=True).indices
-    chosen = torch.zeros(keys.numel(), dtype=torch.bool, device=keys.device)
-    chosen[indices[order[:count]]] = True
-    return chosen.view_as(keys)
+# A loss mode: the tokens' losses, which are clipped above and below, and the terms of actor/ppo_kl. For geo_mean the
+# losses are those of the rows.
+_Loss = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _surrogate(t: _Tokens, o: _Options, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss, and which tokens it clips."""
+    unclipped_loss, clipped_loss = -t.advantage * ratio, -t.advantage * ratio.clamp(1 - o.low, 1 + o.high)
+    return torch.maximum(unclipped_loss, clipped_loss), clipped_loss > unclipped_loss
+
+
+def _vanilla(t: _Tokens, o: _Options) -> _Loss:
+    losses, clipped = _surrogate(t, o, t.clamped.exp())
+    bound = -t.advantage * o.clip_ratio_c
+    lower = (t.advantage < 0) & (losses > bound)
+    return torch.where(lower, bound, losses), clipped, lower, -t.clamped
+
+
+def _gpg(t: _Tokens, o: _Options) -> _Loss:
+    none = torch.zeros_like(t.response)
+    return -t.advantage * t.log_p, none, none, -t.clamped
+
+
+def _clip_cov(t: _Tokens, o: _Options) -> _Loss:
+    losses, by_ratio = _surrogate(t, o, t.d.exp())
+    if t.chosen is None:
+        index = torch.arange(t.d.numel(), device=t.d.device).view_as(t.response)
+        words = _splitmix64(_splitmix64(torch.full_like(index, o.seed)) + index)
+        keys = ((words >> 32) & 0xFFFFFFFF).clamp(min=1)
+        clipped = _first_largest(keys, _eligible(t, o, by_ratio), _share(o.clip_cov_ratio, t.response))
+    else:
+        clipped = t.response & t.chosen
+    return torch.where(clipped, 0.0, losses), clipped, torch.zeros_like(clipped), -t.d
+
+
+def _kl_cov(t: _Tokens, o: _Options) -> _Loss:
+    chosen = t.chosen
+    if chosen is None:
+        chosen = _first_largest(_covariance(t, "kl_cov"), t.response, _share(o.kl_cov_ratio, t.response))
+    losses = -t.advantage * t.d.exp()
+    none = torch.zeros_like(t.response)
+    return torch.where(chosen, losses + o.ppo_kl_coef * t.d.abs(), losses), none, none, t.d.abs()
+
+
+def _gspo(t: _Tokens, o: _Options) -> _Loss:
+    sequence = t.d.sum(1, keepdim=True) / t.response.sum(1, keepdim=True).clamp(min=1)
+    losses, clipped = _surrogate(t, o, (t.log_p - t.log_p.detach() + sequence.detach()).clamp(max=10).exp())
+    return losses, clipped, torch.zeros_like(clipped), -t.d
+
+
+def _geo_mean(t: _Tokens, o: _Options) -> _Loss:
+    d, advantage = t.d, t.advantage
+    bounded = d.clamp(-o.low, o.high)
+    towards = torch.where(advantage > 0, torch.minimum(d, bounded), torch.maximum(d, bounded))
+    count = _count(t.response, 1) + 1e-8
+    ratio = (torch.where(advantage != 0, towards, 0.0).sum(1) / count).exp()
+    losses = -advantage.sum(1) / count * ratio
+    if t.weight is not None:
+        log_weight = torch.where(t.response, (t.weight + 1e-10).log(), 0.0)
+        losses = losses * (log_weight.sum(1) / count).exp()
+    return losses, (d != bounded) & (advantage > 0), (d != bounded) & (advantage < 0), -d
+
+
+def _dppo_tv(t: _Tokens, o: _Options) -> _Loss:
+    difference = t.log_p.exp() - t.old.exp()
+    return _dppo(t, o, torch.where(t.advantage > 0, difference <= o.high, difference >= -o.low))
+
+
+def _dppo_kl(t: _Tokens, o: _Options) -> _Loss:
+    p, q = t.log_p.exp(), t.old.exp()
+    divergence = q * (t.old - t.log_p) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+    above, below = (divergence <= o.high) | (p <= q), (divergence <= o.low) | (p >= q)
+    return _dppo(t, o, torch.where(t.advantage > 0, above, below))
+
+
+def _dppo(t: _Tokens, o: _Options, valid: Tensor) -> _Loss:
+    ratio = t.clamped.exp().detach()
+    losses = torch.where(valid, -t.advantage * ratio.clamp(max=o.clip_ratio_c) * t.log_p, 0.0)
+    return losses, ~valid, (ratio > o.clip_ratio_c) & valid, -t.clamped
+
+
+def _sapo(t: _Tokens, o: _Options) -> _Loss:
+    tau = torch.where(t.advantage > 0, torch.full_like(t.advantage, o.tau_pos), o.tau_neg)
+    none = torch.zeros_like(t.response)
+    return -t.advantage * torch.sigmoid(tau * (t.clamped.exp() - 1)) * 4 / tau, none, none, -t.clamped
+
+
+def _dro(t: _Tokens, o: _Options) -> _Loss:
+    assert o.dro_beta is not None
+    none = torch.zeros_like(t.response)
+    return -(t.log_p * t.advantage - 0.5 * o.dro_beta * t.d**2), none, none, -t.d
+
+
+def _cispo(t: _Tokens, o: _Options) -> _Loss:
+    ratio = t.clamped.exp().detach()
+    bounded = ratio.clamp(1 - o.low, 1 + o.high)
+    return -bounded * t.advantage * t.log_p, ratio != bounded, torch.zeros_like(t.response), -t.clamped
+
+
+_LOSS_MODES = {
+    "vanilla": _vanilla,
+    "gpg": _gpg,
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
+    "gspo": _gspo,
+    "geo_mean": _geo_mean,
+    "dppo_tv": _dppo_tv,
+    "dppo_kl": _dppo_kl,
+    "sapo": _sapo,
+    "dro": _dro,
+    "cispo": _cispo,
+}
+_METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+_REPORTED = {"gpg": _METRICS[:0], "clip_cov": _METRICS[:2], "kl_cov": _METRICS[1:2], "dro": _METRICS[1:2]}
 
 
 def policy_loss(
@@ -261,115 +398,46 @@ def policy_loss(
     rollout_is_weights: Tensor | None = None,
     loss_agg_mode: str = "token-mean",
     normalize: str = "selected",
-    clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
-    clip_ratio_c: float = 3.0,
-    clip_cov_ratio: float = 0.0002,
-    clip_cov_lb: float = 1.0,
-    clip_cov_ub: float = 5.0,
-    kl_cov_ratio: float = 0.0002,
-    ppo_kl_coef: float = 0.1,
-    tau_pos: float = 1.0,
-    tau_neg: float = 1.05,
-    dro_beta: float | None = None,
-    seed: int = 0,
-    **batch: Any,
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+    loss_scale_factor: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics): [B, S] -> []; `batch` as in `aggregate`."""
+    """(loss, metrics): [B, S] -> []; `options` are those of the loss mode."""
     response = response_mask != 0
-    log_p, old = _inside(log_prob, response), _inside(old_log_prob, response).detach()
-    advantage = _inside(advantages, response).detach()
-    weight = torch.ones_like(old) if rollout_is_weights is None else _inside(rollout_is_weights, response)
+    weight = None if rollout_is_weights is None else _inside(rollout_is_weights, response)
+    t = _Tokens(
+        _inside(log_prob, response),
+        _inside(old_log_prob, response).detach(),
+        _inside(advantages, response).detach(),
+        response,
+        weight,
+        None if covariance_mask is None else covariance_mask != 0,
+    )
+    losses, clipped, lower, kl = _LOSS_MODES[loss_mode](t, _Options(**options))
     selected = response
     if entropy_mask is not None and loss_mode not in ("gspo", "geo_mean"):
         selected = response & (entropy_mask != 0)
-    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
-    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-
-    d = log_p - old
-    clamped = d.clamp(-20, 20)
-    none = torch.zeros_like(response)
-    clipped, clipped_lower, kl = none, none, -clamped
-    reported = ["actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"]
-
-    def surrogate(ratio: Tensor) -> tuple[Tensor, Tensor]:
-        unclipped_loss, clipped_loss = -advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high)
-        return torch.maximum(unclipped_loss, clipped_loss), clipped_loss > unclipped_loss
-
-    if loss_mode == "vanilla":
-        losses, clipped = surrogate(clamped.exp())
-        bound = -advantage * clip_ratio_c
-        clipped_lower = (advantage < 0) & (losses > bound)
-        losses = torch.where(clipped_lower, bound, losses)
-    elif loss_mode == "gpg":
-        losses, reported = -advantage * log_p, []
-    elif loss_mode in ("clip_cov", "kl_cov"):
-        covariance = _covariance(log_p.detach(), advantage, response, loss_mode)
-        if loss_mode == "clip_cov":
-            losses, by_ratio = surrogate(d.exp())
-            eligible = response & ~by_ratio & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
-            index = torch.arange(d.numel(), device=d.device).view_as(response)
-            words = _splitmix64(_splitmix64(torch.full_like(index, seed)) + index)
-            keys = ((words >> 32) & 0xFFFFFFFF).clamp(min=1)
-            chosen = _first_largest(keys, eligible, max(1, int(clip_cov_ratio * int(response.sum()))))
-            clipped = chosen if covariance_mask is None else response & (covariance_mask != 0)
-            losses, kl, reported = torch.where(clipped, 0.0, losses), -d, reported[:2]
-        else:
-            chosen = _first_largest(covariance, response, max(1, int(kl_cov_ratio * int(response.sum()))))
-            chosen = chosen if covariance_mask is None else covariance_mask != 0
-            losses = -advantage * d.exp()
-            losses = torch.where(chosen, losses + ppo_kl_coef * d.abs(), losses)
-            kl, reported = d.abs(), reported[1:2]
-    elif loss_mode == "gspo":
-        sequence = d.sum(1, keepdim=True) / response.sum(1, keepdim=True).clamp(min=1)
-        losses, clipped = surrogate((log_p - log_p.detach() + sequence.detach()).clamp(max=10).exp())
-        kl = -d
-    elif loss_mode == "geo_mean":
-        bounded = d.clamp(-low, high)
-        towards = torch.where(advantage > 0, torch.minimum(d, bounded), torch.maximum(d, bounded))
-        count = _count(response, 1) + 1e-8
-        ratio = (torch.where(advantage != 0, towards, 0.0).sum(1) / count).exp()
-        losses = -advantage.sum(1) / count * ratio
-        if rollout_is_weights is not None:
-            log_weight = torch.where(response, (weight + 1e-10).log(), 0.0)
-            losses = losses * (log_weight.sum(1) / count).exp()
-        clipped, clipped_lower, kl = (d != bounded) & (advantage > 0), (d != bounded) & (advantage < 0), -d
-    elif loss_mode in ("dppo_tv", "dppo_kl"):
-        p, q = log_p.exp(), old.exp()
-        if loss_mode == "dppo_tv":
-            valid = torch.where(advantage > 0, p - q <= high, p - q >= -low)
-        else:
-            divergence = q * (old - log_p) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
-            valid = torch.where(advantage > 0, (divergence <= high) | (p <= q), (divergence <= low) | (p >= q))
-        ratio = clamped.exp().detach()
-        losses = torch.where(valid, -advantage * ratio.clamp(max=clip_ratio_c) * log_p, 0.0)
-        clipped, clipped_lower = ~valid, (ratio > clip_ratio_c) & valid
-    elif loss_mode == "sapo":
-        tau = torch.where(advantage > 0, torch.full_like(advantage, tau_pos), tau_neg)
-        losses = -advantage * torch.sigmoid(tau * (clamped.exp() - 1)) * 4 / tau
-        loss_agg_mode = "seq-mean-token-mean"
-    elif loss_mode == "dro":
-        assert dro_beta is not None
-        losses, kl, reported = -(log_p * advantage - 0.5 * dro_beta * d**2), -d, reported[1:2]
-    else:  # cispo
-        ratio = clamped.exp().detach()
-        bounded = ratio.clamp(1 - low, 1 + high)
-        losses, clipped = -bounded * advantage * log_p, ratio != bounded
-
     if loss_mode == "geo_mean":
         loss = losses.sum() / max(1, losses.numel())
     else:
+        losses = _inside(losses if weight is None else losses * weight, selected)
         counted = response if normalize == "response" else selected
-        loss = _aggregate(_inside(losses * weight, selected), counted, loss_agg_mode, **batch)
-    values = (clipped.to(torch.float64), kl, clipped_lower.to(torch.float64))
-    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    metrics = {name: _masked_mean(v.detach(), response) for name, v in zip(names, values, strict=True)}
-    metrics = {name: _as_result(value, log_prob) for name, value in metrics.items() if name in reported}
+        mode = "seq-mean-token-mean" if loss_mode == "sapo" else loss_agg_mode
+        loss = _aggregate(losses, counted, mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    terms = dict(zip(_METRICS, (clipped.double(), kl, lower.double()), strict=True))
+    metrics = {
+        name: _as_result(_masked_mean(terms[name].detach(), response), log_prob)
+        for name in _REPORTED.get(loss_mode, _METRICS)
+    }
     if entropy_mask is not None:
         ratio = _count(selected) / _count(response).clamp(min=1)
         metrics["actor/entropy_token_ratio"] = _as_result(ratio, log_prob)
     return _as_result(loss, log_prob), metrics
+
+
+# --- covariance_mask, and the choices of clip_cov and kl_cov ----------------------------------------
 
 
 def covariance_mask(
@@ -378,28 +446,53 @@ def covariance_mask(
     advantages: Tensor,
     response_mask: Tensor,
     loss_mode: str,
-    *,
-    clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
-    clip_cov_ratio: float = 0.0002,
-    clip_cov_lb: float = 1.0,
-    clip_cov_ub: float = 5.0,
-    kl_cov_ratio: float = 0.0002,
-    seed: int = 0,
+    **options: Any,
 ) -> Tensor:
     """The response tokens that clip_cov or kl_cov chooses: any shape -> bool of the same shape."""
-    response = response_mask != 0
+    response, o = response_mask != 0, _Options(**options)
     log_p, old, advantage = (_inside(value, response) for value in (log_prob, old_log_prob, advantages))
-    covariance = _covariance(log_p, advantage, response, loss_mode)
-    n = int(response.sum())
+    t = _Tokens(log_p, old, advantage, response, None, None)
     if loss_mode == "kl_cov":
-        return _first_largest(covariance, response, max(1, int(kl_cov_ratio * n)))
-    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
-    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-    ratio = (log_p - old).exp()
-    by_ratio = torch.where(advantage > 0, ratio > 1 + high, (advantage < 0) & (ratio < 1 - low))
-    eligible = response & ~by_ratio & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
+        return _first_largest(_covariance(t, loss_mode), response, _share(o.kl_cov_ratio, response))
+    _, by_ratio = _surrogate(t, o, t.d.exp())
     place = response.flatten().cumsum(0).view_as(response) - 1
-    words = _splitmix64(_splitmix64(torch.full_like(place, seed)) + place)
-    return _first_largest((words >> 11) & (2**53 - 1), eligible, max(1, int(clip_cov_ratio * n)))
+    words = _splitmix64(_splitmix64(torch.full_like(place, o.seed)) + place)
+    keys = (words >> 11) & (2**53 - 1)
+    return _first_largest(keys, _eligible(t, o, by_ratio), _share(o.clip_cov_ratio, response))
+
+
+def _covariance(t: _Tokens, loss_mode: str) -> Tensor:
+    """Each token's covariance of log-probability and advantage, whose means verl takes in these two ways."""
+    n = _count(t.response) + (1e-8 if loss_mode == "clip_cov" else 0.0)
+    log_p = t.log_p.detach()
+    return (t.advantage - t.advantage.sum() / n) * (log_p - log_p.sum() / n)
+
+
+def _eligible(t: _Tokens, o: _Options, by_ratio: Tensor) -> Tensor:
+    covariance = _covariance(t, "clip_cov")
+    return t.response & ~by_ratio & (covariance > o.clip_cov_lb) & (covariance < o.clip_cov_ub)
+
+
+def _share(ratio: float, response: Tensor) -> int:
+    return max(1, int(ratio * int(response.sum())))
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """The next word of splitmix64 (Steele, Lea, Flood, 2014) after each state, int64 standing for unsigned words."""
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)
+
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ shifted(x, 31)
+
+
+def _first_largest(keys: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Marks the `count` largest eligible keys, the first ones where keys are equal: [B, S] -> [B, S] bool."""
+    indices = eligible.flatten().nonzero().squeeze(1)
+    order = keys.flatten()[indices].sort(descending=True, stable=True).indices
+    chosen = torch.zeros(keys.numel(), dtype=torch.bool, device=keys.device)
+    chosen[indices[order[:count]]] = True
+    return chosen.view_as(keys)

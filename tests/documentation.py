@@ -1,5 +1,5 @@
-"""The fenced blocks of the pages, for the tests that run them: tests/test_docs.py, and test_docs.py of verl and of TRL,
-each in the environment that its blocks need."""
+"""Finds the fenced blocks of the pages. tests/test_docs.py runs most of them; test_docs.py of verl and of TRL run those
+that need verl or TRL, in the environments that have them."""
 
 import re
 import shlex
@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "recipe").rglob("*.md")),
 ]
@@ -26,7 +27,7 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """One command of a block. Where "..." stands, the reader's own arguments go."""
+    """One command of a block. "..." stands for the reader's own arguments."""
 
     block: Block
     text: str
@@ -45,14 +46,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[Command]:
-    """One a line, without comments; a backslash goes on."""
+    """The commands of a block: one a line, without comments; a backslash joins a line with the next."""
     lines = block.text.replace("\\\n", " ").splitlines()
     texts = [" ".join(shlex.split(line, comments=True, posix=False)) for line in lines]
     return [Command(block, text) for text in texts if text]
 
 
 def environment(text: str) -> Literal["here", "verl", "trl"]:
-    """Where a command or a block of Python is run."""
+    """The environment that a command or a block of Python needs."""
     if "verl.trainer" in text or re.search(r"recipe/\S+\.sh", text):
         return "verl"
     if "EntropyGRPO" in text or re.search(r"recipe/\S*trl\S*\.py", text):

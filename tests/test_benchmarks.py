@@ -1,4 +1,4 @@
-"""The benchmark suite runs, its results become tables, and docs/performance.md is what the committed results give."""
+"""The benchmark suite runs, its results become tables, and the pages are what the committed results give."""
 
 import json
 import subprocess
@@ -16,6 +16,7 @@ import entropy_rl_ext
 ROOT = Path(__file__).parent.parent
 # tests/integrations/trl has the one that needs TRL.
 OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"trl_step"})
+OPS_WITH_KERNELS = [op for op in OPS if op != "train_step"]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gradient_error, harness, report, selection_over_ranks  # noqa: E402
@@ -44,7 +45,7 @@ def test_every_contender_has_samples_or_an_error(results: Path, op: str) -> None
         assert sum(line.startswith(f"| {run['case']} |") for line in table.splitlines()) >= len(run["contenders"])
 
 
-def test_a_missed_goal_is_told() -> None:
+def test_a_missed_goal_is_reported() -> None:
     run = {"bytes": 100, "contenders": {"ours": {"seconds": [1.0]}, "peer": {"seconds": [9.0]}, "gone": {"error": "x"}}}
     assert report._goal("peer", 10, run, 1.0) == ("at least 10× peer", "9×, **missed**")
     assert report._goal("peer", 9, run, 1.0)[1] == "9×, met"
@@ -52,8 +53,8 @@ def test_a_missed_goal_is_told() -> None:
     assert report._goal("copy", 0.9, run, 100.0)[1] == "100%, met"
 
 
-def test_memory_that_the_op_keeps_counts_for_nobody_else() -> None:
-    """A dropped gradient's pages stay for the next of its size: a call that does not take them has no part in them."""
+def test_memory_that_the_op_keeps_does_not_count_in_later_calls() -> None:
+    """The op keeps the pages of a dropped gradient; a call that does not use them does not count them."""
     logits = torch.randn(128, 151936)
     targets = torch.zeros(128, dtype=torch.int64)
 
@@ -85,21 +86,60 @@ def test_goals_have_a_column_for_each_instruction_set() -> None:
     ]
 
 
-def test_threads_are_compared_where_all_numbers_of_them_ran() -> None:
-    results = [made_result(3.0, threads=1, simd="avx512"), made_result(2.0, threads=2, simd="avx512")]
-    narrower = made_result(9.0, threads=2, simd="avx2")
-    table = report.thread_table([*results, narrower]).splitlines()
-    assert table[0] == "| op | work | 1 thread | 2 threads | speed-up |"
-    assert table[2:] == ["| token_entropy | work | 3 s | 2 s | 1.50 |"]
+def test_threads_are_compared_on_the_widest_instruction_set_that_ran_with_each_number() -> None:
+    results = [made_result(3.0, threads=1, simd="avx2"), made_result(2.0, threads=2, simd="avx2")]
+    header = "| op | work | instruction set | 1 thread | 2 threads | speed-up |"
+    in_avx2 = "| token_entropy | work | AVX2 | 3 s | 2 s | 1.50 |"
+    assert report.thread_table(results).splitlines()[::2] == [header, in_avx2]
+    incomplete = made_result(1.0, threads=2, simd="avx512")
+    assert report.thread_table([*results, incomplete]).splitlines()[2:] == [in_avx2]
+    complete = [*results, incomplete, made_result(1.5, threads=1, simd="avx512")]
+    assert report.thread_table(complete).splitlines()[2:] == ["| token_entropy | work | AVX-512 | 1.5 s | 1 s | 1.50 |"]
     assert report.thread_table(results[1:]) == ""
 
 
-def test_what_ran_on_a_gpu_is_told_and_no_more() -> None:
+def test_headings_name_the_instruction_set() -> None:
+    head = {"versions": {"torch": "2"}, "date": "today"}
+    for simd, name in report.SIMD.items():
+        table = report.table(made_result(1.0, threads=2, simd=simd, **head))
+        assert table.startswith(f"### token_entropy, 2 threads, {name}\n")
+    assert report.table(made_result(1.0, threads=1, **head)).startswith("### token_entropy, 1 thread\n")
+
+
+def test_the_headline_has_the_widest_run_and_a_slower_op_in_bold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "HEADLINE", {"work of the op": ("token_entropy", "work")})
+    monkeypatch.setattr(report, "HEADLINE_PEERS", {"fastest": ("peer", "other"), "slow": ("slow",), "none": ("gone",)})
+    versions = {"versions": dict.fromkeys(("torch", "verl", "trl", "liger-kernel"), "1")}
+    results = [made_result(seconds, threads=2, simd=simd, **versions) for simd, seconds in (("avx512", 2), ("avx2", 3))]
+    contenders = results[0]["runs"][0]["contenders"]
+    contenders |= {"other": {"seconds": [1.5]}, "slow": {"seconds": [40.0]}, "gone": {"error": "x"}}
+    assert report.headline_table(results).splitlines() == [
+        "| | ours | fastest | slow | none |",
+        "|---|---|---|---|---|",
+        "| work of the op | 2 s | **0.75×** | 20× |  |",
+        "",
+        "a GPU, 2 threads; torch 1, verl 1, trl 1, liger-kernel 1.",
+    ]
+
+
+def test_every_run_that_a_peer_wins_or_that_misses_its_goal_is_listed() -> None:
+    won, lost = made_result(2.0, threads=2, simd="avx2"), made_result(24.0, threads=1, simd="avx2")
+    lost["runs"][0]["contenders"] |= {"amax": {"seconds": [1.0]}, "ours, otherwise": {"seconds": [1.0]}}
+    assert report.shortfall_table([won, lost]).splitlines()[2:] == [
+        "| `token_entropy` | work | 1 thread, AVX2 | peer takes 0.50× our time |",
+        "| `token_entropy` | work | 1 thread, AVX2 | goal: at least 5× peer; measured: 0.5× |",
+    ]
+
+
+def test_what_ran_on_a_gpu_is_listed_and_no_more() -> None:
     result = made_result(1.0)
-    assert report._executed("token_entropy", [result]) == "forward alone: benchmark run on a GPU at commit cccccccccc"
+    assert report._executed("token_entropy", [result]) == "forward only: benchmark run on a GPU at commit cccccccccc"
     assert "never executed" in report._executed("logprob_entropy", [result])
     result["runs"][0]["backward"] = True
     assert report._executed("token_entropy", [result]).startswith("forward and backward: ")
+    rows = report.device_table([result]).splitlines()[2:]
+    assert [row for row in rows if "benchmark run on a GPU" in row] == [rows[OPS_WITH_KERNELS.index("token_entropy")]]
+    assert all(f"| `{op}`" in row for op, row in zip(OPS_WITH_KERNELS, rows, strict=False))
 
 
 def test_a_run_of_some_cases_keeps_the_others_of_the_same_commit(tmp_path: Path) -> None:
@@ -113,8 +153,11 @@ def test_a_run_of_some_cases_keeps_the_others_of_the_same_commit(tmp_path: Path)
     assert with_kept_runs(new, path, ["first", "work"]) == new["runs"]
 
 
-def test_page_is_what_the_results_give() -> None:
+def test_pages_are_what_the_results_give() -> None:
     assert report.PAGE.read_text() == report.page(), "run make performance"
+    assert report.DETAILS.read_text() == report.details(), "run make performance"
+    for table in ("headline", "shortfalls", "devices"):
+        assert f"<!-- python -m benchmarks.report: {table} -->\n| " in report.PAGE.read_text()
 
 
 def test_charts_are_what_the_results_give(tmp_path: Path) -> None:
@@ -141,7 +184,7 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
         assert run["ranks"] == ranks
         ours, alone = (run["contenders"][name] for name in ("ours, topk", "each rank alone"))
         assert len(ours["seconds"]) == len(ours["wire_bytes"]) == 2
-        # What a ring sends of four all-reduces, at the least; others may use the loopback interface meanwhile.
+        # A ring sends at least this much for four all-reduces. Other programs may use the loopback interface meanwhile.
         assert min(ours["wire_bytes"]) >= 2 * (ranks - 1) * (40_960 + 8 * ranks)
         assert len(alone["wire_bytes"]) == 2
         assert f"| {ranks} | 8,192 | ours, topk |" in selection_over_ranks.table(result)

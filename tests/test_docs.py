@@ -1,7 +1,7 @@
-"""Every fenced block of the pages is run, as a reader would run it: page by page and from top to bottom, in a directory
+"""Every fenced block of the pages runs, as a reader would run it: page by page and from top to bottom, in a directory
 that holds what the page asks for (path/to/model, train.parquet, ...), at a size that a test can afford.
 
-What needs verl or TRL runs in tests/integrations/*/test_docs.py. A block that nothing here runs fails.
+Blocks that need verl or TRL run in tests/integrations/*/test_docs.py. A block that no test knows how to run fails.
 """
 
 import json
@@ -25,8 +25,9 @@ import tiny_model
 from documentation import PAGES, ROOT, Block, blocks, commands, environment
 from entropy_rl import cli, config, countdown, demo, train
 
+PACKAGE = "entropy-rl-ext"
 ACTOR = "actor_rollout_ref.actor"
-# What makes a training command short, behind its own keys.
+# Appended to a training command, to make it short.
 SMALL = [
     "data.train_batch_size=4",
     "data.max_response_length=8",
@@ -42,16 +43,19 @@ SMALL = [
 SMALL_TASK = ["data.reasoning_gym.size=8", "data.reasoning_gym.val_size=0", "data.max_prompt_length=1024"]
 SMALL_DEMO = ["data.train_batch_size=8", "actor_rollout_ref.rollout.n=2", f"{ACTOR}.ppo_mini_batch_size=8"]
 SMALL_ABLATION = ["--seeds=1", "--steps=1", "--warmup-steps=1", "--arms=top_20"]
-# What stands for "...": the reader's own files.
+# These replace "...", which stands for the reader's own files.
 OWN = ["data.train_files=train.parquet", "data.val_files=test.parquet", "actor_rollout_ref.model.path=path/to/model"]
 
-# Targets of make that no test can run, because they run the tests, or take many minutes: who does run them.
+# Who runs the targets of make that no test can run, because they run the tests or take many minutes.
 MADE_BY = {
     "test": "CI",
+    "gtest": "CI, for test",
+    "develop": "CI, for test",
     "test-trl": "CI",
     "lint": "CI",
     "test-wheel": "CI",
-    "wheel": "CI, for test-wheel",
+    "release": "CI, for test-wheel",
+    "compile-commands": "a developer",
     "cuda-build": "CI",
     "format": "a developer",
     "test-gpu": "a developer with a GPU",
@@ -62,7 +66,7 @@ MADE_BY = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pages ask a reader to have."""
+    """The files that pages ask a reader to have."""
     directory = tmp_path_factory.mktemp("files")
     for name in ("path/to/model", "path/to/a/hugging/face/model"):
         tiny_model.save_tiny_model(directory / name)
@@ -88,7 +92,7 @@ def test_page(page: Path, files: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(demo, "VALIDATION_PROBLEMS", 8)
     overrides = demo.training_overrides
     monkeypatch.setattr(demo, "training_overrides", lambda *given: [*overrides(*given), *SMALL_DEMO])
-    assert page.read_text().count("```") == 2 * len(blocks(page)), "a fence that does not begin its line"
+    assert page.read_text().count("```") == 2 * len(blocks(page)), "a fence does not begin its line"
     for block in blocks(page):
         print(block.name())
         run(block, monkeypatch)
@@ -118,7 +122,7 @@ def run(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         case "bibtex":
             pass  # for a reader's bibliography
         case _:
-            pytest.fail(f"{block.name()}: nobody runs a block of {block.language!r}")
+            pytest.fail(f"{block.name()}: no test runs a block of {block.language!r}")
 
 
 def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +137,17 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             is_made(target)
         case ["pip", "install", *requirements]:
             check_requirements(requirements)
+        case ["make", "gtest", test]:
+            name = test.removeprefix("TEST=")
+            assert (ROOT / f"tests/cpp/{name}.cpp").exists()
+            assert made("gtest", test).endswith(f"\nbuild/gtest/{name}\n")
+        case [program, *arguments] if program.startswith("build/gtest/"):
+            source = (ROOT / f"tests/cpp/{Path(program).name}.cpp").read_text()
+            for pattern in (word.removeprefix("--gtest_filter=").strip("*") for word in arguments):
+                assert re.search(rf"TEST\w*\(.*{pattern}", source), pattern
+        case [".venv/bin/pytest", *arguments]:
+            collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+            subprocess.run(collect, cwd=ROOT, check=True)
         case ["python", "-m", "entropy_rl.train", *arguments]:
             task = SMALL_TASK if any(word.startswith("data.reasoning_gym.name=") for word in arguments) else []
             assert train.main([*arguments, *task, *SMALL]) == 0
@@ -145,45 +160,65 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["entropy-rl", *arguments]:
             assert cli.main(arguments) == 0
         case _:
-            pytest.fail(f"nobody runs {shlex.join(words)}")
+            pytest.fail(f"no test runs {shlex.join(words)}")
 
 
-def made(target: str) -> str:
-    """What make would run."""
-    return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def made(*arguments: str) -> str:
+    """The commands that make would run."""
+    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def is_made(target: str) -> None:
     assert made(target)
-    assert target in MADE_BY, f"nobody runs make {target}"
+    assert target in MADE_BY, f"no test runs make {target}"
     in_ci = re.search(rf"^make {target}$", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)
     assert bool(in_ci) == (MADE_BY[target] == "CI")
 
 
 def check_requirements(requirements: list[str]) -> None:
-    """Not run: it would change the environment of the tests, and `pip install -e .` builds for minutes.
+    """Names, extras and versions are those that `make` installs. The command itself would change this environment.
 
-    `make` makes environments with the same requirements; names, extras and versions must be those.
+    Until CHANGELOG.md dates a release, no index has this package: pages install it from a clone (".") or a wheel.
     """
     pinned = [*(ROOT / "tests/integrations").glob("*/requirements.txt"), ROOT / "constraints.txt"]
     lines = [line for path in pinned for line in path.read_text().splitlines() if line and not line.startswith("#")]
     tested = {requirement.name.lower(): requirement for requirement in map(Requirement, lines)}
     project = (ROOT / "pyproject.toml").read_text()
     for word in requirements:
-        if word == "-e":
+        if word.startswith("-") or word.endswith(".whl"):
             continue
-        requirement = Requirement(re.sub(r"^\.", "entropy-rl-ext", word))
+        requirement = Requirement(re.sub(r"^\.", PACKAGE, word))
         for extra in requirement.extras:
             assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), word
-        if requirement.name == "entropy-rl-ext":
-            assert f'name = "{requirement.name}"' in project
+        if requirement.name == PACKAGE:
+            assert word.startswith(".") or is_released(), f"no index has {word}"
             continue
+        assert requirement.name.lower() in tested, f"no environment of the tests has {word}"
         version = next(iter(tested[requirement.name.lower()].specifier), None)
         assert version is None or version.operator != "==" or Version(version.version) in requirement.specifier, word
 
 
+def is_released() -> bool:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    return re.search(r"^## \[\d\S*\] - \d{4}-", changelog, flags=re.MULTILINE) is not None
+
+
+@pytest.mark.skipif(is_released(), reason="indexes have the package")
+def test_messages_install_from_a_clone() -> None:
+    """Neither doctor nor an error tells a user to install this package from an index, which has no release of it."""
+    sources = [ROOT / "setup.py", *(ROOT / "entropy_rl_ext").rglob("*.py"), *(ROOT / "python").rglob("*.*")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources
+        if path.suffix in (".py", ".yaml", ".html", ".js")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if re.search(rf"pip install[^`]*({PACKAGE}|\{{DISTRIBUTION\}})", line)
+    ]
+    assert not wrong
+
+
 def is_quoted(text: str) -> bool:
-    """Whether a source of csrc/ has it, up to white space."""
+    """Whether a source of csrc/ has this text, up to white space."""
     text = "".join(text.split())
     return any(text in "".join(path.read_text().split()) for path in (ROOT / "csrc").rglob("*.*"))
 
@@ -195,7 +230,7 @@ def inline(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_within_sentences_are_there(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are mentioned rather than shown: programs, targets and modules must be there; a whole command runs."""
+    """Programs, targets of make and modules that a sentence mentions are there; a complete command runs."""
     monkeypatch.syspath_prepend(ROOT)
     for code in inline(page):
         match code.split():

@@ -2,24 +2,29 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CSRC = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
 KERNELS = sorted((ROOT / "csrc/kernels").iterdir())
 CUDA = sorted((ROOT / "csrc/cuda").iterdir())
 EXTENSION = sorted((ROOT / "entropy_rl_ext").rglob("*.py"))
 
-ROOMS = (
+# The files that only one op has.
+PYTHON_ROOMS = ("entropy_rl_ext/ops/{}.py", "tests/ops/test_{}.py")
+KERNEL_ROOMS = (
+    "csrc/ops/{}.h",
+    "csrc/kernels/{}*.*h",  # its kernels, or its maths for kernels that it shares
     "csrc/cpu/{}.cpp",
     "csrc/cuda/{}.cu",
-    "csrc/kernels/{}.*h",  # its kernels, or what it brings to kernels that it shares
-    "entropy_rl_ext/ops/{}.py",
-    "tests/ops/test_{}.py",
     "tests/cpp/test_{}.cpp",
-    "benchmarks/bench_{}.py",
 )
+# The files that all ops share.
+SHARED = ("csrc/library.cpp", "entropy_rl_ext/__init__.py", "entropy_rl_ext/reference.py")
+STEPS = r"(_tile)?_(forward|backward)$|_(counts|key|next_key|at_key)$"
 
 
 def included(source: Path) -> list[str]:
@@ -38,11 +43,16 @@ def imported(source: Path) -> set[str]:
 
 
 def ops() -> list[str]:
-    """Ops of the schema block; those that are steps of another are counted to that one."""
+    """Ops of the schema block, without those that are steps of another."""
     schemas = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/library.cpp").read_text())
-    return sorted(
-        {re.sub(r"(_tile)?_(forward|backward)$|_(counts|key|next_key|at_key)$", "", name) for name in schemas}
-    )
+    return sorted({re.sub(STEPS, "", name) for name in schemas})
+
+
+def ops_with_kernels() -> list[str]:
+    """Ops that register kernels; the others, written in Python, call the kernels of these."""
+    sources = (path.read_text() for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    registered = {name for source in sources for name in re.findall(r'm\.impl\(\s*"(\w+)"', source)}
+    return sorted({re.sub(STEPS, "", name) for name in registered})
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
@@ -61,6 +71,18 @@ def test_cuda_sources_include_no_aten(source: Path) -> None:
         assert not name.startswith(("ATen/", "c10/", "torch/extension.h")), f"{source.name} includes {name}"
 
 
+def test_shared_checks_include_no_backend() -> None:
+    """csrc/ops is below the backends: it includes csrc/kernels, and neither csrc/cpu nor csrc/cuda."""
+    for source in (ROOT / "csrc/ops").iterdir():
+        for name in included(source):
+            assert not name.startswith(("../cpu/", "../cuda/", "cuda")), f"{source.name} includes {name}"
+
+
+def test_file_names_of_csrc_are_unique() -> None:
+    names = Counter(path.name for path in CSRC)
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 @pytest.mark.parametrize("source", EXTENSION, ids=lambda path: str(path.relative_to(ROOT)))
 def test_op_library_never_imports_training_layer(source: Path) -> None:
     assert "entropy_rl" not in imported(source)
@@ -68,16 +90,30 @@ def test_op_library_never_imports_training_layer(source: Path) -> None:
 
 def test_instruction_sets_are_chosen_in_one_place() -> None:
     """A loop compiled for an instruction set by other means would not follow ENTROPY_RL_SIMD."""
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    named = {path.name for path in sources if re.search(r"\btarget(_clones)?\s*\(", path.read_text())}
+    named = {path.name for path in CSRC if re.search(r"\btarget(_clones)?\s*\(", path.read_text())}
     assert named == {"each_simd.h"}
 
 
-def test_schema_block_is_found() -> None:
+def test_ops_are_found() -> None:
     assert "token_entropy" in ops()
+    assert set(ops()) - set(ops_with_kernels()) == {"token_entropy"}
 
 
 @pytest.mark.parametrize("op", ops())
 def test_op_has_its_file_in_every_room(op: str) -> None:
-    missing = [room.format(op) for room in ROOMS if not any(ROOT.glob(room.format(op)))]
+    rooms = PYTHON_ROOMS + (KERNEL_ROOMS if op in ops_with_kernels() else ())
+    missing = [room.format(op) for room in rooms if not any(ROOT.glob(room.format(op)))]
     assert not missing, f"{op} lacks {', '.join(missing)}"
+
+
+def test_adding_an_op_lists_every_file() -> None:
+    """The table of docs/adding_an_op.md names the files of its pattern, one in each room, and no others."""
+    page = (ROOT / "docs/adding_an_op.md").read_text()
+    rows = re.findall(r"^\| \d+ \| `([^`]+)` \|", page, flags=re.MULTILINE)
+    listed = {path.replace("NAME", "kl_loss") for path in rows}
+    assert all((ROOT / path).is_file() for path in listed), listed
+    for room in PYTHON_ROOMS + KERNEL_ROOMS:
+        matching = {str(path.relative_to(ROOT)) for path in ROOT.glob(room.format("kl_loss"))}
+        assert listed & matching, f"the page lacks {room}"
+    assert len(listed) == len(rows) == len(PYTHON_ROOMS + KERNEL_ROOMS + SHARED)
+    assert listed >= set(SHARED)

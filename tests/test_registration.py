@@ -34,17 +34,13 @@ def test_kernel_is_registered(op, key):
     assert has_kernel(op, key), f"{op} has no {key} kernel"
 
 
-PUBLIC = [
-    "aggregate",
-    "covariance_mask",
-    "get_global_entropy_top_mask",
-    "global_top_mask",
-    "kl_loss",
-    "linear_logprob_entropy",
-    "logprob_entropy",
-    "policy_loss",
-    "token_entropy",
-]
+PUBLIC = sorted(set(entropy_rl_ext.__all__) - {"build_info"})
+
+
+def test_public_ops_are_exported():
+    """Ops whose schemas are steps of another are not public."""
+    steps = re.compile(r"_(tile_)?(forward|backward)$|_(counts|key|next_key|at_key)$")
+    assert {op for op in OPS if not steps.search(op)} <= set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -1,6 +1,6 @@
-#include "../aggregate_op.h"
+#include "../ops/aggregate.h"
 
-#include "token_losses.h"
+#include "token_loss_backend.h"
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_rl, CPU, m) {
   m.impl("aggregate_forward",

@@ -1,6 +1,6 @@
-// Compiles the loops of the file that ENTROPY_RL_LOOPS names for each instruction set (simd.h). To
-// be included outside of namespaces, once for a file of loops. A call left in a loop would keep it
-// from vectorising: what it calls is always_inline (ENTROPY_RL_HD).
+// Compiles the loops of the file that ENTROPY_RL_LOOPS names for each instruction set (simd.h).
+// Include it outside of namespaces, once for each file of loops. A loop that contains a call does
+// not vectorise, so the functions that loops call are always_inline (ENTROPY_RL_HD).
 
 namespace entropy_rl::cpu::portable {
 #include ENTROPY_RL_LOOPS

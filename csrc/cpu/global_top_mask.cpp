@@ -1,8 +1,8 @@
 #include <memory>
 #include <numeric>
 
-#include "../top_mask_arguments.h"
-#include "selection.h"
+#include "../ops/global_top_mask.h"
+#include "radix_select.h"
 
 namespace entropy_rl::cpu {
 namespace {
@@ -17,7 +17,7 @@ void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int
 
 int count_nonzero(const uint8_t* mask, int n) { ENTROPY_RL_SIMD_CALL(count_nonzero(mask, n)); }
 
-// Keys made of entropies as they are read.
+// A source of keys, computed from entropies.
 template <class Element>
 struct EntropyKeys {
   using Key = selection_key_t<accumulate_t<Element>>;
@@ -62,8 +62,9 @@ void select_segment(const Source& source, int64_t n, int64_t eligible, double ra
   }
 }
 
-// Rows in the order in which segments take them, and where in that order each segment begins. Rows
-// of one group keep their order, so that ties go to the lowest index of the original tensor.
+// The rows, ordered so that those of a segment are neighbours, and the position in that order at
+// which each segment begins. Rows of one group keep their order, so that ties go to the lowest
+// index of the original tensor.
 struct RowOrder {
   std::vector<int64_t> rows;
   std::vector<int64_t> begins;  // one more than there are segments
@@ -82,8 +83,8 @@ struct RowOrder {
   }
 };
 
-// Calls f(segment) for every segment: on all threads where there are segments enough, else one
-// after another with all threads inside each.
+// Calls f(segment) for every segment: in parallel if there is a segment for each thread, and
+// otherwise one after another, each with all threads.
 template <class F>
 void for_each_segment(int64_t segments, const F& f) {
   if (segments < torch::stable::get_num_threads()) {
@@ -112,7 +113,7 @@ void select(const TopMaskArguments& in, uint8_t* out /*[rows, columns]*/) {
     return;
   }
 
-  // A group's rows, which may lie anywhere, are brought together.
+  // Keys are stored in an order in which the rows of a group are neighbours.
   const RowOrder order(in);
   const int64_t n = in.rows * columns;
   const std::unique_ptr<Key[]> keys(new Key[n]);
@@ -153,7 +154,7 @@ Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mas
   return result;
 }
 
-// ---- For values that several processes hold ----
+// ---- Steps for values that several processes hold ----
 
 Tensor new_number(const Tensor& like, ScalarType dtype) {
   return torch::stable::new_empty(like, {}, dtype);
@@ -177,7 +178,7 @@ Tensor global_top_mask_counts(const Tensor& values, const Tensor& mask, std::opt
     for (int64_t range = 0; range < ranges.count; ++range) {
       for (int64_t i = 0; i < result.numel(); ++i) counts[i] += histograms[range * kDigits + i];
     }
-    // Among them kIneligibleKey.
+    // kIneligibleKey is counted as digit 0.
     if (prefix == 0) counts[0] -= n - count_eligible(keys.mask, n);
   });
   return result;
@@ -244,7 +245,7 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
     *mutable_data<typename KeyTraits<Key>::Value>(lowest) = cut.lowest;
     const Keys keys{const_data<decltype(element)>(in.values), const_data<uint8_t>(in.mask)};
     uint8_t* out = mutable_data<uint8_t>(result);
-    if (cut.ties == cut.equal) {
+    if (cut.keeps_all_ties) {
       threshold_mask(keys, n, cut.key, out);
     } else {
       first_ties_mask(keys, n, cut.key, cut.ties, out);

@@ -1,11 +1,12 @@
-// linear_logprob_entropy on the CPU: the rows of a tile in parallel, in chunks that stay in the
-// first-level cache, as softmax_rows.h has them.
-#include "../linear_logprob_entropy_op.h"
+// linear_logprob_entropy on the CPU: the rows of a tile in parallel, each in the chunks of
+// softmax_backend.h.
+#include "../ops/linear_logprob_entropy.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
-#include "softmax_rows.h"
+#include "softmax_backend.h"
 
 #define ENTROPY_RL_LOOPS "linear_logprob_entropy_loops.h"
 #include "each_simd.h"
@@ -28,21 +29,13 @@ Acc chunk_squares(const Acc* z, int count, Acc shift, Acc inverse_temperature) {
 }
 
 struct Tiles {
-  template <class Fn>
-  static void for_each_row(const TileArguments& in, Fn fn) {
-    simd();  // a wrong ENTROPY_RL_SIMD is refused here: an error inside loses its message
-    const int64_t rows_per_task = std::max<int64_t>(1, 32768 / in.width);
-    torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) fn(row);
-    });
-  }
-
   template <class Acc>
   static double temperature_of(const TileArguments& in, int64_t row) {
-    return in.row_temperature ? const_data<Acc>(in.row_temperature)[row] : in.temperature;
+    const std::optional<Tensor>& of_rows = in.temperature.of_rows;
+    return of_rows ? const_data<Acc>(of_rows)[row] : in.temperature.number;
   }
 
-  static void forward(const TileArguments& in, bool statistics, const Tensor& state) {
+  static void forward(const TileArguments& in, bool token_statistics, const Tensor& state) {
     dispatch_floating(in.dtype, [&](auto element) {
       using Acc = accumulate_t<decltype(element)>;
       const LogitTransform<Acc> transform = in.transform<Acc>();
@@ -50,9 +43,9 @@ struct Tiles {
       const Acc* tile = const_data<Acc>(in.tile);
       const int64_t stride = in.tile.stride(0);
       VocabState* states = mutable_data<VocabState>(state);
-      for_each_row(in, [&](int64_t row) {
+      for_each_row(in.rows, in.width, [&](int64_t row) {
         fold_row(tile + row * stride, in.width, targets[row] - in.vocab_start,
-                 1.0 / temperature_of<Acc>(in, row), transform, statistics, &states[row]);
+                 1.0 / temperature_of<Acc>(in, row), transform, token_statistics, &states[row]);
       });
     });
   }
@@ -60,7 +53,7 @@ struct Tiles {
   template <class Acc>
   static void fold_row(const Acc* products /*[width]*/, int64_t width, int64_t target,
                        double inverse_temperature, const LogitTransform<Acc>& transform,
-                       bool statistics, VocabState* state) {
+                       bool token_statistics, VocabState* state) {
     alignas(64) Acc buffer[kChunk];
     VocabPart<double> part = state->part;
     for (int64_t begin = 0; begin < width; begin += kChunk) {
@@ -78,7 +71,7 @@ struct Tiles {
       part.softmax.sum += sum;
       part.softmax.dot += dot;
       if (target >= begin && target < begin + count) state->target = z[target - begin];
-      if (!statistics) continue;
+      if (!token_statistics) continue;
       part.squares += chunk_squares(z, count, shift, static_cast<Acc>(inverse_temperature));
       const int64_t before = std::clamp<int64_t>(target - begin, 0, count);
       part.before_target =
@@ -99,12 +92,12 @@ struct Tiles {
       const Acc* grad_log_prob = const_data<Acc>(gradients.grad_log_prob);
       const Acc* grad_entropy = const_data<Acc>(gradients.grad_entropy);
       const Acc* entropy = const_data<Acc>(gradients.entropy);
-      const Acc* statistics = const_data<Acc>(gradients.statistics);
+      const Acc* max_log_sum = const_data<Acc>(gradients.max_log_sum);
       Out* out = mutable_data<Out>(gradient);
       const int64_t out_stride = gradient.stride(0);
-      for_each_row(in, [&](int64_t row) {
-        const SoftmaxGradient<Acc> at{shift_of(statistics[2 * row]),
-                                      statistics[2 * row + 1],
+      for_each_row(in.rows, in.width, [&](int64_t row) {
+        const SoftmaxGradient<Acc> at{shift_of(max_log_sum[2 * row]),
+                                      max_log_sum[2 * row + 1],
                                       entropy[row],
                                       static_cast<Acc>(1.0 / temperature_of<Acc>(in, row)),
                                       grad_log_prob ? grad_log_prob[row] : Acc(0),
@@ -137,7 +130,8 @@ struct Tiles {
         std::copy(products + begin, products + begin + count, gradient);
       }
       chunk_gradient(gradient, count, at, gradient);
-      // The target's term joins before rounding to Out: added after, p - 1 would be rounded twice.
+      // The target's term is added before rounding to Out; added after it, p - 1 would be rounded
+      // twice.
       if (target >= begin && target < begin + count) {
         gradient[target - begin] += at.inverse_temperature * at.grad_log_prob;
       }

@@ -1,7 +1,7 @@
-#include "../policy_loss_op.h"
+#include "../ops/policy_loss.h"
 
-#include "selection.h"
-#include "token_losses.h"
+#include "radix_select.h"
+#include "token_loss_backend.h"
 
 namespace entropy_rl::cpu {
 namespace {

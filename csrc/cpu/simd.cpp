@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../checks.h"
+#include "../ops/checks.h"
 
 namespace entropy_rl::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// How loops over elements are compiled for the instruction sets of x86, and chosen between.
+// How loops over elements are compiled for the instruction sets of x86, and how one is chosen.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -8,8 +8,8 @@
 namespace entropy_rl::cpu {
 
 // Loops are written once, in a *_loops.h, which each_simd.h compiles for every instruction set into
-// a namespace of its own: portable, avx2 and avx512. Beside them, a function of the same name calls
-// the one that simd() chooses:
+// the namespaces portable, avx2 and avx512. A function outside of these calls the one that simd()
+// chooses:
 //
 //   float max_of(const float* x, int count) { ENTROPY_RL_SIMD_CALL(max_of(x, count)); }
 #if defined(ENTROPY_RL_X86_SIMD)
@@ -24,16 +24,16 @@ namespace entropy_rl::cpu {
 #define ENTROPY_RL_SIMD_CALL(call) return portable::call
 #endif
 
-// Independent sums that a loop keeps, so that the compiler can hold them in vectors; also what
-// fixes the order of summation on every path.
+// Independent sums of a loop, which the compiler can hold in vectors. Their number also fixes the
+// order of summation, the same for every instruction set.
 constexpr int kLanes = 16;
 
 enum class Simd { kPortable, kAvx2, kAvx512 };
 
-// The widest that the processor has, or what the environment variable ENTROPY_RL_SIMD names:
-// portable, avx2 or avx512. Read once. Throws std::invalid_argument for another value, or for one
-// that the processor does not have: to be called before work is spread over threads, where the
-// error's message would be lost.
+// The widest instruction set that the processor has, or the one that the environment variable
+// ENTROPY_RL_SIMD names: portable, avx2 or avx512. The variable is read once. Throws
+// std::invalid_argument for another value, or for one that the processor does not have. Call it
+// before work is spread over threads, where the error's message would be lost.
 Simd simd();
 
 }  // namespace entropy_rl::cpu

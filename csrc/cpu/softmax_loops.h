@@ -1,13 +1,13 @@
-// The loops of softmax_rows.h (see each_simd.h). Those over floats are written on vectors of
-// kVectorBytes, in base 2: t = d log2(e), e^d = 2^t, so that the range reduction is one rounding
-// and sum e^d d needs one factor at the end.
+// The loops of softmax_backend.h (see each_simd.h). Those over floats use vectors of kVectorBytes,
+// and base 2: t = d log2(e), e^d = 2^t. So the range reduction is one rounding, and sum e^d d needs
+// one factor at the end.
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(float));
-// Vectors in flight: one hides the latency of another.
+// Vectors in flight, which hide each other's latency.
 constexpr int kUnroll = 4;
-// Fewer where each has two sums: 16 registers hold them beside the polynomial's constants.
+// Fewer where each has two sums, so that 16 registers hold them and the polynomial's constants.
 constexpr int kSumUnroll = 2;
 
 #define ENTROPY_RL_INLINE __attribute__((always_inline)) inline
@@ -19,14 +19,14 @@ ENTROPY_RL_INLINE Floats load(const float* x) {
 }
 ENTROPY_RL_INLINE void store(Floats value, float* x) { memcpy(x, &value, sizeof(value)); }
 
-// The last count < kWidth elements, and `fill` behind them.
+// The last count < kWidth elements, padded with `fill`.
 ENTROPY_RL_INLINE Floats load_tail(const float* x, int count, float fill) {
   alignas(64) float padded[kWidth];
   for (int i = 0; i < kWidth; ++i) padded[i] = i < count ? x[i] : fill;
   return load(padded);
 }
 
-// x > y ? x : y, also where one is NaN. The compiler makes two instructions of that expression.
+// x > y ? x : y, also for NaN. The compiler makes two instructions of that expression.
 template <class Vector>
 ENTROPY_RL_INLINE Vector larger(Vector x, Vector y) {
 #if defined(ENTROPY_RL_X86_SIMD)
@@ -42,10 +42,12 @@ ENTROPY_RL_INLINE Vector larger(Vector x, Vector y) {
 #endif
 }
 
-// 2^t for t in [-127, 127], 0 below -126.5, NaN kept; under 1 ulp. Below -127 `t` must be clamped
-// to it: there the exponent's bits are those of 0, and 2^t * t stays 0 where d was -inf.
+// 2^t for t in [-127, 127], with an error under 1 ulp; 0 below -126.5, and NaN for NaN. The caller
+// clamps smaller t to -127, where the exponent's bits are those of 0; so 2^t * t is 0 for a d of
+// -inf.
 ENTROPY_RL_INLINE Floats exp2_of(Floats t) {
-  // 1.5 * 2^23 rounds t to an integer in the low bits, here with the exponent's bias.
+  // Adding 1.5 * 2^23 rounds t to an integer in the low bits; here they include the exponent's
+  // bias.
   constexpr float kRound = 12582912.0f + 127.0f;
   const Floats shifted = t + kRound;
   const Floats f = t - (shifted - kRound);
@@ -58,7 +60,7 @@ ENTROPY_RL_INLINE Floats exp2_of(Floats t) {
   return p * (Floats)((Ints)shifted << 23);
 }
 
-// max(t, -127) that keeps NaN.
+// max(t, -127), and NaN for NaN.
 ENTROPY_RL_INLINE Floats clamp_power(Floats t) { return larger(Floats{} - 127.0f, t); }
 
 float max_of(const float* x, int count) {
@@ -127,7 +129,7 @@ void gradient_of(const float* x, int count, const SoftmaxGradient<float>& g, flo
   for (int j = 0; i < count; ++i, ++j) out[i] = last[j];
 }
 
-// ---- float64: kLanes independent sums, which the compiler keeps in vectors ----
+// ---- float64: kLanes independent sums, which the compiler holds in vectors ----
 
 double max_of(const double* x, int count) {
   double lanes[kLanes];

@@ -1,4 +1,4 @@
-// Output tensors of the size of the logits, parts of which may stay zero.
+// Output tensors of the size of the logits, of which some rows may be zero.
 #pragma once
 
 #include <cstring>
@@ -9,12 +9,11 @@
 #include <unistd.h>
 #endif
 
-#include "../checks.h"
+#include "../ops/checks.h"
 
 namespace entropy_rl::cpu {
 
-// Memory straight from the system, at addresses of whole pages. Null where the system has no such
-// call or no memory.
+// Memory from the system, which begins at a page. Null if the system has no such call or no memory.
 struct Mapping {
   void* memory = nullptr;
   size_t bytes = 0;
@@ -31,8 +30,8 @@ struct Mapping {
     if (memory) munmap(memory, bytes);
 #endif
   }
-  // The content may be lost from now on: the system takes the pages where it needs them, and until
-  // then a write finds them in place. False where it does not offer that.
+  // Lets the system take the pages when it needs memory; their content may be lost. A write before
+  // that finds them in place. False if the system does not offer this.
   bool release_pages() const {
 #if defined(MADV_FREE)
     return madvise(memory, bytes, MADV_FREE) == 0;
@@ -42,9 +41,9 @@ struct Mapping {
   }
 };
 
-// The last mapping that was given back, for the next tensor of nearly its size. Training makes and
-// drops a gradient of the logits at every step, and the first write of a fresh page, which the
-// system has to find and to clear, costs more than what is written to it.
+// Keeps the last mapping that was given back for the next tensor of about its size. Training
+// allocates and frees a gradient of the logits in every step, and the system's work at the first
+// write to a new page takes longer than the write.
 class SpareMapping {
  public:
   static Mapping take(size_t bytes) {
@@ -65,12 +64,12 @@ class SpareMapping {
   static inline Mapping spare_;
 };
 
-// A contiguous tensor whose parts are either set to zero or written, once.
+// A contiguous tensor of which each part is either set to zero or written, once.
 //
-// A large one is mapped from the system: fresh memory is zero, and takes space and time only where
-// it is written, so that setting a part to zero is nothing to do. Where most of the tensor will be
-// written, the spare mapping is taken, or huge pages are asked for; elsewhere they would take
-// memory for the zeros between, and the small pages of a part are had in one call.
+// A large tensor is mapped from the system. New memory is zero and costs nothing until it is
+// written, so setting a part to zero needs no work. If most of the tensor will be written, it takes
+// the spare mapping or asks for huge pages. Otherwise huge pages would use memory for the zeros
+// between the written parts, so it asks for the small pages of each part in one call.
 class ZeroedTensor {
  public:
   ZeroedTensor(const Tensor& like, const std::vector<int64_t>& shape, bool mostly_written)
@@ -86,7 +85,7 @@ class ZeroedTensor {
         if (mostly_written) ask_for_huge_pages(mapping);
       }
     }
-    if (!mapping.memory) {  // small, or for torch's allocator to tell the user
+    if (!mapping.memory) {  // small, or out of memory, which torch's allocator reports
       tensor_ = torch::stable::new_empty(like, shape);
       return;
     }
@@ -105,7 +104,7 @@ class ZeroedTensor {
     if (!is_zero_) memset(part, 0, bytes);
   }
 
-  // To be called before a part is written.
+  // Call it before a part is written.
   void prepare_write([[maybe_unused]] void* part, [[maybe_unused]] size_t bytes) const {
 #if defined(MADV_POPULATE_WRITE)
     if (!is_zero_ || mostly_written_) return;
@@ -117,11 +116,10 @@ class ZeroedTensor {
   }
 
  private:
-  // From this size on glibc's malloc, too, takes memory fresh from the system for each tensor, and
-  // recycles none.
+  // From this size on glibc's malloc also maps new memory for each tensor, and reuses none.
   static constexpr size_t kLeastMapped = size_t{32} << 20;
 
-  // A hint, as is the one above: either may be refused without harm.
+  // Like the madvise above only a hint, which the system may refuse.
   static void ask_for_huge_pages([[maybe_unused]] const Mapping& mapping) {
 #if defined(MADV_HUGEPAGE)
     if (mapping.memory) madvise(mapping.memory, mapping.bytes, MADV_HUGEPAGE);

@@ -1,7 +1,7 @@
 // Scratch memory of kernels, from PyTorch's caching allocator.
 #pragma once
 
-#include "../checks.h"
+#include "../ops/checks.h"
 
 namespace entropy_rl::cuda {
 

@@ -1,4 +1,5 @@
 #include "../kernels/radix_select.cuh"
+#include "../kernels/sort_select.cuh"
 
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/iterator/transform_iterator.h>
@@ -7,8 +8,8 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
 
-#include "../top_mask_arguments.h"
-#include "selection.h"
+#include "../ops/global_top_mask.h"
+#include "top_k_mask.h"
 #include "tuning.h"
 
 namespace entropy_rl::cuda {
@@ -23,13 +24,13 @@ struct TileOffset {
   }
 };
 
-// Segments of rows, and the order in which they take the rows. Both null: every row is a segment.
+// Which rows are a segment; both null if every row is one.
 struct Segments {
   const int64_t* ids;        // [rows] ascending
   const int64_t* row_order;  // [rows]
 };
 
-// Sorts every tile, as many at a time as CUB's 32-bit offsets hold.
+// Sorts every tile; one call of CUB sorts as many as its 32-bit offsets allow.
 template <class Key>
 void sort_tiles(const Key* keys, Key* sorted, const TileLayout& layout, const Tensor& on_device_of,
                 cudaStream_t stream) {
@@ -44,7 +45,7 @@ void sort_tiles(const Key* keys, Key* sorted, const TileLayout& layout, const Te
         storage, bytes, keys + begin, sorted + begin, count, tiles, offsets, offsets + 1, 0,
         8 * static_cast<int>(sizeof(Key)), stream));
   };
-  // One workspace for all, as large as the largest needs.
+  // One workspace for all calls.
   size_t bytes = 0;
   for (int64_t first = 0; first < layout.tiles(); first += kTilesPerSort) {
     size_t needed = 0;
@@ -57,8 +58,7 @@ void sort_tiles(const Key* keys, Key* sorted, const TileLayout& layout, const Te
   }
 }
 
-// Rows ordered by group id; within a group as they were, which DeviceRadixSort, being stable,
-// keeps.
+// Rows ordered by group id. DeviceRadixSort is stable, so rows of one group keep their order.
 class GroupOrder {
  public:
   GroupOrder(const Tensor& group_ids, cudaStream_t stream)
@@ -85,7 +85,7 @@ class GroupOrder {
   DeviceArray<int64_t> rows_;
 };
 
-// The mask by CUB's sort of all tiles and a rank selection over them.
+// The mask by CUB's sort of all tiles and a search over them (../kernels/sort_select.cuh).
 template <class Key>
 void sort_select(const Key* keys /*[rows, columns]*/, const TileLayout& layout,
                  const Segments& segments, const SelectionRule& rule,
@@ -186,7 +186,7 @@ Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mas
   return result;
 }
 
-// ---- For values that several processes hold ----
+// ---- Steps for values that several processes hold ----
 
 TileLayout process_layout(int64_t n) { return TileLayout(1, n, radix_tile_keys(1, n)); }
 
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
     using Keys = EntropyKeys<decltype(element)>;
     using Key = typename Keys::Key;
     constexpr int kPasses = Digit<Key>::kPasses;
-    const DeviceArray<RadixCut<Key>> cuts(in.values, kPasses);  // the last alone is read
+    const DeviceArray<RadixCut<Key>> cuts(in.values, kPasses);  // only the last is used
     radix_process_cut_kernel<Key><<<1, kWarpSize, 0, device.stream()>>>(
         found, cuts.data() + kPasses - 1, mutable_data<typename KeyTraits<Key>::Value>(lowest));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -296,12 +296,12 @@ template <class Key>
 void top_k_mask(const Key* keys /*[n]*/, int64_t n, const int64_t* k /*[1]*/, uint8_t* mask /*[n]*/,
                 const Tensor& on_device_of, cudaStream_t stream) {
   if (n == 0) return;
-  const Segments whole{nullptr, nullptr};
+  const Segments rows{nullptr, nullptr};
   const SelectionRule rule{TopRule::kTopK, 0.0, k};
   if (use_radix(TopAlgorithm::kAuto, n)) {
-    radix_select(GivenKeys<Key>{keys}, 1, n, whole, rule, mask, on_device_of, stream);
+    radix_select(GivenKeys<Key>{keys}, 1, n, rows, rule, mask, on_device_of, stream);
   } else {
-    sort_select(keys, TileLayout(1, n), whole, rule, mask, on_device_of, stream);
+    sort_select(keys, TileLayout(1, n), rows, rule, mask, on_device_of, stream);
   }
 }
 

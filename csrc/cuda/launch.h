@@ -1,4 +1,4 @@
-// What every launch needs: the tensor's device, the current stream, and an error check.
+// What every launch needs: the tensor's device and its current stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,11 +6,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "../checks.h"
+#include "../ops/checks.h"
 
 namespace entropy_rl::cuda {
 
-// Makes the tensor's device current for the scope and names its current stream.
+// Makes the tensor's device current while it lives, and has that device's current stream.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -25,8 +25,8 @@ class DeviceScope {
   cudaStream_t stream_ = nullptr;
 };
 
-// Blocks for `count` pieces of work that a kernel takes in a grid-stride loop: the x dimension
-// holds up to 2^31 - 1 blocks.
+// A block for each of `count` pieces of work. The x dimension holds up to 2^31 - 1 blocks: a kernel
+// whose count may be larger has a grid-stride loop.
 inline unsigned grid_size(int64_t count) {
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
   return static_cast<unsigned>(count < kMaxBlocks ? count : kMaxBlocks);

@@ -1,6 +1,6 @@
 #include "../kernels/linear_logprob_entropy.cuh"
 
-#include "../linear_logprob_entropy_op.h"
+#include "../ops/linear_logprob_entropy.h"
 #include "launch.h"
 #include "tuning.h"
 
@@ -8,12 +8,12 @@ namespace entropy_rl::cuda {
 namespace {
 
 struct Tiles {
-  static void forward(const TileArguments& in, bool statistics, const Tensor& state) {
+  static void forward(const TileArguments& in, bool token_statistics, const Tensor& state) {
     const DeviceScope device(in.tile);
     dispatch_floating(in.dtype, [&](auto element) {
       using Acc = accumulate_t<decltype(element)>;
-      const auto kernel = statistics ? linear_logprob_entropy_tile_kernel<Acc, true>
-                                     : linear_logprob_entropy_tile_kernel<Acc, false>;
+      const auto kernel = token_statistics ? linear_logprob_entropy_tile_kernel<Acc, true>
+                                           : linear_logprob_entropy_tile_kernel<Acc, false>;
       kernel<<<grid_size(in.rows), softmax_row_threads(in.width), 0, device.stream()>>>(
           arguments<Acc>(in), mutable_data<VocabState>(state));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -30,7 +30,7 @@ struct Tiles {
           <<<grid_size(in.rows), softmax_row_threads(in.width), 0, device.stream()>>>(
               arguments<Acc>(in), const_data<Acc>(gradients.grad_log_prob),
               const_data<Acc>(gradients.grad_entropy), const_data<Acc>(gradients.entropy),
-              const_data<Acc>(gradients.statistics), mutable_data<Out>(gradient),
+              const_data<Acc>(gradients.max_log_sum), mutable_data<Out>(gradient),
               gradient.stride(0));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -44,8 +44,8 @@ struct Tiles {
             static_cast<int>(in.width),
             in.vocab_start,
             const_data<int64_t>(in.targets),
-            static_cast<Acc>(in.temperature),
-            const_data<Acc>(in.row_temperature),
+            static_cast<Acc>(in.temperature.number),
+            const_data<Acc>(in.temperature.of_rows),
             in.transform<Acc>()};
   }
 };

@@ -1,8 +1,8 @@
 #include "../kernels/policy_loss.cuh"
 
-#include "../policy_loss_op.h"
-#include "selection.h"
-#include "token_losses.h"
+#include "../ops/policy_loss.h"
+#include "token_loss_backend.cuh"
+#include "top_k_mask.h"
 
 namespace entropy_rl::cuda {
 namespace {
@@ -23,7 +23,8 @@ struct PolicyLoss : TokenLosses {
     if (in.rows == 0) return;
     const DeviceScope device(out);
     const DeviceArray<Moments<T>> moments = tile_moments(in, out, device.stream());
-    const int64_t blocks = (in.rows + kLossTileThreads - 1) / kLossTileThreads;
+    const int64_t rows_per_block = kLossTileThreads / lanes_per_row(in.tiles_per_row());
+    const int64_t blocks = (in.rows + rows_per_block - 1) / rows_per_block;
     sequence_log_ratio_kernel<T><<<grid_size(blocks), kLossTileThreads, 0, device.stream()>>>(
         moments.data(), in.rows, in.tiles_per_row(), mutable_data<T>(out));
     STD_CUDA_KERNEL_LAUNCH_CHECK();

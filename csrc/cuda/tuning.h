@@ -1,23 +1,25 @@
-// Sizes that decide speed and never results' meaning, apart from the algorithms they tune.
+// Sizes that decide speed, apart from the algorithms that they tune. None changes what a result
+// means; softmax_row_threads also fixes the order in which a row is summed, and so its last bits.
 #pragma once
 
 #include <cstdint>
 
 namespace entropy_rl::cuda {
 
-// Threads that share one row of logits, for a few 16-byte packs each. Of the vocabulary alone: it
-// is part of what fixes the order of a row's sums.
+// Threads that share one row of logits, each a few 16-byte packs. A function of the vocabulary
+// alone, so that a row gives the same bits in every batch.
 inline int softmax_row_threads(int64_t vocab) {
   if (vocab >= 65536) return 512;
   if (vocab >= 4096) return 256;
   if (vocab >= 1024) return 128;
   return 32;
 }
-// Rows from which on a block takes a whole row: two waves of blocks on 132 SMs at three an SM. With
-// fewer, a row's parts are blocks, and a second kernel merges them.
+// From this many rows on, a block takes a row: three waves of blocks on 132 SMs, two to an SM. With
+// fewer rows a block takes a part of a row, and a second kernel merges the parts.
 constexpr int64_t kWholeRowsFrom = 768;
 
-// Parts of a row that the backward gives a block each, of those that it could have.
+// How many of a row's `row_parts` parts the backward makes, one block each: as many
+// as it takes to have kWholeRowsFrom blocks.
 inline int backward_row_parts(int64_t rows, int row_parts) {
   const int64_t wanted = (kWholeRowsFrom + rows - 1) / rows;
   return wanted < row_parts ? static_cast<int>(wanted) : row_parts;
@@ -25,20 +27,22 @@ inline int backward_row_parts(int64_t rows, int row_parts) {
 
 // Threads that write the keys, or the mask, of one tile of kTileKeys tokens.
 constexpr int kTileThreads = 256;
-// Threads that search one segment, each a tile at a time: 2^20 tokens are 256 tiles.
+// Threads that search one sorted segment, each a tile at a time: 2^20 tokens are 256 tiles.
 constexpr int kSegmentThreads = 256;
 
-// Radix select takes all that its 32-bit counters hold: it moves 5 bytes a token and pass, and
-// three passes, where CUB's sort moves 8 a pass and as many passes. Beyond, the sort.
+// Up to as many keys as its 32-bit counters hold, radix select is used: for float32 it reads 5
+// bytes a token in each of three passes, where CUB's sort moves 8 in each of at least as many.
+// Beyond that, the sort.
 constexpr int64_t kMaxRadixKeys = (int64_t{1} << 32) - 1;
 constexpr int kRadixThreads = 512;
 
-// Whether a block takes a whole segment: where rows are enough to fill the device, or tokens so few
+// Whether a block takes a segment: where there are enough rows to fill the device, or so few tokens
 // that one block is done before a second kernel would start.
 inline bool radix_block_a_segment(int64_t rows, int64_t columns) {
   return rows >= 128 || rows * columns <= 8192;
 }
-// Else blocks take tiles: some 512 of them, two waves of two an SM, none below 4096 keys.
+// Otherwise a block takes a tile. About 512 tiles, two waves of two blocks an SM; at least 4096
+// keys each.
 inline int radix_tile_keys(int64_t rows, int64_t columns) {
   constexpr int64_t kSmallest = 4096;
   const int64_t tiles_per_row = rows < 512 ? 512 / rows : 1;
@@ -46,7 +50,7 @@ inline int radix_tile_keys(int64_t rows, int64_t columns) {
   return static_cast<int>((keys + kSmallest - 1) / kSmallest * kSmallest);
 }
 
-// Threads that share one tile of kTileTokens tokens of a loss: two quads each.
+// Threads that share one tile of kTileTokens tokens of a loss, two packs of tokens each.
 constexpr int kLossTileThreads = 256;
 // Threads of the one block that sums a batch's rows or tiles.
 constexpr int kLossRowThreads = 512;

@@ -1,6 +1,5 @@
-// The element types of logits, free of torch: 16-bit floats as bit patterns, widened in the load
-// and rounded to nearest even in the store. Arithmetic is float32 throughout, float64 for float64
-// input.
+// The element types of logits, without torch: 16-bit floats are bit patterns, widened when loaded
+// and rounded to nearest even when stored. Arithmetic is float32, or float64 for float64 input.
 #pragma once
 
 #include <cstdint>
@@ -60,9 +59,9 @@ ENTROPY_RL_HD inline float load_value(Half value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Moving the 15 low bits under a float exponent and multiplying by 2^112 re-biases normal and
-  // subnormal numbers alike, exactly; only infinity and NaN need their exponent restored. Written
-  // without branches so that loops over it vectorise.
+  // The 15 low bits, moved under a float's exponent and multiplied by 2^112, are the exact value of
+  // a normal or subnormal number; only infinity and NaN need their exponent restored. There is no
+  // branch, so loops over it vectorise.
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const float scaled = detail::float_from_bits(magnitude) * 0x1p112f;
@@ -77,7 +76,7 @@ ENTROPY_RL_HD inline void store_value(float value, BFloat16* out) {
   const uint32_t bits = detail::bits_from_float(value);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  // Rounding a NaN could carry its payload into infinity, so NaN has a pattern of its own.
+  // Rounding could turn the bits of a NaN into those of infinity, so every NaN becomes 0x7fc0.
   out->bits = is_nan ? uint16_t{0x7fc0} : static_cast<uint16_t>(rounded >> 16);
 }
 ENTROPY_RL_HD inline void store_value(float value, Half* out) {
@@ -93,8 +92,8 @@ ENTROPY_RL_HD inline void store_value(float value, Half* out) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {
-    // Below 2^-14 the result is subnormal: adding 0.5 lines its last bit up with float's last bit,
-    // and the addition rounds to nearest even.
+    // Below 2^-14 the result is subnormal. Adding 0.5 aligns its last bit with the float's last
+    // bit, and the addition rounds to nearest even.
     const float shifted = detail::float_from_bits(magnitude) + 0.5f;
     half = detail::bits_from_float(shifted) - 0x3f000000u;
   } else {

@@ -1,4 +1,4 @@
-// e^x and log x that a compiler can vectorise on the host: libm's are a call for each element.
+// e^x and log x that a compiler can vectorise on the host; libm's would be a call for each element.
 #pragma once
 
 #include <cmath>
@@ -7,9 +7,9 @@
 
 namespace entropy_rl {
 
-// e^x for x in [-104, 88] (any x below 709 for double), NaN kept, zero where the result is below
-// the smallest normal number; error under 2 ulp. Cody-Waite reduction and a degree-6 polynomial,
-// free of branches so that loops over it vectorise.
+// e^x for x in [-104, 88] (any x below 709 for double), with an error under 2 ulp. NaN stays NaN; a
+// result below the smallest normal number becomes 0. Cody-Waite reduction and a polynomial of
+// degree 6, without branches, so that loops over it vectorise.
 ENTROPY_RL_HD inline float exp_vectorizable(float x) {
   // 1.5 * 2^23: adding it rounds to an integer in the low bits.
   constexpr float kRound = 12582912.0f;
@@ -29,8 +29,8 @@ ENTROPY_RL_HD inline float exp_vectorizable(float x) {
 }
 ENTROPY_RL_HD inline double exp_vectorizable(double x) { return x < -708.0 ? 0.0 : exp(x); }
 
-// log x with an error under 1 ulp, subnormal numbers taken for 0; NaN below 0. x = 2^n m with m in
-// [sqrt(1/2), sqrt(2)), and Cephes' polynomial of degree 8 for log m.
+// log x with an error under 1 ulp; NaN for x below 0. Subnormal numbers count as 0. x = 2^n m with
+// m in [sqrt(1/2), sqrt(2)), and log m is Cephes' polynomial of degree 8.
 ENTROPY_RL_HD inline float log_vectorizable(float x) {
   const uint32_t bits = detail::bits_from_float(x);
   const int32_t n = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
@@ -50,7 +50,7 @@ ENTROPY_RL_HD inline float log_vectorizable(float x) {
   const float value = (f + low) + 0.693359375f * exponent;
   const float small = x < 0.0f ? NAN : -INFINITY;
   const float finite = x < 1.17549435e-38f ? small : value;
-  return x < INFINITY ? finite : x;  // infinity and NaN are their own
+  return x < INFINITY ? finite : x;  // infinity and NaN are returned unchanged
 }
 
 }  // namespace entropy_rl

@@ -4,8 +4,8 @@
 #if defined(__CUDACC__)
 #define ENTROPY_RL_HD __host__ __device__
 #elif defined(__GNUC__)
-// A loop with a call left in it does not vectorise (csrc/cpu/each_simd.h), and GCC would leave a
-// call to a function as long as some are here.
+// A loop that contains a call does not vectorise (csrc/cpu/each_simd.h), and GCC would not inline
+// some of these functions by itself, because they are long.
 #define ENTROPY_RL_HD __attribute__((always_inline))
 #else
 #define ENTROPY_RL_HD

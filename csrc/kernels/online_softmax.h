@@ -1,9 +1,9 @@
-// One row of softmax(x / T) in a single pass, and how two partial rows combine.
+// One row of softmax(x / T) in a single pass, and the combination of two partial rows.
 //   d_j = (x_j - max) / T,  sum = sum_j e^d_j,  dot = sum_j e^d_j d_j
 //   log p_y = d_y - log sum,  H = log sum - dot / sum  (nats)
-// `dot` is kept against the running maximum, so logits of +-1e4 cost no digits.
-// -inf logits have p = 0 and add nothing; a row of only -inf, or one that holds +inf or NaN, ends
-// as NaN, since then sum is 0 or NaN.
+// `dot` is relative to the running maximum, so logits of +-1e4 cost no digits.
+// -inf logits have p = 0 and add nothing. A row of only -inf gives NaN, since its sum is 0; a row
+// with +inf or NaN gives NaN, since its sum is NaN.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,8 @@
 
 namespace entropy_rl {
 
-// Below this exponent e^d is zero to the accumulate type. Clamping d where it multiplies e^d keeps
-// 0 * inf out of `dot` and of the gradient.
+// Below this exponent e^d is zero in the accumulate type. Where d multiplies e^d it is clamped to
+// the floor, so that `dot` and the gradient hold no 0 * inf.
 template <class Acc>
 struct ExpFloor;
 template <>
@@ -40,7 +40,7 @@ ENTROPY_RL_HD inline float exp_shifted(float d) {
 }
 ENTROPY_RL_HD inline double exp_shifted(double d) { return exp(d); }
 
-// The value that elements are shifted by: shifting by -inf would turn -inf - max into NaN.
+// The value that is subtracted from elements: -inf - max would be NaN for a maximum of -inf.
 template <class Acc>
 ENTROPY_RL_HD inline Acc shift_of(Acc max) {
   return max == -static_cast<Acc>(INFINITY) ? Acc(0) : max;
@@ -57,7 +57,7 @@ struct OnlineSoftmax {
   ENTROPY_RL_HD Acc shift() const { return shift_of(max); }
 };
 
-// Re-expresses a partial row against a new, not smaller, maximum.
+// A partial row relative to another maximum, which is not smaller.
 template <class Acc>
 ENTROPY_RL_HD inline OnlineSoftmax<Acc> rescaled(const OnlineSoftmax<Acc>& part, Acc max,
                                                  Acc inverse_temperature) {
@@ -70,25 +70,9 @@ ENTROPY_RL_HD inline OnlineSoftmax<Acc> rescaled(const OnlineSoftmax<Acc>& part,
   return out;
 }
 
-// Adds kCount elements with at most one rescale.
-template <int kCount, class Acc>
-ENTROPY_RL_HD inline void accumulate(OnlineSoftmax<Acc>* state, const Acc (&x)[kCount],
-                                     Acc inverse_temperature) {
-  Acc max = state->max;
-  for (int i = 0; i < kCount; ++i) max = x[i] > max ? x[i] : max;
-  if (max > state->max) *state = rescaled(*state, max, inverse_temperature);
-  const Acc shift = state->shift();
-  for (int i = 0; i < kCount; ++i) {
-    const Acc d = (x[i] - shift) * inverse_temperature;
-    const Acc e = exp_shifted(d);
-    state->sum += e;
-    state->dot += e * clamp_exponent(d);
-  }
-}
+// ---- A thread's sums on the device ----
 
-// ---- Sums over logits as they are: what token_entropy and logprob_entropy keep on the device ----
-
-// e^(d / T) as exp_scaled(d * exponent_scale(1 / T)): in base 2 for float, as the hardware has it.
+// e^(d / T) is exp_scaled(d * exponent_scale(1 / T)): for float in base 2, which the hardware has.
 ENTROPY_RL_HD inline float exponent_scale(float inverse_temperature) {
   return inverse_temperature * 1.44269504088896341f;
 }
@@ -97,8 +81,8 @@ ENTROPY_RL_HD inline double exponent_scale(double inverse_temperature) {
 }
 ENTROPY_RL_HD inline float exp_scaled(float x) {
 #if defined(__CUDA_ARCH__)
-  // exp2f takes two more instructions to keep subnormal results, which are nothing beside the 1 of
-  // the largest term.
+  // exp2f takes two more instructions to keep subnormal results, which do not count beside the
+  // largest term, 1.
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
@@ -108,13 +92,13 @@ ENTROPY_RL_HD inline float exp_scaled(float x) {
 }
 ENTROPY_RL_HD inline double exp_scaled(double x) { return exp(x); }
 
-// The maximum; a NaN gives way to a number.
+// The maximum; of a number and NaN, the number.
 ENTROPY_RL_HD inline float larger(float a, float b) { return fmaxf(a, b); }
 ENTROPY_RL_HD inline double larger(double a, double b) { return fmax(a, b); }
 
-// What it takes to turn a difference of logits into an exponent. `floor` is a difference whose
-// exponential is 0: where a difference multiplies that 0 it is held there, since -inf would give
-// NaN. A NaN difference is lost there, and kept by its exponential.
+// Turns a difference of logits into an exponent. `floor` is a difference whose exponential is 0: a
+// difference that multiplies its exponential is clamped to it, since 0 * -inf is NaN. The clamp
+// loses a NaN difference, but its exponential is NaN.
 template <class Acc>
 struct RowScale {
   Acc inverse_temperature;
@@ -127,16 +111,17 @@ struct RowScale {
         floor(ExpFloor<Acc>::value * temperature) {}
 };
 
-// OnlineSoftmax but for dot = sum_j e^d_j (x_j - max), which saves a product an element.
+// An OnlineSoftmax whose dot is sum_j e^d_j (x_j - max), which saves a product an element.
 template <class Acc>
 struct LogitSums {
   Acc max = -static_cast<Acc>(INFINITY);
   Acc sum = 0;
   Acc dot = 0;
+  Acc squares = 0;  // sum_j e^2d_j, where add<true> keeps it
 
-  // Adds kCount elements with one rescale: unconditional, since among the 32 lanes of a warp one
-  // nearly always has a new maximum.
-  template <int kCount>
+  // Adds kCount elements with one rescale. It is unconditional, since in nearly every step one of
+  // the 32 lanes of a warp has a new maximum.
+  template <bool kSquares = false, int kCount>
   ENTROPY_RL_HD void add(const Acc (&x)[kCount], const RowScale<Acc>& scale) {
     Acc new_max = max;
 #if defined(__CUDACC__)
@@ -148,6 +133,7 @@ struct LogitSums {
     const Acc factor = exp_scaled(step * scale.exponent);
     dot = factor * (dot + sum * larger(step, scale.floor));
     sum *= factor;
+    if constexpr (kSquares) squares *= factor * factor;
     max = new_max;
 #if defined(__CUDACC__)
 #pragma unroll
@@ -157,6 +143,7 @@ struct LogitSums {
       const Acc e = exp_scaled(d * scale.exponent);
       sum += e;
       dot += e * larger(d, scale.floor);
+      if constexpr (kSquares) squares += e * e;
     }
   }
   ENTROPY_RL_HD OnlineSoftmax<Acc> state(const RowScale<Acc>& scale) const {
@@ -171,7 +158,7 @@ ENTROPY_RL_HD inline Acc log_sum(const OnlineSoftmax<Acc>& row) {
   return log(row.sum);
 }
 
-// H of a whole row. The exact value is never negative; a rounding residue is.
+// H of a complete row. The exact value is never negative, but rounding may make it so.
 template <class Acc>
 ENTROPY_RL_HD inline Acc entropy(const OnlineSoftmax<Acc>& row) {
   const Acc h = log(row.sum) - row.dot / row.sum;
@@ -190,13 +177,13 @@ struct SoftmaxGradient {
   Acc grad_entropy;
 };
 
-// The gradient, with all that a row's elements share multiplied out: an element other than the
-// target is p (slope log p + offset), the target `pull` more.
+// The gradient, with the factors that all elements of a row share multiplied out: for an element
+// other than the target it is p (slope log p + offset), and for the target `pull` more.
 template <class Acc>
 struct RowGradient {
   Acc shift;
   Acc exponent;
-  Acc log_sum;  // as exp_scaled takes it
+  Acc log_sum;  // in the base of exp_scaled
   Acc slope;
   Acc offset;
   Acc pull;

@@ -1,15 +1,14 @@
-// What policy_loss does before its pass (aggregate.cuh), where the loss needs it.
+// What some policy losses need before the pass over the tokens (token_loss.cuh).
 //   moments_kernel             a block a tile: Moments
 //   sequence_log_ratio_kernel  a few lanes a row: gspo's sequence ratio
 //   covariance_moments_kernel  one block: the Moments of the batch
 //   covariance_keys_kernel     a block a tile: the keys by which clip_cov and kl_cov choose tokens
-// Sums are T within a tile and double over tiles, in an order that shapes alone decide; nothing is
-// atomic.
-// For float32 a token moves 13 bytes in for the moments, and 13 in and 4 out for the keys.
+// Sums are T within a tile and double over tiles, in an order that depends on shapes alone, without
+// atomics. For float32 the moments read 13 bytes a token; the keys read 13 and write 4.
 #pragma once
 
-#include "aggregate.cuh"
-#include "policy_loss.h"
+#include "policy_loss_math.h"
+#include "token_loss.cuh"
 
 namespace entropy_rl {
 
@@ -24,18 +23,18 @@ __global__ void moments_kernel(TokenInputs<T> in, Moments<T>* moments /*[tiles]*
   __shared__ Moments<T> shared[kMaxWarps];
   for (int64_t tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
     Moments<T> sum{};
-    const bool together = tile_has_quads(in, tile);
-    for_each_quad(in.cols, tile, [&](int64_t row, int64_t index, int count) {
-      const TokenQuad<T> quad(in, row, index, count, together);
+    const bool aligned = tile_is_aligned(in, tile);
+    for_each_pack(in.cols, tile, [&](int64_t row, int64_t index, int count) {
+      const PackedTokens<T> tokens(in, row, index, count, aligned);
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
-        if (!quad.is_response(j)) continue;
-        const Token<T> token = quad.token(j);
+      for (int j = 0; j < kPackTokens; ++j) {
+        if (!tokens.is_response(j)) continue;
+        const Token<T> token = tokens.token(j);
         sum +=
             Moments<T>{T(1), token.log_prob - token.old_log_prob, token.log_prob, token.advantage};
       }
     });
-    sum = block_reduce(sum, Moments<T>{}, AddSums{}, shared);
+    sum = block_reduce(sum, Moments<T>{}, Plus{}, shared);
     if (threadIdx.x == 0) moments[tile] = sum;
   }
 }
@@ -44,13 +43,10 @@ template <class T>
 __global__ void sequence_log_ratio_kernel(const Moments<T>* moments /*[rows, tiles_per_row]*/,
                                           int64_t rows, int64_t tiles_per_row, T* out /*[rows]*/) {
   const int lanes = lanes_per_row(tiles_per_row);
-  const int64_t rows_at_once = blockDim.x / lanes;
-  // All threads of a block go around together, for the shuffles.
-  for (int64_t first = blockIdx.x * rows_at_once; first < rows; first += gridDim.x * rows_at_once) {
-    const int64_t row = first + threadIdx.x / lanes;
-    const Moments<double> sums = shared_row_sum(moments, row, rows, tiles_per_row, lanes);
-    if (threadIdx.x % lanes == 0 && row < rows) out[row] = static_cast<T>(sequence_log_ratio(sums));
-  }
+  const int64_t rows_per_block = blockDim.x / lanes;
+  const int64_t row = blockIdx.x * rows_per_block + threadIdx.x / lanes;
+  const Moments<double> sums = shared_row_sum(moments, row, rows, tiles_per_row, lanes);
+  if (threadIdx.x % lanes == 0 && row < rows) out[row] = static_cast<T>(sequence_log_ratio(sums));
 }
 
 // Launched with one block.
@@ -60,7 +56,7 @@ __global__ void covariance_moments_kernel(CovarianceKey key, const Moments<T>* m
   __shared__ Moments<double> shared[kMaxWarps];
   Moments<double> sum{};
   for (int64_t tile = threadIdx.x; tile < tiles; tile += blockDim.x) sum += moments[tile];
-  sum = block_reduce(sum, Moments<double>{}, AddSums{}, shared);
+  sum = block_reduce(sum, Moments<double>{}, Plus{}, shared);
   if (threadIdx.x == 0) *out = CovarianceMoments(sum, key.ratio, CovarianceKey::kEpsilon);
 }
 
@@ -72,17 +68,17 @@ __global__ void covariance_keys_kernel(CovarianceKey key, TokenInputs<T> in,
   const CovarianceMoments batch = *moments;
   const uint64_t seed_value = static_cast<uint64_t>(*seed);
   for (int64_t tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
-    const bool together = tile_has_quads(in, tile);
-    for_each_quad(in.cols, tile, [&](int64_t row, int64_t index, int count) {
+    const bool aligned = tile_is_aligned(in, tile);
+    for_each_pack(in.cols, tile, [&](int64_t row, int64_t index, int count) {
       using Key = typename CovarianceKey::Key;
-      const TokenQuad<T> quad(in, row, index, count, together);
-      Key four[kQuad];
+      const PackedTokens<T> tokens(in, row, index, count, aligned);
+      TokenPack<Key> pack;
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
-        four[j] = quad.is_response(j) ? key(quad.token(j), batch, seed_value, index + j)
-                                      : kIneligibleKey<Key>;
+      for (int j = 0; j < kPackTokens; ++j) {
+        pack.values[j] = tokens.is_response(j) ? key(tokens.token(j), batch, seed_value, index + j)
+                                               : kIneligibleKey<Key>;
       }
-      store_tokens(four, count, keys + index);
+      store_tokens(pack, count, keys + index);
     });
   }
 }

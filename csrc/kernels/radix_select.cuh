@@ -1,26 +1,25 @@
-// The same choice as global_top_mask.cuh makes over sorted tiles, by radix select: the k-th largest
-// key is found 11 bits at a time from the highest, each by a histogram of the keys that share the
-// bits found so far. Keys are computed where they are read, so nothing but the mask is written.
-//   radix_segment_kernel    a block a segment does all of it, histograms in shared memory
-//   radix_histogram_kernel  a block a tile: one pass, its counts added to the segment's; each block
-//                           reads the previous pass's histogram and finds the digit for itself
-//   radix_ties_kernel       a block a tile: what the mask must know of the tiles beside it
+// global_top_mask by radix select (global_top_mask.cuh has the rule): a histogram of the keys that
+// share the bits found so far gives 11 more bits of the k-th largest key.
+//   radix_segment_kernel    a block a segment does all of it, with histograms in shared memory
+//   radix_histogram_kernel  a block a tile: one pass, added to the counts of the segment; each
+//   block
+//                           finds the previous pass's digit for itself
+//   radix_ties_kernel       a block a tile: what the masks of other tiles must know of this one
 //   radix_mask_kernel       a block a tile
-// Where several processes hold the keys, radix_counts_kernel and radix_key_kernel take the place of
-// the passes, and the processes add up their counts between the two.
-// Counts are integers, so that neither the order of blocks nor that of atomics changes a bit. For a
-// float32 token 5 bytes a pass (3; 6 for double), 5 to find ties where only some are kept, 6 for
-// the mask; of 2^20 tokens all passes but the first read the L2.
+// For keys of several processes, radix_counts_kernel and radix_key_kernel are a pass, and between
+// them the processes add up their counts. Bytes for a float32 token: 5 in each of 3 passes (6 for
+// double), 5 to find ties if only some are kept, 6 for the mask. Keys are computed as they are
+// read. Counts are integers, so any order gives the same bits.
 #pragma once
 
 #include "global_top_mask.cuh"
-#include "quad.cuh"
+#include "packs.cuh"
 
 namespace entropy_rl {
 
 // ---- Keys ----
 
-// Keys of entropies; the mask leaves elements out.
+// Keys of entropies. Elements outside the mask have kIneligibleKey.
 template <class Element>
 struct EntropyKeys {
   using Key = selection_key_t<accumulate_t<Element>>;
@@ -28,60 +27,65 @@ struct EntropyKeys {
   const bool* mask;        // [rows, columns]
 
   __device__ __forceinline__ bool aligned(int64_t index) const {
-    return is_quad(entropy + index) && is_quad(mask + index);
+    return TokenPack<Element>::is_aligned(entropy + index) &&
+           TokenPack<bool>::is_aligned(mask + index);
   }
-  __device__ __forceinline__ void load(int64_t index, Key (&keys)[kQuad]) const {
-    Element values[kQuad];
-    bool eligible[kQuad];
-    load_quad(entropy + index, values);
-    load_quad(mask + index, eligible);
+  __device__ __forceinline__ TokenPack<Key> load(int64_t index) const {
+    const TokenPack<Element> values = TokenPack<Element>::load(entropy + index);
+    const TokenPack<bool> eligible = TokenPack<bool>::load(mask + index);
+    TokenPack<Key> keys;
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      keys[j] = eligible[j] ? selection_key(load_value(values[j])) : kIneligibleKey<Key>;
+    for (int j = 0; j < kPackTokens; ++j) {
+      keys.values[j] =
+          eligible.values[j] ? selection_key(load_value(values.values[j])) : kIneligibleKey<Key>;
     }
+    return keys;
   }
   __device__ __forceinline__ Key operator[](int64_t index) const {
     return mask[index] ? selection_key(load_value(entropy[index])) : kIneligibleKey<Key>;
   }
 };
 
-// Keys that are there.
+// Keys that are in memory.
 template <class K>
 struct GivenKeys {
   using Key = K;
   const Key* keys;  // [rows, columns]
 
-  __device__ __forceinline__ bool aligned(int64_t index) const { return is_quad(keys + index); }
-  __device__ __forceinline__ void load(int64_t index, Key (&to)[kQuad]) const {
-    load_quad(keys + index, to);
+  __device__ __forceinline__ bool aligned(int64_t index) const {
+    return TokenPack<Key>::is_aligned(keys + index);
+  }
+  __device__ __forceinline__ TokenPack<Key> load(int64_t index) const {
+    return TokenPack<Key>::load(keys + index);
   }
   __device__ __forceinline__ Key operator[](int64_t index) const { return keys[index]; }
 };
 
 // Calls f(i, keys of begin + i and the next three) for this thread's share of [begin, begin +
-// size); keys beyond the end are kIneligibleKey. All threads of the block go around together.
+// size); keys beyond the end are kIneligibleKey. All threads of the block make the same number of
+// calls, so that f may contain barriers.
 template <class Keys, class F>
-__device__ __forceinline__ void for_each_four(const Keys& keys, int64_t begin, int64_t size, F f) {
+__device__ __forceinline__ void for_each_pack(const Keys& keys, int64_t begin, int64_t size, F f) {
   using Key = typename Keys::Key;
   const bool aligned = keys.aligned(begin);
-  for (int64_t round = 0; round < size; round += kQuad * blockDim.x) {
-    const int64_t i = round + kQuad * threadIdx.x;
-    Key four[kQuad];
-    if (aligned && i + kQuad <= size) {
-      keys.load(begin + i, four);
+  for (int64_t round = 0; round < size; round += kPackTokens * blockDim.x) {
+    const int64_t i = round + kPackTokens * threadIdx.x;
+    TokenPack<Key> pack;
+    if (aligned && i + kPackTokens <= size) {
+      pack = keys.load(begin + i);
     } else {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
-        four[j] = i + j < size ? keys[begin + i + j] : kIneligibleKey<Key>;
+      for (int j = 0; j < kPackTokens; ++j) {
+        pack.values[j] = i + j < size ? keys[begin + i + j] : kIneligibleKey<Key>;
       }
     }
-    f(i, four);
+    f(i, pack.values);
   }
 }
 
 // ---- Digits ----
 
-// The digit that a pass finds: the bits [shift, shift + bits) of a key.
+// The digit that a pass finds: bits [shift, shift + bits) of a key.
 template <class Key>
 struct Digit {
   static constexpr int kKeyBits = 8 * static_cast<int>(sizeof(Key));
@@ -103,18 +107,20 @@ struct Digit {
   }
 };
 
-// Of a segment, as far as its digits are found.
+// What the passes have found of a segment's k-th largest key.
 template <class Key, class Count = uint32_t>
 struct RadixCut {
   Key prefix;    // the digits found; after the last pass the k-th largest key
   Key eligible;  // keys in the segment; a Key, so that the struct has no padding
-  Count rank;    // which of the keys that share the prefix, from the largest, 1 up; 0: none is kept
-  Count equal;   // how many share it
+  Count rank;    // of the keys that share the prefix, the k-th largest is the rank-th
+  Count equal;   // how many keys share the prefix; 0: the segment keeps nothing
 
+  __device__ __forceinline__ bool keeps_nothing() const { return equal == 0; }
   __device__ __forceinline__ bool keeps_all_ties() const { return rank == equal; }
 };
 
-// Which key of n, counted from the largest, decides; 0: none.
+// The rank, counted from the largest of n keys, of the key at which the rule cuts; 0: nothing is
+// kept.
 template <class Count>
 __device__ __forceinline__ Count deciding_rank(Count n, const SelectionRule& rule) {
   if (n == 0) return 0;
@@ -133,13 +139,14 @@ struct RadixShared {
   RadixCut<Key, Count> cut;
 };
 
-// `cut` with the digit at `shift` found in the histogram of the keys that share its prefix; the
-// rule tells `is_first` which of them decides. All threads of the block call it; all return it.
+// Adds to `cut` the digit at `shift`, from the histogram of the keys that share its prefix. In the
+// first pass (`is_first`) the rule gives the rank. All threads of the block call it; all return the
+// result.
 template <class Key, class Count>
 __device__ __forceinline__ RadixCut<Key, Count> with_digit(
     const Count* histogram /*[digits]*/, int digits, const RadixCut<Key, Count>& cut, bool is_first,
     int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
-  // Thread t looks after the t-th run of digits from the highest down.
+  // Thread t takes the t-th run of digits from the highest down.
   const int run = (digits + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int highest = digits - 1 - static_cast<int>(threadIdx.x) * run;
   Count own = 0;
@@ -160,18 +167,18 @@ __device__ __forceinline__ RadixCut<Key, Count> with_digit(
   return shared->cut;
 }
 
-// Adds the keys of one tile that share the prefix; ineligible ones do not count.
+// Counts the eligible keys of one tile that share the prefix.
 template <class Keys>
 __device__ __forceinline__ void count_digits(const Keys& keys, int64_t begin, int64_t size,
                                              int pass, typename Keys::Key prefix,
                                              uint32_t* histogram /*[kDigits], shared*/) {
   using Key = typename Keys::Key;
   const Digit<Key> digit(pass);
-  for_each_four(keys, begin, size, [&](int64_t, const Key(&four)[kQuad]) {
+  for_each_pack(keys, begin, size, [&](int64_t, const Key(&pack)[kPackTokens]) {
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      if (four[j] != kIneligibleKey<Key> && digit.is_candidate(four[j], prefix)) {
-        atomicAdd(&histogram[digit.of(four[j])], 1u);
+    for (int j = 0; j < kPackTokens; ++j) {
+      if (pack[j] != kIneligibleKey<Key> && digit.is_candidate(pack[j], prefix)) {
+        atomicAdd(&histogram[digit.of(pack[j])], 1u);
       }
     }
   });
@@ -181,7 +188,7 @@ __device__ __forceinline__ void clear_digits(uint32_t* histogram /*[kDigits]*/) 
   for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) histogram[digit] = 0;
 }
 
-// Adds a histogram to one that other blocks add to as well.
+// Adds a block's histogram to one that other blocks add to as well.
 template <class Count>
 __device__ __forceinline__ void add_digits(const uint32_t* histogram /*[kDigits], shared*/,
                                            Count* sums /*[digits]*/) {
@@ -192,51 +199,41 @@ __device__ __forceinline__ void add_digits(const uint32_t* histogram /*[kDigits]
 
 // ---- From the last cut to the mask ----
 
-// Keys that exceed `key` least: the smallest of those, in one tile.
+// The smallest key of a tile that is larger than `key`.
 template <class Keys>
 __device__ __forceinline__ typename Keys::Key smallest_above(const Keys& keys, int64_t begin,
                                                              int64_t size, typename Keys::Key key) {
   using Key = typename Keys::Key;
   Key smallest = kNaNKey<Key>;
-  for_each_four(keys, begin, size, [&](int64_t, const Key(&four)[kQuad]) {
+  for_each_pack(keys, begin, size, [&](int64_t, const Key(&pack)[kPackTokens]) {
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      if (four[j] > key && four[j] < smallest) smallest = four[j];
+    for (int j = 0; j < kPackTokens; ++j) {
+      if (pack[j] > key && pack[j] < smallest) smallest = pack[j];
     }
   });
   return smallest;
 }
 
-// Whether the quantile lies between the deciding key and the next larger one.
+// Whether the quantile lies between the cut and the next larger key.
 template <class Key>
 __device__ __forceinline__ bool needs_next_key(const RadixCut<Key>& cut,
                                                const SelectionRule& rule) {
   return rule.rule == TopRule::kQuantile && cut.rank == 1 &&
          quantile_position(static_cast<int64_t>(cut.eligible), rule.ratio).weight > 0.0;
 }
-// Whether some keys equal to the deciding one are kept and others are not.
+// Whether only some of the keys equal to the cut are kept.
 template <class Key>
 __device__ __forceinline__ bool splits_ties(const RadixCut<Key>& cut, const SelectionRule& rule) {
   return rule.rule == TopRule::kTopK && !cut.keeps_all_ties();
 }
 
-// The smallest key that is kept where no ties are split; `next` as needs_next_key asks.
+// The smallest key that is kept if no ties are split. `next` is used if needs_next_key.
 template <class Key>
 __device__ __forceinline__ Key smallest_kept(const RadixCut<Key>& cut, Key next,
                                              const SelectionRule& rule) {
   if (!needs_next_key(cut, rule)) return cut.prefix;
   return quantile_key(cut.prefix, next,
                       quantile_position(static_cast<int64_t>(cut.eligible), rule.ratio).weight);
-}
-
-__device__ __forceinline__ void store_four(const bool (&kept)[kQuad], int64_t i, int64_t size,
-                                           uint8_t* out /*[size]*/) {
-  const uint8_t bytes[kQuad] = {kept[0], kept[1], kept[2], kept[3]};
-  if (i + kQuad <= size && is_quad(out + i)) return store_quad(bytes, out + i);
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    if (i + j < size) out[i + j] = bytes[j];
-  }
 }
 
 __device__ __forceinline__ void fill_zero_bytes(uint8_t* out /*[size]*/, int64_t size) {
@@ -248,9 +245,11 @@ template <class Keys>
 __device__ __forceinline__ void mask_from(const Keys& keys, int64_t begin, int64_t size,
                                           typename Keys::Key key, uint8_t* out /*[size]*/) {
   using Key = typename Keys::Key;
-  for_each_four(keys, begin, size, [&](int64_t i, const Key(&four)[kQuad]) {
-    const bool kept[kQuad] = {four[0] >= key, four[1] >= key, four[2] >= key, four[3] >= key};
-    store_four(kept, i, size, out);
+  for_each_pack(keys, begin, size, [&](int64_t i, const Key(&pack)[kPackTokens]) {
+    TokenPack<uint8_t> kept;
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) kept.values[j] = pack[j] >= key;
+    store_tokens(kept, size - i, out + i);
   });
 }
 
@@ -262,32 +261,32 @@ __device__ __forceinline__ uint32_t mask_first_ties(const Keys& keys, int64_t be
                                                     uint8_t* out /*[size]*/) {
   using Key = typename Keys::Key;
   uint32_t before_round = 0;
-  for_each_four(keys, begin, size, [&](int64_t i, const Key(&four)[kQuad]) {
+  for_each_pack(keys, begin, size, [&](int64_t i, const Key(&pack)[kPackTokens]) {
     uint32_t own = 0;
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) own += four[j] == key;
+    for (int j = 0; j < kPackTokens; ++j) own += pack[j] == key;
     uint32_t total;
     uint32_t rank = before_round + block_exclusive_scan(own, &total, shared_counts);
-    bool kept[kQuad];
+    TokenPack<uint8_t> kept;
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      const bool tie = four[j] == key;
-      kept[j] = four[j] > key || (tie && rank < ties);
+    for (int j = 0; j < kPackTokens; ++j) {
+      const bool tie = pack[j] == key;
+      kept.values[j] = pack[j] > key || (tie && rank < ties);
       rank += tie;
     }
-    store_four(kept, i, size, out);
+    store_tokens(kept, size - i, out + i);
     before_round += total;
   });
   return before_round;
 }
 
-// What every kernel here reads. Rows are taken in `row_order`; segments are runs of rows with one
-// id, or each row by itself where `ids` is null.
+// The inputs of the kernels. Rows are taken in `row_order`. A segment is a run of rows with the
+// same id, or one row if `ids` is null.
 template <class Keys>
 struct RadixInputs {
   Keys keys;                 // [rows, columns]
   const int64_t* ids;        // [rows] ascending, or null
-  const int64_t* row_order;  // [rows], or null: as they lie
+  const int64_t* row_order;  // [rows], or null: 0, 1, 2, ...
   TileLayout layout;
   SelectionRule rule;
 
@@ -296,7 +295,7 @@ struct RadixInputs {
     const int64_t row = layout.row(tile);
     return (row_order ? row_order[row] : row) * layout.columns + layout.column(tile);
   }
-  // First row of a row's segment, by which the segment is known.
+  // The first row of a row's segment, which identifies the segment.
   __device__ __forceinline__ int64_t segment_begin(int64_t row) const {
     if (!ids) return row;
     int64_t begin = 0;
@@ -360,7 +359,7 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
     const Key smallest = smallest_kept(cut, next, in.rule);
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t begin = in.begin(tile);
-      if (cut.rank == 0) {
+      if (cut.keeps_nothing()) {
         fill_zero_bytes(mask + begin, layout.size(tile));
       } else {
         mask_from(in.keys, begin, layout.size(tile), smallest, mask + begin);
@@ -371,12 +370,12 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
 
 // ---- A block a tile ----
 
-// What the passes hand on, for every segment at the index of its first row.
+// What the kernels pass on, for every segment at the index of its first row.
 template <class Key>
 struct RadixState {
-  uint32_t* histograms;  // [passes, rows, kDigits], zero at the start; null: the cuts are there
+  uint32_t* histograms;  // [passes, rows, kDigits], zero at the start; null if the cuts are given
   RadixCut<Key>* cuts;   // [passes, rows]
-  Key* tile_values;      // [tiles]: ties in the tile, or the smallest key above the deciding one
+  Key* tile_values;      // [tiles]: ties in the tile, or its smallest key above the cut
   int64_t rows;
 
   __device__ __forceinline__ uint32_t* histogram(int pass, int64_t segment) const {
@@ -387,7 +386,7 @@ struct RadixState {
   }
 };
 
-// A segment's cut after `pass`, whose histogram is complete; kept for the next kernel.
+// A segment's cut after `pass`, from its complete histogram; stored for the next kernel.
 template <class Keys>
 __device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
     const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state, int pass,
@@ -408,46 +407,42 @@ __global__ void radix_histogram_kernel(RadixInputs<Keys> in, RadixState<typename
   using Key = typename Keys::Key;
   __shared__ uint32_t histogram[kDigits];
   __shared__ RadixShared<Key> shared;
-  for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
-    const int64_t segment = in.segment_begin(in.layout.row(tile));
-    RadixCut<Key> cut{};
-    if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
-    clear_digits(histogram);
-    __syncthreads();
-    count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
-    __syncthreads();
-    add_digits(histogram, state.histogram(pass, segment));
-    // The next tile's histogram may not be cleared before this one is added.
-    __syncthreads();
-  }
+  const int64_t tile = blockIdx.x;
+  const int64_t segment = in.segment_begin(in.layout.row(tile));
+  RadixCut<Key> cut{};
+  if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
+  clear_digits(histogram);
+  __syncthreads();
+  count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
+  __syncthreads();
+  add_digits(histogram, state.histogram(pass, segment));
 }
 
 template <class Keys>
 __global__ void radix_ties_kernel(RadixInputs<Keys> in, RadixState<typename Keys::Key> state) {
   using Key = typename Keys::Key;
   __shared__ RadixShared<Key> shared;
-  for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
-    const int64_t segment = in.segment_begin(in.layout.row(tile));
-    constexpr int kLast = Digit<Key>::kPasses - 1;
-    const RadixCut<Key> cut = state.histograms ? cut_after(in, state, kLast, segment, tile, &shared)
-                                               : *state.cut(kLast, segment);
-    const int64_t begin = in.begin(tile);
-    const int64_t size = in.layout.size(tile);
-    Key value = 0;
-    if (splits_ties(cut, in.rule)) {
-      for_each_four(in.keys, begin, size, [&](int64_t, const Key(&four)[kQuad]) {
+  const int64_t tile = blockIdx.x;
+  const int64_t segment = in.segment_begin(in.layout.row(tile));
+  constexpr int kLast = Digit<Key>::kPasses - 1;
+  const RadixCut<Key> cut = state.histograms ? cut_after(in, state, kLast, segment, tile, &shared)
+                                             : *state.cut(kLast, segment);
+  const int64_t begin = in.begin(tile);
+  const int64_t size = in.layout.size(tile);
+  Key value = 0;
+  if (splits_ties(cut, in.rule)) {
+    for_each_pack(in.keys, begin, size, [&](int64_t, const Key(&pack)[kPackTokens]) {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) value += four[j] == cut.prefix;
-      });
-      value = block_reduce(value, Key{0}, Plus{}, shared.keys);
-    } else if (needs_next_key(cut, in.rule)) {
-      value = block_reduce(smallest_above(in.keys, begin, size, cut.prefix), kNaNKey<Key>,
-                           SmallerKey{}, shared.keys);
-    } else {
-      continue;
-    }
-    if (threadIdx.x == 0) state.tile_values[tile] = value;
+      for (int j = 0; j < kPackTokens; ++j) value += pack[j] == cut.prefix;
+    });
+    value = block_reduce(value, Key{0}, Plus{}, shared.keys);
+  } else if (needs_next_key(cut, in.rule)) {
+    value = block_reduce(smallest_above(in.keys, begin, size, cut.prefix), kNaNKey<Key>,
+                         SmallerKey{}, shared.keys);
+  } else {
+    return;
   }
+  if (threadIdx.x == 0) state.tile_values[tile] = value;
 }
 
 template <class Keys>
@@ -455,40 +450,35 @@ __global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys
                                   uint8_t* mask /*[rows, columns]*/) {
   using Key = typename Keys::Key;
   __shared__ RadixShared<Key> shared;
-  for (int64_t tile = blockIdx.x; tile < in.layout.tiles(); tile += gridDim.x) {
-    const int64_t segment = in.segment_begin(in.layout.row(tile));
-    const RadixCut<Key> cut = *state.cut(Digit<Key>::kPasses - 1, segment);
-    const int64_t begin = in.begin(tile);
-    const int64_t size = in.layout.size(tile);
-    const int64_t first = segment * in.layout.tiles_per_row;
-    if (splits_ties(cut, in.rule)) {
-      Key before = 0;
-      for (int64_t i = first + threadIdx.x; i < tile; i += blockDim.x)
-        before += state.tile_values[i];
-      before = block_reduce(before, Key{0}, Plus{}, shared.keys);
-      const uint32_t ties = before < cut.rank ? cut.rank - static_cast<uint32_t>(before) : 0;
-      mask_first_ties(in.keys, begin, size, cut.prefix, ties, shared.counts, mask + begin);
-      continue;
-    }
-    if (cut.rank == 0) {
-      fill_zero_bytes(mask + begin, size);
-      continue;
-    }
-    Key next = kNaNKey<Key>;
-    if (needs_next_key(cut, in.rule)) {
-      const int64_t last = in.segment_end(segment) * in.layout.tiles_per_row;
-      for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
-        next = SmallerKey{}(next, state.tile_values[i]);
-      }
-      next = block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared.keys);
-    }
-    mask_from(in.keys, begin, size, smallest_kept(cut, next, in.rule), mask + begin);
+  const int64_t tile = blockIdx.x;
+  const int64_t segment = in.segment_begin(in.layout.row(tile));
+  const RadixCut<Key> cut = *state.cut(Digit<Key>::kPasses - 1, segment);
+  const int64_t begin = in.begin(tile);
+  const int64_t size = in.layout.size(tile);
+  const int64_t first = segment * in.layout.tiles_per_row;
+  if (splits_ties(cut, in.rule)) {
+    Key before = 0;
+    for (int64_t i = first + threadIdx.x; i < tile; i += blockDim.x) before += state.tile_values[i];
+    before = block_reduce(before, Key{0}, Plus{}, shared.keys);
+    const uint32_t ties = before < cut.rank ? cut.rank - static_cast<uint32_t>(before) : 0;
+    mask_first_ties(in.keys, begin, size, cut.prefix, ties, shared.counts, mask + begin);
+    return;
   }
+  if (cut.keeps_nothing()) return fill_zero_bytes(mask + begin, size);
+  Key next = kNaNKey<Key>;
+  if (needs_next_key(cut, in.rule)) {
+    const int64_t last = in.segment_end(segment) * in.layout.tiles_per_row;
+    for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
+      next = SmallerKey{}(next, state.tile_values[i]);
+    }
+    next = block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared.keys);
+  }
+  mask_from(in.keys, begin, size, smallest_kept(cut, next, in.rule), mask + begin);
 }
 
-// ---- Keys that several processes hold, which add up their counts between the kernels ----
+// ---- Keys that several processes hold ----
 
-// Of the keys that have the digits of `key` above that of `pass`, how many have which digit there.
+// Counts the digits at `pass` of the keys that share the higher digits of `key`.
 template <class Keys>
 __global__ void radix_counts_kernel(Keys keys, TileLayout layout, int pass,
                                     const int64_t* key /*[1], or null in the first pass*/,
@@ -498,15 +488,14 @@ __global__ void radix_counts_kernel(Keys keys, TileLayout layout, int pass,
   const Key prefix = key ? static_cast<Key>(*key) : 0;
   clear_digits(histogram);
   __syncthreads();
-  for (int64_t tile = blockIdx.x; tile < layout.tiles(); tile += gridDim.x) {
-    count_digits(keys, layout.begin(tile), layout.size(tile), pass, prefix, histogram);
-  }
+  count_digits(keys, layout.begin(blockIdx.x), layout.size(blockIdx.x), pass, prefix, histogram);
   __syncthreads();
   add_digits(histogram, counts);
 }
 
-// Puts the digit of the k-th largest of the counted keys into `key`; of the keys with that digit it
-// is the k_left-th. One block. k is held between 0 and the number of keys; 0 finds all bits set.
+// Writes to `found` the higher digits of `key` and the digit of the k-th largest of the counted
+// keys, which is the k_left-th largest of the keys with that digit. k is clamped to the number of
+// keys; for k <= 0 all bits of `found` are set. One block.
 template <class Count>
 __global__ void radix_key_kernel(const Count* counts /*[digits]*/, int digits, int shift,
                                  const int64_t* key /*[1], or null in the first pass*/,
@@ -534,16 +523,13 @@ __global__ void radix_next_key_kernel(Keys keys, TileLayout layout, const int64_
                                       signed_key_t<typename Keys::Key>* next /*[1]*/) {
   using Key = typename Keys::Key;
   __shared__ Key shared[kMaxWarps];
-  Key smallest = kNaNKey<Key>;
-  for (int64_t tile = blockIdx.x; tile < layout.tiles(); tile += gridDim.x) {
-    smallest = SmallerKey{}(smallest, smallest_above(keys, layout.begin(tile), layout.size(tile),
-                                                     static_cast<Key>(*key)));
-  }
+  Key smallest = smallest_above(keys, layout.begin(blockIdx.x), layout.size(blockIdx.x),
+                                static_cast<Key>(*key));
   smallest = block_reduce(smallest, kNaNKey<Key>, SmallerKey{}, shared);
   if (threadIdx.x == 0) atomicMin(next, signed_key(smallest));
 }
 
-// What the processes found, in device memory; either of `ties` and `next` may be null.
+// What the processes found, in device memory; `ties` and `next` may be null.
 struct FoundOnDevice {
   const int64_t* key;   // [1]
   const int64_t* k;     // [1]
@@ -553,7 +539,7 @@ struct FoundOnDevice {
   const double* weight;  // [1]
 };
 
-// How a process cuts its keys, as the last pass of a state without histograms, and the lowest value
+// Writes the cut of one process's keys as the last pass of a RadixState does, and the lowest value
 // that any process keeps. One block.
 template <class Key>
 __global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* radix_cut /*[1]*/,
@@ -564,7 +550,7 @@ __global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* rad
   if (found.ties) {
     int64_t before = 0;
     for (int i = threadIdx.x; i < found.process; i += blockDim.x) before += found.ties[i];
-    before = block_reduce(before, int64_t{0}, AddCounts{}, shared);
+    before = block_reduce(before, int64_t{0}, Plus{}, shared);
     cut = cut_ties<Key>(key, before, found.ties[found.process]);
   } else if (found.next) {
     const Key next = unsigned_key<Key>(*static_cast<const signed_key_t<Key>*>(found.next));
@@ -573,7 +559,10 @@ __global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* rad
     cut = cut_at<Key>(key);
   }
   if (threadIdx.x == 0) {
-    *radix_cut = {cut.key, 0, static_cast<uint32_t>(cut.ties), static_cast<uint32_t>(cut.equal)};
+    // Only whether rank and equal differ matters, and that equal is not 0: keys above the cut are
+    // kept even where none equals it.
+    const uint32_t ties = cut.keeps_all_ties ? 1 : static_cast<uint32_t>(cut.ties);
+    *radix_cut = {cut.key, 0, ties, cut.keeps_all_ties ? ties : ties + 1};
     *lowest = cut.lowest;
   }
 }

@@ -1,10 +1,10 @@
 // Probability ratios from log-probs, with the clamps that keep them finite; host and device.
-// Here and in the losses conditions are joined by & and |, and values selected: && and || are
-// branches, over which the host's loops do not vectorise.
+// Here and in the losses, conditions are joined by & and |, and values are selected: && and || are
+// branches, and the host's loops would not vectorise.
 #pragma once
 
-#include "aggregate.h"
 #include "exp_log.h"
+#include "token_loss_math.h"
 
 namespace entropy_rl {
 
@@ -26,7 +26,7 @@ ENTROPY_RL_HD inline float ratio_log(float x) {
 }
 ENTROPY_RL_HD inline double ratio_log(double x) { return log(x); }
 
-// Comparisons with NaN are false, so that NaN stays.
+// NaN stays NaN, since comparisons with it are false.
 template <class T>
 ENTROPY_RL_HD inline T clamped(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
@@ -36,7 +36,8 @@ ENTROPY_RL_HD inline bool within(T x, T low, T high) {
   return (x >= low) & (x <= high);
 }
 
-// d clamped to [-20, 20], its exponential, and whether d is inside, where alone it has a gradient.
+// d clamped to [-20, 20], its exponential, and whether d is inside, since only then is there a
+// gradient.
 template <class T>
 struct ClampedRatio {
   T log_ratio;

@@ -1,5 +1,5 @@
-// Where row r of a [..., vocab] tensor begins: leading dimensions of any strides, expanded (stride
-// 0) and sliced ones included, so that logits[:, -response_length - 1 : -1] needs no copy.
+// Where row r of a [..., vocab] tensor begins. Leading dimensions may have any strides, also those
+// of expanded (stride 0) and sliced tensors, so logits[:, -response_length - 1 : -1] needs no copy.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ struct RowLayout {
   ENTROPY_RL_HD int64_t offset(int64_t row) const {
     int64_t offset = 0;
 #if defined(__CUDACC__)
-    // A loop left rolled would index the kernel's parameters at run time: a copy in local memory.
+    // Not unrolled, the loop would index the kernel's parameters at run time, and so copy them to
+    // local memory.
 #pragma unroll
 #endif
     for (int i = 0; i < kMaxDims; ++i) {

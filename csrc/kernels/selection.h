@@ -1,9 +1,10 @@
-// What it takes to select the largest values exactly, shared by host and device.
+// Exact selection of the largest values; host and device.
 //
-// Values are compared as unsigned keys of the same order: NaN (of either sign) is the highest key,
-// -0.0 equals +0.0, and key 0, below that of -inf, marks an element that is not eligible. Keys make
-// the choice a matter of integers, so that it is the same on every device and for every split of
-// the work. The few float64 operations (rank and threshold) run as written: no fused multiply-add.
+// Values are compared as unsigned integer keys of the same order: NaN (of either sign) has the
+// highest key, -0.0 equals +0.0, and key 0, below the key of -inf, marks an element that is not
+// eligible. The choice depends on integers alone, so it is the same on every device and for every
+// split of the work. The few float64 operations (rank and threshold) are not contracted to fused
+// multiply-adds.
 #pragma once
 
 #include <cmath>
@@ -43,8 +44,8 @@ inline constexpr Key kIneligibleKey = 0;
 template <class Key>
 inline constexpr Key kNaNKey = ~Key{0};
 
-// Keys are searched from their highest bits down, a digit at a time: kDigitBits bits, the last
-// digit what is left.
+// A key is found digit by digit from its highest bits down. A digit has kDigitBits bits; the last
+// one has those that are left.
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 
@@ -53,7 +54,7 @@ constexpr int digit_bits(int key_bits, int shift) {
   return shift > 0 ? kDigitBits : (key_bits - 1) % kDigitBits + 1;
 }
 
-// Keys as signed integers of the same order, for what knows no others.
+// Keys as signed integers of the same order, which torch and atomicMin can compare.
 template <class Key>
 using signed_key_t = std::conditional_t<sizeof(Key) == sizeof(int64_t), long long, int>;
 
@@ -66,8 +67,8 @@ ENTROPY_RL_HD inline Key unsigned_key(signed_key_t<Key> key) {
   return static_cast<Key>(key) ^ KeyTraits<Key>::kSign;
 }
 
-// Order-preserving key of a float or double; never kIneligibleKey. Integer operations only: a
-// comparison of floats would take subnormal numbers for zero where the host or the compiler flushes
+// Order-preserving key of a float or double; never kIneligibleKey. Integer operations only, because
+// a comparison of floats treats subnormal numbers as zero where the host or the compiler flushes
 // them.
 template <class Value>
 ENTROPY_RL_HD inline selection_key_t<Value> selection_key(Value value) {
@@ -91,11 +92,10 @@ ENTROPY_RL_HD inline typename KeyTraits<Key>::Value selection_value(Key key) {
   return value;
 }
 
-// `value` as it is after rounding: the compiler cannot fuse the operation that made it with the
-// next.
+// Returns `value`, and keeps the compiler from fusing the operation that computed it with the next.
 ENTROPY_RL_HD inline double rounded(double value) {
 #if defined(__CUDA_ARCH__)
-  // A volatile would lie in local memory; this addition changes nothing and is never fused.
+  // A volatile variable would be in local memory. This addition changes nothing and is never fused.
   return __dadd_rn(value, -0.0);
 #else
   volatile double result = value;
@@ -103,16 +103,16 @@ ENTROPY_RL_HD inline double rounded(double value) {
 #endif
 }
 
-// How many of n > 0 eligible elements `ratio` in (0, 1] keeps: max(1, int(n * ratio + 0.9999)), the
-// expression of the paper's authors, and never more than n.
+// How many of n > 0 eligible elements are kept at `ratio` in (0, 1]: max(1, int(n * ratio +
+// 0.9999)), the expression of the paper's authors, and at most n.
 ENTROPY_RL_HD inline int64_t top_count(int64_t n, double ratio) {
   const double product = rounded(static_cast<double>(n) * ratio);
   const int64_t count = static_cast<int64_t>(product + 0.9999);
   return count < 1 ? 1 : count > n ? n : count;
 }
 
-// Where the (1 - ratio) quantile of n > 0 ascending values lies: `weight` of the way from value
-// number `lower` to the next one, counted from 0. A next one exists where weight > 0.
+// The (1 - ratio) quantile of n > 0 ascending values is `weight` of the way from value number
+// `lower`, counted from 0, to the next one. If weight > 0, there is a next one.
 struct QuantilePosition {
   int64_t lower;
   double weight;
@@ -125,8 +125,8 @@ ENTROPY_RL_HD inline QuantilePosition quantile_position(int64_t n, double ratio)
 }
 
 // Key of the value `weight` of the way between two neighbours, interpolated in float64 and rounded
-// to their own type. Equal neighbours give that value, also where they are infinite; from -inf
-// there is no way up, so -inf stays; NaN above gives NaN.
+// to their type. Equal neighbours give their value, also if it is infinite. A lower neighbour of
+// -inf gives -inf, an upper neighbour of NaN gives NaN.
 template <class Key>
 ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
   using Value = typename KeyTraits<Key>::Value;
@@ -137,38 +137,38 @@ ENTROPY_RL_HD inline Key quantile_key(Key lower, Key upper, double weight) {
   if (low == -INFINITY) return lower;
   const double step = rounded(weight * rounded(high - low));
   const Key key = selection_key(static_cast<Value>(low + step));
-  // Rounding may not lift the threshold above the value that it interpolates towards.
+  // Rounding must not lift the threshold above the upper neighbour.
   return key < upper ? key : upper;
 }
 
 // ---- Keys that several processes hold ----
 
-// One process's part of the choice: it keeps its keys above `key` and the first `ties` of the
-// `equal` that equal it.
+// One process's part of the choice: it keeps its keys above `key`, and of the keys equal to `key`
+// all, or the first `ties`.
 template <class Key>
 struct ProcessCut {
   Key key;
-  int64_t ties;
-  int64_t equal;                          // ties == equal: all of them, however many they are
-  typename KeyTraits<Key>::Value lowest;  // that any process keeps; inf for NaN, 0 where none does
+  bool keeps_all_ties;
+  int64_t ties;                           // not used if all are kept
+  typename KeyTraits<Key>::Value lowest;  // value kept by any process; inf for NaN, 0 for none
 };
 
-// What the processes found together.
+// The k-th largest key over all processes.
 struct FoundKey {
-  int64_t bits;  // the deciding key
-  int64_t k;     // which of those equal to it, from the largest; <= 0: there is none
+  int64_t bits;  // the key
+  int64_t k;  // how many of the keys equal to it are among the k largest; <= 0: nothing is selected
 };
 
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> no_cut() {
-  return {kNaNKey<Key>, 0, 1, 0};
+  return {kNaNKey<Key>, false, 0, 0};
 }
 
-// Keeps all keys equal to `key` and larger ones, of all processes; `lowest` of these decides.
+// Keeps the keys from `key` up in every process; `lowest` is the smallest of these.
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_at(Key key, Key lowest) {
   const auto infinity = static_cast<typename KeyTraits<Key>::Value>(INFINITY);
-  return {key, 1, 1, lowest == kNaNKey<Key> ? infinity : selection_value(lowest)};
+  return {key, true, 0, lowest == kNaNKey<Key> ? infinity : selection_value(lowest)};
 }
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_at(const FoundKey& found) {
@@ -176,22 +176,22 @@ ENTROPY_RL_HD inline ProcessCut<Key> cut_at(const FoundKey& found) {
   return found.k > 0 ? cut_at(key, key) : no_cut<Key>();
 }
 
-// Keeps k of the equal keys, those of the first processes: this one holds `ties`, and those before
-// it `ties_before`.
+// Keeps k of the equal keys, those of the first processes. This process holds `ties` of them, and
+// the processes before it hold `ties_before`.
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_ties(const FoundKey& found, int64_t ties_before,
                                               int64_t ties) {
   ProcessCut<Key> cut = cut_at<Key>(found);
   const int64_t left = found.k - ties_before;
   if (found.k > 0 && left < ties) {
+    cut.keeps_all_ties = false;
     cut.ties = left > 0 ? left : 0;
-    cut.equal = ties;
   }
   return cut;
 }
 
-// Cuts `weight` of the way from the found key to the next value up, for which `next` is the
-// smallest larger key: where the key occurs more than once, that value is the same.
+// Cuts `weight` of the way from the found key to the next value up. That value is the same one if
+// the key occurs more than once, and otherwise `next`, the smallest larger key.
 template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_quantile(const FoundKey& found, Key next, double weight) {
   if (found.k <= 0) return no_cut<Key>();

@@ -1,6 +1,6 @@
-// Reductions and scans over the threads of a warp and of a block. Combination order depends on the
-// block size alone, so results are the same in every run.
-// Under nvcc this is CUDA; the host tests compile the same text against their SIMT shim.
+// Reductions and scans over the threads of a warp and of a block. The order of combination depends
+// on the block size alone, so results are the same in every run. nvcc compiles this as CUDA; the
+// host tests compile it against their SIMT shim.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -22,16 +22,6 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kFullMask, value, lane_mask);
 }
 
-template <class Acc>
-__device__ __forceinline__ OnlineSoftmax<Acc> shuffle_xor(const OnlineSoftmax<Acc>& value,
-                                                          int lane_mask) {
-  OnlineSoftmax<Acc> out;
-  out.max = shuffle_xor(value.max, lane_mask);
-  out.sum = shuffle_xor(value.sum, lane_mask);
-  out.dot = shuffle_xor(value.dot, lane_mask);
-  return out;
-}
-
 // All 32 lanes call it; all return the combination of their values.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
@@ -51,12 +41,13 @@ struct Larger {
 
 struct Plus {
   template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
+  __device__ __forceinline__ T operator()(T a, const T& b) const {
+    a += b;
+    return a;
   }
 };
 
-// The partial rows of a warp's lanes as one, with one exponential a lane; all return it.
+// Combines the partial rows of a warp's lanes, with one exponential a lane; all return the result.
 template <class Acc>
 __device__ __forceinline__ OnlineSoftmax<Acc> warp_merge(const OnlineSoftmax<Acc>& state,
                                                          Acc inverse_temperature) {

@@ -1,4 +1,4 @@
-"""What the fake kernels check: the one thing that the compiled kernels are never asked about."""
+"""The check that only fake kernels can make: whether all tensors are on one device."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from torch import Tensor
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raises ValueError where a tensor is on another device than the first.
 
-    With a tensor on the meta device the dispatcher takes the fake kernel, whatever the others are on.
+    If any tensor is on the meta device, the dispatcher calls the fake kernel, and the compiled kernel checks nothing.
     """
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, *others = present

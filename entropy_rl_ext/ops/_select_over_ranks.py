@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._autograd import register_no_derivative
+from ._autograd import register_constant
 from ._fakes import check_same_device
 
 _DIGIT_BITS = 11
@@ -142,4 +142,4 @@ def _(
 
 
 for _op in ("counts", "key", "next_key", "at_key"):
-    register_no_derivative(f"global_top_mask_{_op}", "a selection of tokens has none")
+    register_constant(f"global_top_mask_{_op}")

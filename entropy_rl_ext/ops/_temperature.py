@@ -1,14 +1,13 @@
-"""`temperature` as callers give it (a number, or a tensor with one value a row) as the ops take it."""
+"""Converts `temperature`, a number or a tensor with one value a row, to the arguments of the ops."""
 
 import torch
 from torch import Tensor
 
 
 def temperature_tensor(temperature: float, row_temperature: Tensor | None) -> Tensor:
-    """The form in which the kernels' ops take it: 0-dim float64 on the CPU, or one value a row.
+    """The temperature as the `_forward` ops take it: 0-dim float64 on the CPU, or one value a row.
 
-    Written as a product because torch.compile keeps a factor symbolic where it would specialise on a fill
-    value or on a `float` argument.
+    torch.compile keeps a factor of a product symbolic; it would specialise on a fill value or a `float` argument.
     """
     if row_temperature is not None:
         return row_temperature

@@ -1,4 +1,4 @@
-"""aggregate: a [B, S] tensor averaged over its masked-in tokens to one number, as losses are."""
+"""aggregate: reduces a [B, S] tensor to one number over the tokens of a mask, as losses are reduced."""
 
 from typing import Any
 
@@ -26,18 +26,19 @@ def aggregate(
         seq-mean-token-sum-norm  the same, divided by loss_scale_factor
         seq-mean-token-mean      mean over rows of the mean over the row's tokens
 
-    all times dp_size. Tokens and rows count where the mask is nonzero; a row without tokens does not count, and
-    without any token the result is 0.
+    each times dp_size. Tokens count where the mask is nonzero, and rows where they have such a token. Without any
+    token the result is 0.
 
     Args:
         values: [B, S], float32, bfloat16, float16 or float64; differentiable.
-        mask: [B, S], any dtype, nonzero = in. A value that is out contributes exactly 0, even NaN.
+        mask: [B, S], any dtype, nonzero = in. A value outside the mask contributes exactly 0, even if it is NaN.
         loss_agg_mode: one of the names above.
         dp_size: data-parallel ranks whose gradients are averaged.
         batch_num_tokens: tokens to divide by in token-mean, over all ranks and micro-batches; this batch's
-            where None. A number or a 0-dim tensor on the device.
+            where None. A number or a 0-dim tensor on the device, 0 or above. On CUDA, where looking at a tensor's
+            value would wait for the device, one below 0 gives NaN.
         global_batch_size: rows to divide by in the means over rows, likewise.
-        loss_scale_factor: S where None.
+        loss_scale_factor: divisor of seq-mean-token-sum-norm; None: S.
 
     Returns:
         0-dim, float32 (float64 for float64 values).

@@ -106,7 +106,7 @@ def _totals(
     counts = torch.zeros(ranks.size + 1, dtype=torch.int64, device=inside.device)
     counts[ranks.own] = inside.sum()
     if ranks.own == 0:
-        counts[-1] = seed
+        counts[-1].fill_(seed)  # an assignment would copy the number from the host and wait
     # Summed in float64 and rounded to float32, the means do not depend on the order of the sum.
     sums = torch.stack([log_p.sum(dtype=torch.float64), advantage.sum(dtype=torch.float64)])
     ranks.all_reduce(counts)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._autograd import register_no_derivative
+from ._autograd import register_constant
 from ._fakes import check_same_device
 from ._select_over_ranks import Ranks, select_over_ranks
 
@@ -186,4 +186,4 @@ def _(
     return entropy.new_empty(entropy.shape, dtype=torch.bool)
 
 
-register_no_derivative("global_top_mask_forward", "a selection of tokens has none")
+register_constant("global_top_mask_forward")

@@ -29,13 +29,13 @@ def kl_loss(
         mse, k2          d^2 / 2
         low_var_kl, k3   e^-d + d - 1, d clamped to [-20, 20] and the result to [-10, 10]
 
-    and a final + (`k3+`) keeps the value but takes the gradient of k2, d, whose expectation is the gradient of
-    the KL divergence.
+    A final + (`k3+`) keeps the value and replaces its gradient by d, the gradient of k2, whose expectation is the
+    gradient of the KL divergence.
 
     Args:
-        log_prob: [B, S], float32, bfloat16, float16 or float64. It alone carries a gradient.
+        log_prob: [B, S], float32, bfloat16, float16 or float64. Only `log_prob` carries a gradient.
         ref_log_prob: [B, S].
-        response_mask: [B, S], any dtype, nonzero = in. A token that is out contributes exactly 0.
+        response_mask: [B, S], any dtype, nonzero = in. Other tokens contribute exactly 0.
         kl_loss_type: one of the names above.
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as in `aggregate`.
 

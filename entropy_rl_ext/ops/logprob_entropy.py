@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import register_no_derivative
+from ._autograd import register_autograd, register_no_derivative
 from ._fakes import check_same_device
 from ._temperature import split_temperature, temperature_tensor
 
@@ -23,20 +23,20 @@ def logprob_entropy(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; any strides (a copy is made only where the
             last dimension is not contiguous).
-        targets: [...], integer, in [0, V). Where `mask` is 0 a target may be anything (-100, say).
-        mask: [...], any dtype, nonzero = in. Rows left out are not read; they give 0 and a zero gradient.
+        targets: [...], integer, in [0, V). Where `mask` is 0 a target may have any value, such as -100.
+        mask: [...], any dtype; rows with 0 are not read, and their results and gradients are 0.
         temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
-        entropy_grad: whether the entropy carries a gradient: selection needs none, an entropy bonus does.
+        entropy_grad: whether the entropy carries a gradient; an entropy bonus needs it, selection does not.
 
     Returns:
         (log_prob, entropy), both [...], in nats, float32 (float64 for float64 logits). Arithmetic is float32
         (float64). The backward does not read rows whose incoming gradients are zero. -inf logits have
-        probability 0; a row that is all -inf, or holds +inf or NaN, gives NaN in its own row alone.
+        probability 0; a row that is all -inf, or holds +inf or NaN, gives NaN in its own row only.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a temperature that is not
-            above 0, a target outside the vocabulary. On CUDA, where looking would wait for the device, a bad
-            target or per-row temperature gives NaN for its own row instead.
+            above 0, a target outside the vocabulary. On CUDA, where reading the values would wait for the device,
+            a bad target or per-row temperature gives NaN for its own row instead.
     """
     number, row_temperature = split_temperature(temperature, logits)
     outputs: tuple[Tensor, Tensor] = torch.ops.entropy_rl.logprob_entropy(
@@ -60,13 +60,18 @@ def _logprob_entropy(
     return log_prob, entropy if entropy_grad else entropy.detach()
 
 
+# The kernels of logprob_entropy and token_entropy. Without targets log_prob is empty, of shape [0].
+
+
 @torch.library.register_fake("entropy_rl::logprob_entropy_forward")
-def _(logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, targets: Tensor | None, mask: Tensor | None, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(logits=logits, targets=targets, mask=mask)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[:-1]
     return (
-        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if targets is not None else 0, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty((*rows, 2), dtype=dtype),
     )
@@ -77,32 +82,32 @@ def _(
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     logits: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     mask: Tensor | None,
     temperature: Tensor,
     entropy: Tensor,
-    statistics: Tensor,
+    max_log_sum: Tensor,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, targets, mask, temperature = inputs
-    _, entropy, statistics = output
-    ctx.mark_non_differentiable(statistics)
+    log_prob, entropy, max_log_sum = output
+    ctx.mark_non_differentiable(max_log_sum, *([log_prob] if targets is None else []))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, temperature, entropy, statistics)
+    ctx.save_for_backward(logits, targets, mask, temperature, entropy, max_log_sum)
 
 
 def _backward(
     ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits, targets, mask, temperature, entropy, statistics = ctx.saved_tensors
+    logits, targets, mask, temperature, entropy, max_log_sum = ctx.saved_tensors
     grad_logits = torch.ops.entropy_rl.logprob_entropy_backward(
-        grad_log_prob, grad_entropy, logits, targets, mask, temperature, entropy, statistics
+        grad_log_prob, grad_entropy, logits, targets, mask, temperature, entropy, max_log_sum
     )
     return grad_logits, None, None, None
 
 
-torch.library.register_autograd("entropy_rl::logprob_entropy_forward", _backward, setup_context=_setup_context)
+register_autograd("logprob_entropy_forward", _backward, _setup_context, differentiable=1)
 register_no_derivative("logprob_entropy_backward", "second derivatives are not offered")

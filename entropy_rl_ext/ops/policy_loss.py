@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._loss import register_loss, scalar_tensor
 
-# The op gives all metrics; each loss reports those that mean something for it.
+# The op returns all metrics; each loss mode reports those that verl reports for it.
 _METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower", "actor/entropy_token_ratio")
 _UNREPORTED = {
     "gpg": {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"},
@@ -52,18 +52,18 @@ def policy_loss(
     """Policy loss over the selected response tokens, with verl's formulas, clamps and metric names.
 
     Every tensor is [B, S], of any strides, on one device. log-probs, advantages and weights are float32,
-    bfloat16, float16 or float64; masks are of any dtype, nonzero = in. A token that is out contributes exactly
-    0 to loss, gradient and metrics, whatever it holds; with nothing selected the loss is 0.
+    bfloat16, float16 or float64; masks are of any dtype, nonzero = in. Tokens outside the mask contribute exactly 0
+    to loss, gradient and metrics, even if they are NaN. If no token is selected the loss is 0.
 
     Args:
-        log_prob: log-probabilities under the policy that trains. They alone carry a gradient.
+        log_prob: log-probabilities under the policy that trains. Only they carry a gradient.
         old_log_prob: log-probabilities under the policy before this update.
         advantages: advantage of each token.
         response_mask: which tokens are response tokens.
         loss_mode: vanilla, gpg, clip_cov, kl_cov, gspo, geo_mean, dppo_tv, dppo_kl, sapo, dro or cispo.
         entropy_mask: which tokens train (see `global_top_mask`). It narrows `response_mask` where the loss is
-            aggregated; metrics, covariances and the sequence sums use all response tokens. gspo and geo_mean
-            weigh a sequence as a whole: they accept the mask, do not apply it, and warn once.
+            aggregated; metrics, covariances and the sequence sums use all response tokens. gspo and geo_mean have
+            one ratio a sequence: they accept the mask, do not apply it, and warn once.
         covariance_mask: for clip_cov, the tokens to drop; for kl_cov, the tokens whose loss gets the penalty. None:
             each of the two chooses among the response tokens of this call. The function `covariance_mask` chooses
             among those of several calls and ranks.
@@ -71,31 +71,32 @@ def policy_loss(
         loss_agg_mode: token-mean, token-sum, seq-mean-token-sum, seq-mean-token-sum-norm or
             seq-mean-token-mean. sapo is always seq-mean-token-mean, geo_mean always the mean over rows.
         normalize: what a mean divides by: "selected" tokens (Eq. 6 of the paper) or all "response" tokens
-            (TRL). At ratio 0.2 the first gives a loss, and so a gradient, five times the second's. A row
-            counts in a mean over rows when it has such a token.
+            (TRL). At ratio 0.2, "selected" gives a loss and a gradient five times as large. A row counts in a
+            mean over rows if it has such a token.
         clip_ratio, clip_ratio_low, clip_ratio_high: how far the ratio may go below and above 1 before it is
-            clipped; for dppo_tv and dppo_kl the divergence allowed. The first stands in for the other two.
+            clipped; for dppo_tv and dppo_kl the divergence allowed. clip_ratio is the default of the other two.
         clip_ratio_c: dual clip of vanilla (above 1); truncation of the ratio for dppo_tv and dppo_kl.
         clip_cov_ratio, clip_cov_lb, clip_cov_ub: clip_cov drops max(1, int(ratio * response tokens)) tokens,
             drawn at random from the unclipped ones whose covariance lies between the bounds.
         kl_cov_ratio, ppo_kl_coef: kl_cov adds coef * |log ratio| to the loss of the max(1, int(ratio *
             response tokens)) tokens of the largest covariance, the first ones where covariances are equal.
         tau_pos, tau_neg: temperatures of sapo for advantages above 0 and the others.
-        dro_beta: penalty of dro, which needs it.
-        seed: of clip_cov's draw: the same seed and the same token positions draw alike on every device.
+        dro_beta: penalty of dro; required there.
+        seed: seed of clip_cov's draw. With the same seed, the draw is the same on every device.
         dp_size: data-parallel ranks whose gradients are averaged.
-        batch_num_tokens: divisor of token-mean over all ranks and micro-batches, in place of this batch's
-            tokens, whatever `normalize` says: count selected tokens for "selected", else response tokens.
+        batch_num_tokens: divisor of token-mean, over all ranks and micro-batches; None: this batch's tokens.
+            Count the tokens that `normalize` names.
         global_batch_size: likewise for the means over rows.
-        loss_scale_factor: divisor of seq-mean-token-sum-norm; S where None.
+        loss_scale_factor: divisor of seq-mean-token-sum-norm; None: S.
 
-    `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device.
+    `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device. On CUDA, where looking at
+    their values would wait for the device, a divisor below 0 gives a loss of NaN.
 
     Returns:
         (loss, metrics). The loss is 0-dim, float32 (float64 for float64 log-probs), as is all arithmetic. The
-        metrics are 0-dim tensors on the device: `actor/pg_clipfrac`, `actor/ppo_kl` and
-        `actor/pg_clipfrac_lower`, as far as verl reports them for this loss, and, where `entropy_mask` is given,
-        `actor/entropy_token_ratio`: the share of response tokens that train.
+        metrics are 0-dim tensors on the device: those of `actor/pg_clipfrac`, `actor/ppo_kl` and
+        `actor/pg_clipfrac_lower` that verl reports for this loss mode, and with `entropy_mask`
+        `actor/entropy_token_ratio`, the share of response tokens that train.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown loss_mode, loss_agg_mode or normalize,
@@ -145,7 +146,7 @@ def policy_loss(
 
 @functools.cache
 def _warn_not_applied(loss_mode: str) -> None:
-    warnings.warn(f"entropy_mask is not applied: loss_mode '{loss_mode}' weighs each sequence as a whole", stacklevel=3)
+    warnings.warn(f"entropy_mask is not applied: loss_mode '{loss_mode}' has one ratio a sequence", stacklevel=3)
 
 
 @torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd")

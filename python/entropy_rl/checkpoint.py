@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -392,7 +392,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def _numpy_state() -> tuple[Any, ...]:
-    name, keys, *rest = numpy.random.get_state(legacy=True)
+    name, keys, *rest = cast(tuple[Any, ...], numpy.random.get_state(legacy=True))
     return (name, keys.tolist(), *rest)
 
 

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -201,7 +202,7 @@ def warm_up(
 
 def write_problems(path: Path, generator: random.Random, count: int, *, held_out: bool = False) -> None:
     """A Parquet file in verl's format."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _, (problem, _) in zip(range(count), countdown.problems(generator, held_out=held_out), strict=False):
         rows.append(
             {

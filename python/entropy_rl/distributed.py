@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ def distribute(model: nn.Module, strategy: str, device: torch.device) -> nn.Modu
             broadcast_buffers=False,
         )
     mesh = init_device_mesh(device.type, (size(),))
-    layers = set(model._no_split_modules or ())  # the classes that transformers keeps on one device
+    layers = set(cast(Any, model)._no_split_modules or ())  # the classes that transformers keeps on one device
     for module in list(model.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
@@ -174,7 +174,7 @@ def full_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor
     # A tied parameter only once: transformers does not recognize two gathered copies as one and would write both.
     own = {name for name, _ in [*unwrapped(model).named_parameters(), *unwrapped(model).named_buffers()]}
     weights = {name: weight for name, weight in weights.items() if name in own}
-    return weights, get_optimizer_state_dict(model, optimizer, options=options)
+    return cast(dict[str, Tensor], weights), get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 from entropy_rl.errors import UserError, check_file, one_line
 
@@ -42,7 +42,9 @@ class RewardError(Exception):
 class Source(Protocol):
     """Where rewards come from. It is sent to the processes that score, which load it."""
 
-    name: str  # what an error calls it
+    @property
+    def name(self) -> str:
+        """The key that sets it, as errors name it."""
 
     def load(self) -> RewardFunction: ...
 
@@ -67,9 +69,11 @@ _PLAIN_NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class MathVerify:
-    """1.0 if math-verify finds in the answer what equals the ground truth, a number or an expression; else 0.0."""
+    """1.0 if math-verify finds in the answer what equals the ground truth, a number or an expression; otherwise 0.0."""
 
-    name: str = "math-verify"
+    @property
+    def name(self) -> str:
+        return "math-verify"
 
     def load(self) -> RewardFunction:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -275,7 +279,7 @@ class Scorer:
         for worker in workers:
             self._workers.put(worker)
         self._threads = ThreadPoolExecutor(max(1, processes), thread_name_prefix="scorer")
-        self._finalizer = weakref.finalize(self, _stop_all, workers, self._threads)
+        self._finalizer = weakref.finalize(self, _close_all, workers, self._threads)
 
     def __call__(self, problems: "Sequence[Problem]", answers: Sequence[str]) -> list[Score]:
         """The score of each answer to the problem in its place.
@@ -291,7 +295,11 @@ class Scorer:
             replies = [_reply(self._function, request) for request in requests]
         else:
             chunks = [requests[begin : begin + _CHUNK] for begin in range(0, len(requests), _CHUNK)]
-            replies = [reply for chunk in self._threads.map(self._score_chunk, chunks) for reply in chunk]
+            try:
+                replies = [reply for chunk in self._threads.map(self._score_chunk, chunks) for reply in chunk]
+            except BaseException:  # after Ctrl-C no thread may wait for an answer that takes long
+                self.close()
+                raise
         scores = []
         for problem, (kind, value) in zip(problems, replies, strict=True):
             where = f"{problem.where or 'a problem'}, data source {problem.data_source}"
@@ -320,73 +328,83 @@ class Scorer:
 
 
 class _Worker:
-    """A process that scores. It starts when it is needed, and again if an answer has ended it."""
+    """A process that scores. It starts when it is needed, and again after an answer has ended it."""
 
     def __init__(self, source: Source, time_limit: float | None) -> None:
         self._source, self._time_limit = source, time_limit
+        self._is_closed = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._timeouts: IO[bytes]  # not empty when the time limit has ended the process
+        self._requests: IO[bytes]
+        self._replies: IO[bytes]
+        self._timeouts: IO[bytes]  # has content after the time limit has ended the process
 
     def score(self, requests: list[Request]) -> list[Reply]:
         replies: list[Reply] = []
         while len(replies) < len(requests):
-            process = self._started()
+            if self._process is None:
+                self._start()
             try:
-                _send(process.stdin, requests[len(replies) :])
+                _send(self._requests, requests[len(replies) :])
                 while len(replies) < len(requests):
-                    replies.append(pickle.load(process.stdout))
+                    replies.append(pickle.load(self._replies))
             except (EOFError, OSError, pickle.UnpicklingError):
-                replies.append(self._reply_after_the_end())
+                status = self._stop()
+                if os.fstat(self._timeouts.fileno()).st_size:
+                    replies.append(("timeout", None))
+                else:
+                    kind: Literal["stop", "error"] = "stop" if isinstance(self._source, CustomFunction) else "error"
+                    replies.append((kind, f"the process that scores an answer ended with status {status}"))
         return replies
 
-    def _reply_after_the_end(self) -> Reply:
-        status = self.stop()
-        if os.fstat(self._timeouts.fileno()).st_size:
-            return "timeout", None
-        message = f"the process that scores an answer ended with status {status}"
-        return ("stop" if isinstance(self._source, CustomFunction) else "error"), message
+    def _start(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the scorer is closed")
+        self._timeouts = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from entropy_rl.rewards import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._timeouts.fileno()],
+            # The process can import what this one can.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+        self._requests, self._replies = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        try:
+            _send(self._requests, (self._source, self._time_limit, self._timeouts.fileno()))
+            failure = pickle.load(self._replies)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            failure = f"a process that scores answers ended with status {self._stop()} when it started"
+        if failure is not None:
+            self._stop()
+            raise UserError(f"{self._source.name}: {failure}")
 
-    def _started(self) -> "subprocess.Popen[bytes]":
-        if self._process is None:
-            self._timeouts = tempfile.TemporaryFile()  # noqa: SIM115
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", "from entropy_rl.rewards import serve; serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[self._timeouts.fileno()],
-                # What this process can import, the other one can.
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            )
-            try:
-                _send(self._process.stdin, (self._source, self._time_limit, self._timeouts.fileno()))
-                failure = pickle.load(self._process.stdout)
-            except (EOFError, OSError, pickle.UnpicklingError):
-                failure = f"a process that scores answers ended with status {self.stop()} when it started"
-            if failure is not None:
-                self.stop()
-                raise UserError(f"{self._source.name}: {failure}")
-        return self._process
-
-    def stop(self) -> int:
-        """Ends the process and returns its status."""
+    def _stop(self) -> int:
+        """Ends the process, unless it has ended, and returns its status."""
         process, self._process = self._process, None
         if process is None:
             return 0
-        process.stdout.close()
-        with contextlib.suppress(OSError):  # what is left in its buffer meets a closed pipe
-            process.stdin.close()
+        self._replies.close()
+        with contextlib.suppress(OSError):  # closing writes what is left in the buffer
+            self._requests.close()
         try:
-            # One that was scoring may have ended by itself, and its status is wanted.
+            # Its output has ended, so the process is ending too.
             return process.wait(0.2)
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
 
+    def close(self) -> None:
+        """Ends the process, also while a thread waits for its reply."""
+        self._is_closed = True
+        if (process := self._process) is not None:
+            process.kill()
+            process.wait()
 
-def _stop_all(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
-    for worker in workers:
-        worker.stop()
+
+def _close_all(workers: list[_Worker], threads: ThreadPoolExecutor) -> None:
     threads.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.close()
 
 
 def serve() -> None:

@@ -21,7 +21,7 @@ Selecting over a mini-batch needs its entropies before the first micro-batch tra
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,9 @@ from torch import Tensor
 from entropy_rl_ext import covariance_mask, global_top_mask, policy_loss
 from entropy_rl_ext.ops.global_top_mask import top_k_count
 
-RULES = ("topk", "threshold", "quantile")
-RANKS = ("local", "global")
+Rule = Literal["topk", "threshold", "quantile"]
+Ranks = Literal["local", "global"]
+RULES, RANKS = get_args(Rule), get_args(Ranks)
 
 # Loss modes with one probability ratio per sequence: they accept a selection of tokens and do not apply it.
 SEQUENCE_MODES = ("gspo", "geo_mean")
@@ -64,8 +65,8 @@ def select_tokens(
     entropy: Tensor,
     response_mask: Tensor,
     top_ratio: float,
-    rule: str = "topk",
-    ranks: str = "local",
+    rule: Rule = "topk",
+    ranks: Ranks = "local",
     group: dist.ProcessGroup | None = None,
     *,
     complement: bool = False,
@@ -100,7 +101,7 @@ def select_tokens(
     return selected, threshold
 
 
-def competing_group(ranks: str, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+def competing_group(ranks: Ranks, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
     """The process group whose tokens compete under `entropy_top_ranks`; None means this process alone."""
     if ranks not in RANKS:
         raise ValueError(f"ranks is {ranks!r}; it must be one of {', '.join(map(repr, RANKS))}")
@@ -269,6 +270,7 @@ class StepSelection:
         self.competing_selected = self.selected if self._over_ranks else own
         chosen = None
         if self._loss_mode in COVARIANCE_MODES:
+            assert old_log_prob is not None and advantages is not None
             chosen = covariance_mask(
                 log_prob,
                 old_log_prob,
@@ -333,8 +335,8 @@ class StepSelection:
                 log_prob = torch.where(tokens.mask, log_prob, tokens.log_prob)
         elif self._ratio is not None:
             mask, metrics["actor/entropy_threshold"] = self.select(entropy, response_mask)
-        applied = mask is not None and self._loss_mode not in SEQUENCE_MODES
-        if applied and self._config.entropy_top_normalize == "selected":
+        by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
+        if by_selected and mask is not None:
             options["batch_num_tokens"] = self.divisor(number, mask)
         loss, loss_metrics = policy_loss(
             log_prob,

@@ -8,7 +8,7 @@ import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -129,7 +129,8 @@ def _generate(settings: DictConfig) -> tuple[list[Problem], list[Problem], Sourc
     from reasoning_gym.factory import DATASETS
     from reasoning_gym.utils import SYSTEM_PROMPTS
 
-    name, task = settings.name, OmegaConf.to_container(settings.config)
+    name: str = settings.name
+    task = cast(dict[str, Any], OmegaConf.to_container(settings.config))
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=3)
         raise ConfigError(

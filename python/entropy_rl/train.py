@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -317,7 +317,7 @@ def check_model(
     """Raises UserError if a token id or the longest prompt with its response does not fit the model."""
     where, limit = _where(config.actor_rollout_ref.model), config.data.max_response_length
     prompts = [prompt for _, prompt in examples]
-    ids = {
+    ids: dict[str, Iterable[int]] = {
         f"{where}: its tokenizer's padding token": [tokenizer.pad_token_id],
         f"{where}: a token that its tokenizer gives": set().union(*prompts),
     }
@@ -335,13 +335,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], conf
     for problem in problems:
         prompt = pretrained.prompt_ids(tokenizer, problem.messages)
         if not prompt:
-            raise ConfigError("data: a prompt has no tokens; at least one was expected")
+            raise ConfigError(f"{problem.where or 'data'}: a prompt has no tokens; at least one was expected")
         if len(prompt) <= limit:
             examples.append((problem, prompt))
         elif not config.data.filter_overlong_prompts:
             raise ConfigError(
-                f"data.max_prompt_length={limit}: a prompt has {len(prompt)} tokens; allow as many, or set "
-                "data.filter_overlong_prompts=true"
+                f"data.max_prompt_length={limit}: a prompt has {len(prompt)} tokens ({problem.where}); allow as many, "
+                "or set data.filter_overlong_prompts=true"
             )
     return examples
 

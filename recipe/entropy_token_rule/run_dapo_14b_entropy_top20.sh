@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# DAPO on the 20 % of the response tokens with the highest entropy, with the hyperparameters of the paper for a 14B
-# model ("Beyond the 80/20 Rule", arXiv 2506.01939). Paths to fill in:
+# Trains a 14B model by DAPO on the 20 % of the response tokens with the highest entropy, with the paper's
+# hyperparameters ("Beyond the 80/20 Rule", arXiv 2506.01939). Fill in the paths:
 #
 #   MODEL_PATH=Qwen/Qwen3-14B-Base TRAIN_FILES=dapo-math-17k.parquet VAL_FILES=aime-2024.parquet NNODES=4 \
 #       ./run_dapo_14b_entropy_top20.sh
 #
-# What follows on the command line overrides what stands here. How the model is spread over GPUs is no part of the paper.
+# Arguments that you add override those below. The paper does not say how to spread the model over GPUs: offloading,
+# Ulysses and tensor-parallel sizes are this script's choice. It has run with a tiny model on a CPU, never on a GPU.
 set -euo pipefail
 
-: "${MODEL_PATH:?a Hugging Face model, such as Qwen/Qwen3-14B-Base}"
-: "${TRAIN_FILES:?a parquet file in verl's format}"
-: "${VAL_FILES:?a parquet file in verl's format}"
+: "${MODEL_PATH:?set it to a Hugging Face model, such as Qwen/Qwen3-14B-Base}"
+: "${TRAIN_FILES:?set it to a Parquet file in verl's format}"
+: "${VAL_FILES:?set it to a Parquet file in verl's format}"
 
 max_prompt_length=2048
 max_response_length=20480

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# GRPO on the 20 % of the response tokens with the highest entropy, on one node. Paths to fill in:
+# Trains a model by GRPO on the 20 % of the response tokens with the highest entropy, on one node. Fill in the paths:
 #
 #   MODEL_PATH=Qwen/Qwen3-8B TRAIN_FILES=train.parquet VAL_FILES=test.parquet ./run_entropy_top20.sh
 #
-# What follows on the command line overrides what stands here.
+# Arguments that you add override those below. The script has run with a tiny model on a CPU, never on a GPU.
 set -euo pipefail
 
-: "${MODEL_PATH:?a Hugging Face model, such as Qwen/Qwen3-8B}"
-: "${TRAIN_FILES:?a parquet file in verl's format}"
-: "${VAL_FILES:?a parquet file in verl's format}"
+: "${MODEL_PATH:?set it to a Hugging Face model, such as Qwen/Qwen3-8B}"
+: "${TRAIN_FILES:?set it to a Parquet file in verl's format}"
+: "${VAL_FILES:?set it to a Parquet file in verl's format}"
 
 exec python -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \

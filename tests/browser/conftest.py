@@ -1,4 +1,4 @@
-"""A headless Chromium; `make test-report` installs it where it is missing."""
+"""A headless Chromium (Debian: chromium, chromium-driver)."""
 
 import shutil
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ FLAGS = (
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
     driver = shutil.which("chromedriver")
-    assert driver is not None, "no chromedriver: make test-report installs it"
+    assert driver is not None, "no chromedriver: install chromium and chromium-driver"
     options = Options()
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)

@@ -134,7 +134,7 @@ class Memory {
 
   bool contains(const void* pointer) const {
     auto* address = static_cast<const char*>(pointer);
-    // One past the end belongs to it: the pointer of an empty tensor.
+    // One past the end belongs to the buffer, too, because an empty tensor's pointer is there.
     return address >= storage_ && address <= storage_ + bytes_;
   }
   std::vector<char> contents() const { return {storage_, storage_ + bytes_}; }
@@ -155,7 +155,7 @@ class Memory {
   char* storage_;
 };
 
-// An array in "device memory". `launch` compares all that are alive between its orders.
+// An array in "device memory". After each order, `launch` compares every Buffer that exists.
 template <class T>
 class Buffer : public Memory {
  public:
@@ -182,11 +182,11 @@ struct Place {
   }
 };
 
-// Where a thread waits. Threads meet only where all of this is equal.
+// Where a thread waits. Threads meet if all members are equal.
 struct Site {
   const char* op;
   Place place;
-  unsigned mask;  // lanes of the warp; 0: the whole block
+  unsigned mask;  // lanes of the warp; 0: all threads of the block
 
   bool operator==(const Site& other) const {
     return place.line == other.place.line && mask == other.mask && std::strcmp(op, other.op) == 0 &&
@@ -239,8 +239,8 @@ class Block {
   int lane() const { return running_ % warpSize; }
   int warp() const { return running_ / warpSize; }
 
-  // Blocks the calling thread until every thread of `site.mask` stands at the same site. The value
-  // that lane l brought is then `received(l)`.
+  // Blocks the calling thread until every thread of `site.mask` has reached the same site.
+  // Afterwards `received(l)` is the value of lane l.
   void meet(const Site& site, uint64_t value) {
     Fiber& self = fibers_[running_];
     self.site = site;
@@ -285,7 +285,7 @@ class Block {
     uint64_t received[warpSize];
   };
 
-  // Several times what a kernel needs without ASan, whose frames are larger.
+  // Several times what a kernel needs, because frames are larger under ASan.
   static constexpr size_t kStackBytes = 128 * 1024;
 
   static char* stack(size_t i) {
@@ -325,7 +325,7 @@ class Block {
     block.switch_to_scheduler(self);
   }
 
-  // libasan warns once that it does not fully support swapcontext; the annotations are what it
+  // libasan warns once that it does not fully support swapcontext; these annotations add what it
   // lacks.
   void switch_to_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -349,8 +349,8 @@ class Block {
 #endif
   }
 
-  // Forward and reverse let the first or the last warp run as far ahead as the barriers allow,
-  // which no order that takes turns would show.
+  // Forward and reverse let the first or the last warp run as far ahead as the barriers allow. An
+  // order in which threads take turns would not do so.
   int take_ready() {
     auto chosen = ready_.begin();
     if (order_ == Order::kForward) chosen = std::min_element(ready_.begin(), ready_.end());
@@ -474,7 +474,7 @@ inline void run_grid(dim3 grid, dim3 block, Order order, unsigned seed,
   for (uint64_t i : blocks) {
     const uint3 index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
                          unsigned(i / grid.x / grid.y)};
-    // NaN, then large finite numbers: a reduction that reads garbage may hide the one or the other.
+    // NaN, then large finite numbers, because a reduction that reads garbage may hide one of them.
     std::fill_n(shared, shared_bytes, order == Order::kForward ? '\xff' : '\x4b');
     race::begin_block(uint32_t(i), size_t{block.x} * block.y * block.z, shared);
     Block(index, block, order, &random, &body).run();
@@ -482,8 +482,7 @@ inline void run_grid(dim3 grid, dim3 block, Order order, unsigned seed,
 }
 
 // Runs `kernel<<<grid, block>>>(args...)` in every order. Every pointer argument must point into a
-// Buffer, so that each order can start from the same memory. Throws Error where the kernel is
-// wrong.
+// Buffer, so that each order can start from the same memory. Throws Error if the kernel is wrong.
 template <class... Params, class... Args>
 void launch(dim3 grid, dim3 block, void (*kernel)(Params...), Args... args) {
   check_shape(grid, block);
@@ -536,7 +535,7 @@ inline Site warp_site(const char* op, Place place, unsigned mask) {
   return site;
 }
 
-// What lane `source(lane)` brought; the caller's own value where `source` leaves the segment of
+// The value of lane `source(lane)`; the caller's own value if that lane is outside the segment of
 // `width` lanes, as CUDA defines it.
 template <class T, class Source>
 T shuffle(const Site& site, T value, int width, Source source) {
@@ -566,7 +565,7 @@ inline unsigned vote(const Site& site, bool predicate) {
 template <class T>
 __attribute__((noinline, no_sanitize("thread"))) T read_modify_write(T* address, T (*update)(T, T),
                                                                      T value) {
-  // A fiber gives way only at barriers and warp primitives, so this is atomic as it stands.
+  // Atomic, because fibers switch only at barriers and warp primitives.
   race::atomic(address, sizeof(T));
   const T old = *address;
   *address = update(old, value);
@@ -586,7 +585,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Place place = simt::Pl
   simt::Block::current()->meet(simt::warp_site("__syncwarp", place, mask), 0);
 }
 
-// `+value` gives the type of CUDA's overload: bool and short travel as int.
+// `+value` has the type of CUDA's overload: bool and short are passed as int.
 #define SIMT_SHUFFLE(name, argument, from)                                      \
   template <class T>                                                            \
   auto name(unsigned mask, T value, argument, int width = warpSize,             \

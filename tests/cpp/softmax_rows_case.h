@@ -1,9 +1,9 @@
-// Rows of logits in the shim's device memory, for the tests of token_entropy and logprob_entropy.
+// Rows of logits in the shim's device memory, for the tests of logprob_entropy.
 #pragma once
 
 #include <gtest/gtest.h>
 
-#include "kernels/softmax_rows.cuh"
+#include "kernels/logprob_entropy.cuh"
 #include "simt.h"
 #include "softmax_reference.h"
 
@@ -11,8 +11,8 @@ namespace entropy_rl::testing {
 
 using LogitsTypes = ::testing::Types<float, double, BFloat16, Half>;
 
-// Fewer blocks than rows, so that a block takes several; one warp, and a number of warps that is no
-// power of two.
+// Fewer blocks than rows, so that a block takes several; one warp, and a number of warps that is
+// not a power of two.
 constexpr unsigned kBlocks = 2;
 constexpr int kBlockThreads[] = {32, 96};
 

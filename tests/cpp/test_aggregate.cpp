@@ -1,6 +1,6 @@
 // How tokens add up: the arithmetic of rows and batch, and the kernels of aggregate, unmodified,
 // under the SIMT shim.
-#include "kernels/aggregate.cuh"
+#include "kernels/aggregate_math.h"
 
 #include <gtest/gtest.h>
 
@@ -88,7 +88,7 @@ template <class T>
 class AggregateKernels : public ::testing::Test {};
 TYPED_TEST_SUITE(AggregateKernels, testing::ValueTypes);
 
-// One token; fewer than a warp; several warps' worth, ragged; a tile and a little more.
+// One token; fewer than a warp; not a multiple of a warp; slightly more than a tile.
 constexpr int64_t kCols[] = {1, 7, 300, kTileTokens + 53};
 
 TYPED_TEST(AggregateKernels, SumSelectedTokensAndDivide) {

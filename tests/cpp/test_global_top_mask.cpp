@@ -1,13 +1,15 @@
-// Keys, counts and thresholds of csrc/kernels/selection.h, and the kernels of global_top_mask.cuh
-// under the SIMT shim, against rules written on sorted values. std::sort stands in for CUB's sort
-// of the tiles, std::stable_sort for its sort of the rows.
+// Keys, counts and thresholds of csrc/kernels/selection.h, and the kernels of sort_select.cuh and
+// radix_select.cuh under the SIMT shim, against the rules applied to sorted values. std::sort
+// replaces CUB's sort of the tiles, and std::stable_sort its sort of the rows.
 #include "kernels/radix_select.cuh"
+#include "kernels/sort_select.cuh"
 
 #include <gtest/gtest.h>
 
 #include <deque>
 #include <map>
 #include <numeric>
+#include <type_traits>
 
 namespace entropy_rl {
 namespace {
@@ -109,7 +111,7 @@ TEST(ProcessCut, GivesTiesToTheFirstProcesses) {
     const ProcessCut<uint32_t> cut = cut_ties<uint32_t>(found, before, own);
     EXPECT_EQ(cut.key, selection_key(2.0f));
     EXPECT_EQ(cut.lowest, 2);
-    return cut.ties == cut.equal ? own : cut.ties;
+    return cut.keeps_all_ties ? own : cut.ties;
   };
   EXPECT_EQ(kept(0, 3), 3);
   EXPECT_EQ(kept(3, 7), 7);
@@ -119,13 +121,13 @@ TEST(ProcessCut, GivesTiesToTheFirstProcesses) {
   EXPECT_EQ(kept(15, 0), 0);
 }
 
-TEST(ProcessCut, KeepsNothingWhereNothingIsSought) {
+TEST(ProcessCut, KeepsNothingForKOfZero) {
   const FoundKey none{-1, 0};
   for (const ProcessCut<uint64_t>& cut : {cut_at<uint64_t>(none), cut_ties<uint64_t>(none, 0, 4),
                                           cut_quantile<uint64_t>(none, 5, 0.5)}) {
     EXPECT_EQ(cut.key, kNaNKey<uint64_t>);
     EXPECT_EQ(cut.ties, 0);
-    EXPECT_NE(cut.ties, cut.equal);
+    EXPECT_FALSE(cut.keeps_all_ties);
     EXPECT_EQ(cut.lowest, 0);
   }
 }
@@ -227,7 +229,7 @@ std::vector<uint8_t> expected_mask(const Problem& problem, const SelectionRule& 
   return mask;
 }
 
-// How a mask comes about: CUB's sort, one block a segment, or blocks that share segments.
+// CUB's sort, radix select with a block a segment, and radix select with a block a tile.
 enum class Algorithm { kSort, kRadixSegments, kRadixTiles };
 constexpr Algorithm kAlgorithms[] = {Algorithm::kSort, Algorithm::kRadixSegments,
                                      Algorithm::kRadixTiles};
@@ -236,9 +238,10 @@ template <class Keys>
 void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, int64_t rows,
                int64_t columns, const SelectionRule& rule, bool block_a_segment, uint8_t* mask) {
   using Key = typename Keys::Key;
-  const int blocks = 2, threads = 64;
+  const int threads = 64;
   if (block_a_segment) {
     const RadixInputs<Keys> in{keys, ids, row_order, TileLayout(rows, columns), rule};
+    const int blocks = 2;  // fewer than segments, so that a block takes several
     simt::launch(blocks, threads, radix_segment_kernel<Keys>, in, mask);
     return;
   }
@@ -248,18 +251,19 @@ void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, i
   simt::Buffer<RadixCut<Key>> cuts(kPasses * rows);
   simt::Buffer<Key> tile_values(in.layout.tiles());
   const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), rows};
+  const unsigned tiles = in.layout.tiles();
   for (int pass = 0; pass < kPasses; ++pass) {
-    simt::launch(blocks, threads, radix_histogram_kernel<Keys>, in, state, pass);
+    simt::launch(tiles, threads, radix_histogram_kernel<Keys>, in, state, pass);
   }
-  simt::launch(blocks, threads, radix_ties_kernel<Keys>, in, state);
-  simt::launch(blocks, threads, radix_mask_kernel<Keys>, in, state, mask);
+  simt::launch(tiles, threads, radix_ties_kernel<Keys>, in, state);
+  simt::launch(tiles, threads, radix_mask_kernel<Keys>, in, state, mask);
 }
 
 template <class Element>
 std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& rule,
                                  Algorithm algorithm) {
   using Key = selection_key_t<accumulate_t<Element>>;
-  // Fewer blocks than tiles or rows, so that every kernel goes around its grid-stride loop.
+  // Fewer blocks than tiles or rows, so that a block takes several.
   const int blocks = 2, threads = 64;
   const TileLayout layout(problem.rows, problem.columns);
   const size_t n = problem.rows * problem.columns;
@@ -271,7 +275,8 @@ std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& ru
     mask[i] = problem.mask[i];
   }
   simt::Buffer<int64_t> row_order(problem.rows), ids(problem.rows);
-  simt::launch(blocks, threads, row_indices_kernel<int64_t>, problem.rows, row_order.data());
+  simt::launch(problem.rows / threads + 1, threads, row_indices_kernel<int64_t>, problem.rows,
+               row_order.data());
   std::stable_sort(row_order.begin(), row_order.end(),
                    [&](int64_t a, int64_t b) { return problem.segment(a) < problem.segment(b); });
   for (int64_t row = 0; row < problem.rows; ++row) ids[row] = problem.segment(row_order[row]);
@@ -378,7 +383,7 @@ TEST(GlobalTopMask, NothingEligible) {
 TEST(GlobalTopMask, EqualEntropiesGoToTheLowestIndex) {
   Problem problem = make_problem(1, kTileKeys + 300, 0, 1.0, 9);
   std::fill(problem.entropy.begin(), problem.entropy.end(), 1.5);
-  // The last tie kept lies before, at and beyond the end of the first tile, and within the second.
+  // The last tie kept is before, at and after the end of the first tile, and within the second.
   for (const int64_t k : {kTileKeys - 1, kTileKeys, kTileKeys + 1, kTileKeys + 100}) {
     simt::Buffer<int64_t> count(std::vector<int64_t>{k});
     for (const Algorithm algorithm : kAlgorithms) {
@@ -398,8 +403,8 @@ TEST(GlobalTopMask, CountsGivenOnTheDevice) {
   }
 }
 
-TEST(GlobalTopMask, KeysThatAreThere) {
-  // Among them 1, whose high digits are those of the key that is not eligible.
+TEST(GlobalTopMask, KeysInMemory) {
+  // The key 1 has the same high digits as kIneligibleKey.
   std::mt19937 random(13);
   std::vector<uint32_t> values(2500);
   for (uint32_t& value : values) value = random() % 3 == 0 ? random() % 3 : uint32_t(random());
@@ -436,14 +441,14 @@ TEST(GlobalTopMask, Ratios) {
 
 // ---- Values that several processes hold ----
 
-// The whole selection, sums over the processes in place of their messages.
+// The selection over several processes, whose messages are sums here.
 template <class Element>
 std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& rule,
                                    const std::vector<int64_t>& sizes) {
   using Keys = EntropyKeys<Element>;
   using Key = typename Keys::Key;
   using Value = typename KeyTraits<Key>::Value;
-  const int blocks = 2, threads = 64, processes = sizes.size();
+  const int threads = 64, processes = sizes.size();
   std::deque<simt::Buffer<Element>> values;  // a buffer stays where it is
   std::deque<simt::Buffer<bool>> masks;
   std::vector<Keys> keys;
@@ -471,8 +476,8 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
     std::vector<std::vector<int64_t>> own_counts;
     for (int p = 0; p < processes; ++p) {
       simt::Buffer<unsigned long long> own(std::vector<unsigned long long>(digits, 0));
-      simt::launch(blocks, threads, radix_counts_kernel<Keys>, keys[p], layouts[p], pass, prefix,
-                   own.data());
+      simt::launch(layouts[p].tiles(), threads, radix_counts_kernel<Keys>, keys[p], layouts[p],
+                   pass, prefix, own.data());
       own_counts.emplace_back(own.begin(), own.end());
       for (int digit = 0; digit < digits; ++digit) counts[digit] += own_counts[p][digit];
     }
@@ -496,8 +501,8 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
   next[0] = signed_key(kNaNKey<Key>);
   for (int p = 0; p < processes; ++p) {
     simt::launch(1, 1, set_kernel<signed_key_t<Key>>, signed_key(kNaNKey<Key>), own_next.data());
-    simt::launch(blocks, threads, radix_next_key_kernel<Keys>, keys[p], layouts[p], key.data(),
-                 own_next.data());
+    simt::launch(layouts[p].tiles(), threads, radix_next_key_kernel<Keys>, keys[p], layouts[p],
+                 key.data(), own_next.data());
     next[0] = std::min(next[0], own_next[0]);
   }
 
@@ -521,8 +526,8 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
     simt::Buffer<Key> tile_values(in.layout.tiles());
     simt::Buffer<uint8_t> mask(sizes[p]);
     const RadixState<Key> state{nullptr, cuts.data(), tile_values.data(), 1};
-    simt::launch(blocks, threads, radix_ties_kernel<Keys>, in, state);
-    simt::launch(blocks, threads, radix_mask_kernel<Keys>, in, state, mask.data());
+    simt::launch(in.layout.tiles(), threads, radix_ties_kernel<Keys>, in, state);
+    simt::launch(in.layout.tiles(), threads, radix_mask_kernel<Keys>, in, state, mask.data());
     result.insert(result.end(), mask.begin(), mask.end());
   }
 
@@ -553,7 +558,7 @@ void expect_equal_over_processes(const Problem& problem, const std::vector<int64
 }
 
 TYPED_TEST(GlobalTopMaskTest, ProcessesOfSeveralTiles) {
-  // Of several tiles, of one, and at an odd place of the batch.
+  // A process of several tiles, one of a single token, and one that begins at an odd index.
   expect_equal_over_processes<TypeParam>(make_problem(1, 4000, 0, 0.7, 14), {2500, 1, 1499});
 }
 
@@ -568,9 +573,27 @@ TEST(GlobalTopMask, ProcessesWithDistinctValues) {
 TEST(GlobalTopMask, ProcessesWithEqualValues) {
   Problem problem = make_problem(1, 3000, 0, 1.0, 16);
   std::fill(problem.entropy.begin(), problem.entropy.end(), 1.5);
-  // The last tie kept lies within the first process, at its end, and in another.
+  // The last tie kept is within the first process, at its end, and in the second.
   for (const int64_t first : {2000, 600, 100}) {
     expect_equal_over_processes<float>(problem, {first, 3000 - first});
+  }
+}
+
+TEST(GlobalTopMask, ProcessWithoutTheDecidingKeyKeepsItsLargerOnes) {
+  // The first process holds more of the third largest value, 1, than are kept; the second has none.
+  const Problem problem{1, 5, {2, 1, 1, 3, 0}, std::vector<bool>(5, true), {}};
+  const SelectionRule rule{TopRule::kTopK, 0.6, nullptr};
+  EXPECT_EQ(run_processes<float>(problem, rule, {3, 2}), (std::vector<uint8_t>{1, 1, 0, 1, 0}));
+}
+
+TEST(GlobalTopMask, ManySmallProcesses) {
+  // Every process but the first few lacks some of the 100 values, and any of these may decide.
+  const Problem problem = make_problem(1, 500, 0, 0.9, 18);
+  for (const double ratio : {0.1, 0.3, 0.5, 0.7, 0.9}) {
+    const SelectionRule rule{TopRule::kTopK, ratio, nullptr};
+    const std::vector<int64_t> sizes = {200, 150, 60, 40, 20, 10, 7, 5, 4, 3, 1};
+    EXPECT_EQ(run_processes<float>(problem, rule, sizes), expected_mask(problem, rule, true));
+    EXPECT_EQ(run_processes<BFloat16>(problem, rule, sizes), expected_mask(problem, rule, true));
   }
 }
 

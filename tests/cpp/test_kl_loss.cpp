@@ -1,5 +1,5 @@
 // The KL penalties of one token: values, gradients, clamps; and one of them through the kernels.
-#include "kernels/kl_loss.h"
+#include "kernels/kl_loss_math.h"
 
 #include <gtest/gtest.h>
 

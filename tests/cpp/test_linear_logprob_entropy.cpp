@@ -1,8 +1,10 @@
-// What linear_logprob_entropy.h adds to a row's state, and the tile kernels, unmodified, under the
-// SIMT shim: a row's vocabulary comes in several tiles, through bias, scale and soft-cap.
+// What linear_logprob_entropy_math.h adds to a row's state, and the tile kernels, unmodified, under
+// the SIMT shim: a row's vocabulary comes in several tiles, through bias, scale and soft-cap.
 #include "kernels/linear_logprob_entropy.cuh"
 
 #include <gtest/gtest.h>
+
+#include <type_traits>
 
 #include "simt.h"
 #include "softmax_reference.h"
@@ -34,24 +36,22 @@ TEST(LogitTransform, SlopeIsTheDerivative) {
   }
 }
 
-TEST(VocabPart, MergeIsThatOfTheWholeInAnyOrder) {
+TEST(VocabPart, MergesInAnyOrder) {
   const auto part_of = [](std::vector<double> z) {
-    VocabPart<double> part = VocabPart<double>::neutral();
-    for (double value : z) {
-      const double one[1] = {value};
-      accumulate_columns<true>(&part, one, 0, 1, 2.0);
-    }
-    return part;
+    const RowScale<double> scale(0.5);
+    LogitSums<double> sums;
+    for (double value : z) sums.add<true>({value}, scale);
+    return VocabPart<double>{sums.state(scale), sums.squares, z[0]};
   };
-  const auto whole = part_of({1, 7, -3, 7, 2});
+  const auto all = part_of({1, 7, -3, 7, 2});
   for (const auto& merged : {merge(part_of({1, 7}), part_of({-3, 7, 2}), 2.0),
                              merge(part_of({-3, 7, 2}), part_of({1, 7}), 2.0),
                              merge(VocabPart<double>::neutral(), part_of({1, 7, -3, 7, 2}), 2.0)}) {
-    EXPECT_EQ(merged.softmax.max, whole.softmax.max);
-    EXPECT_NEAR(merged.softmax.sum, whole.softmax.sum, 1e-14);
-    EXPECT_NEAR(merged.softmax.dot, whole.softmax.dot, 1e-14);
-    EXPECT_NEAR(merged.squares, whole.squares, 1e-14);
-    EXPECT_EQ(merged.before_target, whole.before_target);
+    EXPECT_EQ(merged.softmax.max, all.softmax.max);
+    EXPECT_NEAR(merged.softmax.sum, all.softmax.sum, 1e-14);
+    EXPECT_NEAR(merged.softmax.dot, all.softmax.dot, 1e-14);
+    EXPECT_NEAR(merged.squares, all.squares, 1e-14);
+    EXPECT_EQ(merged.before_target, 1);
   }
 }
 
@@ -103,7 +103,7 @@ struct HeadCase {
     simt::Buffer<VocabState> state(std::vector<VocabState>(
         kRows, VocabState{VocabPart<double>::neutral(), std::numeric_limits<double>::quiet_NaN()}));
     for (int begin = 0; begin < vocab; begin += width) {
-      simt::launch(2, threads, linear_logprob_entropy_tile_kernel<Acc, kStatistics>,
+      simt::launch(kRows, threads, linear_logprob_entropy_tile_kernel<Acc, kStatistics>,
                    tile(begin, std::min(begin + width, vocab)), state.data());
     }
     return std::vector<VocabState>(state.data(), state.data() + kRows);
@@ -115,7 +115,7 @@ class LinearLogprobEntropyKernel : public ::testing::Test {};
 using TileTypes = ::testing::Types<float, double>;
 TYPED_TEST_SUITE(LinearLogprobEntropyKernel, TileTypes);
 
-TYPED_TEST(LinearLogprobEntropyKernel, TilesFoldToTheWholeRow) {
+TYPED_TEST(LinearLogprobEntropyKernel, TilesFoldToTheirRow) {
   using Acc = TypeParam;
   for (int vocab : {1, 33, 257, 1301}) {
     for (int width : {vocab, (vocab + 1) / 2, 100}) {
@@ -173,14 +173,14 @@ TYPED_TEST(LinearLogprobEntropyKernel, ATileOfMinusInfinityAddsNothing) {
 template <class Acc, class Out>
 void expect_gradients(HeadCase<Acc>& head, int width, bool in_place) {
   const auto states = head.template fold<false>(head.vocab, 32);
-  simt::Buffer<Acc> entropies(3), statistics(6), for_log_prob(std::vector<Acc>{1, 0, -2}),
+  simt::Buffer<Acc> entropies(3), max_log_sum(6), for_log_prob(std::vector<Acc>{1, 0, -2}),
       for_entropy(std::vector<Acc>{0.5, 0, 1});
   std::vector<std::vector<Real>> expected;
   for (int64_t row = 0; row < 3; ++row) {
     const auto& softmax = states[row].part.softmax;
     entropies[row] = static_cast<Acc>(entropy(softmax));
-    statistics[2 * row] = static_cast<Acc>(softmax.max);
-    statistics[2 * row + 1] = static_cast<Acc>(log_sum(softmax));
+    max_log_sum[2 * row] = static_cast<Acc>(softmax.max);
+    max_log_sum[2 * row + 1] = static_cast<Acc>(log_sum(softmax));
     const auto z = head.z(row);
     auto gradient =
         testing::softmax_gradient(testing::log_softmax(z, head.temperature), head.targets[row],
@@ -209,8 +209,8 @@ void expect_gradients(HeadCase<Acc>& head, int width, bool in_place) {
     if constexpr (std::is_same_v<Acc, Out>) {
       if (in_place) target = copy.data();
     }
-    simt::launch(2, 64, linear_logprob_entropy_tile_backward_kernel<Acc, Out>, launched,
-                 for_log_prob.data(), for_entropy.data(), entropies.data(), statistics.data(),
+    simt::launch(3, 64, linear_logprob_entropy_tile_backward_kernel<Acc, Out>, launched,
+                 for_log_prob.data(), for_entropy.data(), entropies.data(), max_log_sum.data(),
                  target, static_cast<int64_t>(tile.width));
     for (int64_t row = 0; row < 3; ++row) {
       const double scale = std::abs(for_log_prob[row]) + std::abs(for_entropy[row]) * 8;

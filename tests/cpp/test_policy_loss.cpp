@@ -222,7 +222,7 @@ TEST(RatioLog, IsLogOverItsWholeRange) {
     EXPECT_NEAR(ratio_log(x), expected, 1.2e-7 * std::abs(expected)) << x;
   };
   for (float x = std::numeric_limits<float>::min(); x < kInfinity; x *= 1.0037f) expect_log(x);
-  // Around 1 the logarithm is close to 0, and its relative error at stake.
+  // Around 1 the logarithm is close to 0, where its relative error could be large.
   float below = 1, above = 1;
   for (int i = 0; i < 2000; ++i) {
     expect_log(below = std::nextafter(below, 0.0f));
@@ -247,7 +247,7 @@ template <class T>
 class PolicyLossKernels : public ::testing::Test {};
 TYPED_TEST_SUITE(PolicyLossKernels, testing::ValueTypes);
 
-// Rows of one tile, and of a tile and a little more.
+// Rows of one tile, and of slightly more than one.
 constexpr int64_t kCols[] = {1, 100, kTileTokens + 53};
 
 TYPED_TEST(PolicyLossKernels, LossGradientAndMetricsOfVanilla) {
@@ -289,8 +289,9 @@ TYPED_TEST(PolicyLossKernels, SequenceRatioIsTheMeanOverTheRow) {
     simt::Buffer<Moments<T>> moments(in.tiles());
     simt::Buffer<T> ratios(in.rows);
     simt::launch(kBlocks, kThreads, moments_kernel<T>, in, moments.data());
-    simt::launch(kBlocks, 32, sequence_log_ratio_kernel<T>, moments.data(), in.rows,
-                 in.tiles_per_row(), ratios.data());
+    const int rows_per_block = 32 / lanes_per_row(in.tiles_per_row());
+    simt::launch((in.rows - 1) / rows_per_block + 1, 32, sequence_log_ratio_kernel<T>,
+                 moments.data(), in.rows, in.tiles_per_row(), ratios.data());
     for (int64_t row = 0; row < 3; ++row) {
       double sum = 0, count = 0;
       for (int64_t i = row * cols; i < (row + 1) * cols; ++i) {

@@ -9,7 +9,8 @@ namespace {
 TEST(RowLayout, OneRowStartsAtTheBeginning) { EXPECT_EQ(RowLayout{}.offset(0), 0); }
 
 TEST(RowLayout, DimensionsOfAnyStrides) {
-  // Innermost first: 5 rows 7 apart, 1 of no matter, 3 expanded, 2 that run backwards.
+  // Innermost first: 5 rows 7 apart, a dimension of size 1, 3 expanded rows, 2 with a negative
+  // stride.
   RowLayout layout;
   const int64_t size[] = {5, 1, 3, 2};
   const int64_t stride[] = {7, 1000, 0, -100};

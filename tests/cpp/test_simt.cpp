@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// What `launch` says about a kernel; empty where it finds nothing wrong.
+// The error of `launch` about a kernel; empty if there is none.
 template <class Launch>
 std::string complaint(Launch launch) {
   try {
@@ -122,7 +122,7 @@ __global__ void votes_kernel(unsigned* out) {  // [3, 64]
   const bool odd = thread % 2 == 1;
   out[thread] = __ballot_sync(kFullMask, odd);
   out[64 + thread] = __any_sync(kFullMask, thread == 40);
-  // The two halves of a warp vote apart.
+  // The two halves of a warp vote separately.
   const unsigned half = thread % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
   out[128 + thread] = __all_sync(half, thread != 63);
 }
@@ -212,7 +212,7 @@ __global__ void missing_second_barrier_kernel(int* out) {  // [2, kThreads]
     staged[threadIdx.x] = round * kThreads + threadIdx.x;
     __syncthreads();
     out[round * kThreads + threadIdx.x] = staged[kThreads - 1 - threadIdx.x];
-    // The next round overwrites what slower threads still have to read.
+    // The next round overwrites values that slower threads have not read yet.
   }
 }
 
@@ -277,7 +277,7 @@ TEST(Simt, CatchesShuffleThatALaneOfTheMaskNeverReaches) {
   simt::Buffer<int> out(32);
   EXPECT_COMPLAINT(simt::launch(1, 32, shuffle_in_branch_kernel, out.data()),
                    "threads 31 have returned; threads 0-30 wait for __shfl_down_sync");
-  // A block that is no multiple of 32 has no such lanes either.
+  // In a block whose size is not a multiple of 32 these lanes do not exist.
   EXPECT_COMPLAINT(simt::launch(1, 16, shuffle_in_branch_kernel, out.data()), "threads 0-15 wait");
 }
 
@@ -319,7 +319,7 @@ TEST(Simt, RefusesShapesThatCudaRefuses) {
   EXPECT_COMPLAINT(simt::launch(1, 1025, outside_own_mask_kernel), "CUDA refuses");
 }
 
-// ---- What only one of the builds sees ----
+// ---- Errors that only one of the builds finds ----
 
 #if defined(SIMT_RACECHECK)
 __global__ void lost_update_kernel(int* count) {  // [1]

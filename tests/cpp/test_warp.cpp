@@ -17,7 +17,7 @@ struct Max {
   }
 };
 
-// One warp, four warps, as many as a block can have, and a number of warps that is no power of two.
+// One warp, four, as many as a block can have, and a number of warps that is not a power of two.
 const std::vector<int> kBlockSizes = {32, 128, 1024, 96};
 
 template <class T, class Combine>
@@ -42,7 +42,7 @@ TEST(Warp, EveryThreadReceivesTheBlocksSum) {
 }
 
 TEST(Warp, NeutralStandsInForMissingWarps) {
-  // Every value is below the int that a zero-filled stand-in would bring.
+  // Every value is negative, so a 0 in place of a missing warp would be found.
   for (int threads : kBlockSizes) {
     simt::Buffer<int> in(std::vector<int>(threads, -7)), out(threads);
     in[threads - 1] = -3;

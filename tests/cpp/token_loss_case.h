@@ -6,8 +6,9 @@
 
 #include <cmath>
 #include <random>
+#include <type_traits>
 
-#include "kernels/aggregate.cuh"
+#include "kernels/token_loss.cuh"
 #include "simt.h"
 
 namespace entropy_rl::testing {
@@ -24,7 +25,7 @@ constexpr double kTolerance = std::is_same_v<T, double> ? 1e-12 : 1e-5;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The defaults of the op, but for the aggregation.
+// The defaults of the op, except for the aggregation.
 inline Normalization normalization(Aggregation aggregation, bool by_response = false) {
   return {aggregation, by_response, 1.0, 10.0, nullptr};
 }
@@ -77,7 +78,7 @@ struct TokenBatch {
   }
 };
 
-// What the two kernels write for a token loss.
+// The outputs of the two kernels for a token loss.
 template <class T, class TokenLoss>
 struct LossRun {
   simt::Buffer<T> gradient;            // [rows, cols]

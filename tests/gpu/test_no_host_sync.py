@@ -19,54 +19,55 @@ def make_step(name):
     def random(*shape):
         return torch.randn(shape, device="cuda", generator=generator)
 
-    logits, targets = random(8, 64, 1000), torch.randint(0, 1000, (8, 64), device="cuda", generator=generator)
-    entropy, mask = random(8, 64).abs(), random(8, 64) > -1
-    log_prob, old, advantages = -random(8, 64).abs(), -random(8, 64).abs(), random(8, 64)
+    targets = torch.randint(0, 1000, (8, 64), device="cuda", generator=generator)
+    steps = softmax_steps(random, targets) | selection_steps(random) | loss_steps(random)
+    return steps[name]
 
-    def loss_step(loss_mode):
-        def step(log_prob, old, advantages):
-            chosen = ext.global_top_mask(entropy, mask)
-            leaf = log_prob.detach().requires_grad_()
-            loss, metrics = ext.policy_loss(leaf, old, advantages, mask, loss_mode=loss_mode, entropy_mask=chosen)
-            return [loss, *torch.autograd.grad(loss, leaf), *metrics.values()]
 
-        return (log_prob, old, advantages), step
+def softmax_steps(random, targets):
+    logits, mask = random(8, 64, 1000), random(8, 64) > -1
+    hidden, head = random(8, 64, 32), random(1000, 32)
+    # Rows that several blocks share, and rows of one block each.
+    few_rows, many_rows = random(4, 40_000), random(1000, 40_000)
 
-    def entropy_step(logits, targets):
-        leaf = logits.detach().requires_grad_()
-        log_prob, entropy = ext.logprob_entropy(leaf, targets, mask=mask, entropy_grad=True)
-        return [log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaf)]
-
-    def entropy_backward(logits):
+    def entropy_step(logits):
         leaf = logits.detach().requires_grad_()
         entropy = ext.token_entropy(leaf)
         return [entropy, *torch.autograd.grad(entropy.sum(), leaf)]
 
-    hidden, head = random(8, 64, 32), random(1000, 32)
+    def logprob_step(logits, targets):
+        leaf = logits.detach().requires_grad_()
+        log_prob, entropy = ext.logprob_entropy(leaf, targets, mask=mask, entropy_grad=True)
+        return [log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaf)]
 
-    def linear_step(hidden, head):
+    def linear_step(hidden, head, temperature=1.0):
         leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_()
         log_prob, entropy = ext.linear_logprob_entropy(
-            *leaves, targets, mask=mask, max_mask_rows=512, max_grad_rows=200, entropy_grad=True, chunk_rows=128
-        )
+            *leaves, targets, mask=mask, max_mask_rows=512, max_grad_rows=200, entropy_grad=True, chunk_rows=128,
+            temperature=temperature,
+        )  # fmt: skip
         chosen = ext.global_top_mask(entropy.detach(), mask)
         loss = ((log_prob + entropy) * chosen).sum()
         return [log_prob, entropy, *torch.autograd.grad(loss, leaves)]
 
-    def kl_step(log_prob, old):
-        leaf = log_prob.detach().requires_grad_()
-        loss = ext.kl_loss(leaf, old, mask)
-        return [loss, *torch.autograd.grad(loss, leaf)]
+    return {
+        "token_entropy": ((logits,), entropy_step),
+        "token_entropy few rows": ((few_rows,), entropy_step),
+        "token_entropy many rows": ((many_rows,), entropy_step),
+        "logprob_entropy": ((logits, targets), logprob_step),
+        "linear_logprob_entropy": ((hidden, head), linear_step),
+        "linear_logprob_entropy row temperature": ((hidden, head, random(8, 64).exp()), linear_step),
+    }
 
-    # Rows that several blocks share, rows of one block each, and a selection by blocks of tiles.
-    few_rows, many_rows, tokens = random(4, 40_000), random(1000, 40_000), random(3, 20_011).abs()
+
+def selection_steps(random):
+    tokens, rows = random(3, 20_011).abs(), random(1000, 3000)
+    key, kept_ties = torch.tensor(3 * 2**30, device="cuda"), torch.tensor(7, device="cuda")  # the key of 2.0
 
     def select(x, mask, rule, scope, algorithm):
         ids = torch.arange(len(x), device="cuda") // 2 if scope == "group" else None
         ratio = torch.tensor(0.2, dtype=torch.float64)
         return [torch.ops.entropy_rl.global_top_mask_forward(x, mask, ratio, rule, scope, ids, algorithm)]
-
-    key, kept_ties = torch.tensor(3 * 2**30, device="cuda"), torch.tensor(7, device="cuda")  # the key of 2.0
 
     def second_of_three_processes(x):
         x = (4 * x).round() / 4
@@ -74,48 +75,62 @@ def make_step(name):
         return torch.ops.entropy_rl.global_top_mask_at_key(x[1], x[1] > 0.1, key, kept_ties, ties, 1)
 
     steps = {
-        "token_entropy": ((logits,), lambda x: [ext.token_entropy(x)]),
-        "logprob_entropy": ((logits, targets), entropy_step),
-        "linear_logprob_entropy": ((hidden, head), linear_step),
+        f"global_top_mask {rule} {scope} {algorithm}": (
+            (tokens,),
+            lambda x, case=(rule, scope, algorithm): select(x, x > 0.1, *case),
+        )
+        for rule, scope, algorithm in SELECTIONS
+    }
+    for rule in RULES:
+        steps[f"global_top_mask threshold of {rule}"] = (
+            (tokens,),
+            lambda x, rule=rule: ext.global_top_mask(x, x > 0.1, rule=rule, return_threshold=True),
+        )
+    steps["global_top_mask segments"] = ((rows,), lambda x: select(x, x > -1, "topk", "sequence", "radix"))
+    steps["global_top_mask second of three processes"] = ((tokens,), second_of_three_processes)
+    return steps
+
+
+def loss_steps(random):
+    log_prob, old, advantages = -random(8, 64).abs(), -random(8, 64).abs(), random(8, 64)
+    entropy, mask = random(8, 64).abs(), random(8, 64) > -1
+    tokens = torch.tensor(300, device="cuda")
+
+    def policy_step(log_prob, old, advantages, loss_mode):
+        chosen = ext.global_top_mask(entropy, mask)
+        leaf = log_prob.detach().requires_grad_()
+        loss, metrics = ext.policy_loss(
+            leaf, old, advantages, mask, loss_mode=loss_mode, entropy_mask=chosen, batch_num_tokens=tokens
+        )
+        return [loss, *torch.autograd.grad(loss, leaf), *metrics.values()]
+
+    def kl_step(log_prob, old):
+        leaf = log_prob.detach().requires_grad_()
+        loss = ext.kl_loss(leaf, old, mask)
+        return [loss, *torch.autograd.grad(loss, leaf)]
+
+    steps = {
         "kl_loss": ((log_prob, old), kl_step),
         "aggregate": ((entropy,), lambda x: [ext.aggregate(x, mask)]),
-        "token_entropy few rows": ((few_rows,), entropy_backward),
-        "token_entropy many rows": ((many_rows,), entropy_backward),
-        **{
-            f"global_top_mask {rule} {scope} {algorithm}": (
-                (tokens,),
-                lambda x, case=(rule, scope, algorithm): select(x, x > 0.1, *case),
-            )
-            for rule, scope, algorithm in SELECTIONS
-        },
-        "global_top_mask segments": (
-            (many_rows[:, :3000],),
-            lambda x: select(x.contiguous(), x > -1, "topk", "sequence", "radix"),
-        ),
-        **{
-            f"global_top_mask threshold of {rule}": (
-                (tokens,),
-                lambda x, rule=rule: ext.global_top_mask(x, x > 0.1, rule=rule, return_threshold=True),
-            )
-            for rule in RULES
-        },
-        "global_top_mask second of three processes": ((tokens,), second_of_three_processes),
-        **{
-            f"covariance_mask {mode}": (
-                (log_prob, old, advantages),
-                lambda *batch, mode=mode: [ext.covariance_mask(*batch, mask, mode)],
-            )
-            for mode in ("clip_cov", "kl_cov")
-        },
-        **{f"policy_loss {mode}": loss_step(mode) for mode in LOSS_MODES},
     }
-    return steps[name]
+    for mode in LOSS_MODES:
+        steps[f"policy_loss {mode}"] = (
+            (log_prob, old, advantages),
+            lambda *batch, mode=mode: policy_step(*batch, mode),
+        )
+    for mode in ("clip_cov", "kl_cov"):
+        steps[f"covariance_mask {mode}"] = (
+            (log_prob, old, advantages),
+            lambda *batch, mode=mode: [ext.covariance_mask(*batch, mask, mode)],
+        )
+    return steps
 
 
 STEPS = [
     "token_entropy",
     "logprob_entropy",
     "linear_logprob_entropy",
+    "linear_logprob_entropy row temperature",
     "kl_loss",
     "aggregate",
     "token_entropy few rows",

@@ -1,4 +1,4 @@
-"""Counts the graphs that torch.compile makes, for the tests that changing a number makes no new one."""
+"""Counts the graphs that torch.compile makes, for tests that a changed number does not compile a new one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 class GraphCounter:
-    """A torch.compile backend that runs the captured graph as it is and counts captures."""
+    """A torch.compile backend that runs the captured graph unmodified and counts captures."""
 
     def __init__(self) -> None:
         self.graphs = 0

@@ -1,4 +1,4 @@
-"""aggregate: the five aggregations against their statements, gradient, compile and bad input."""
+"""aggregate: the five aggregations against their formulas, gradient, compile and bad input."""
 
 import math
 
@@ -98,6 +98,26 @@ def test_compile_fullgraph_and_no_recompile(device):
     assert counter.graphs == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "name"), [("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_batch_size")]
+)
+def test_divisor_in_a_tensor(device, mode, name, dtype):
+    values, mask = torch.rand(3, 9, device=device), torch.ones(3, 9, device=device)
+
+    def divided(number):
+        return aggregate(values, mask, loss_agg_mode=mode, **{name: number})
+
+    for number in (0, 1, 5, 2**30 + 1):
+        assert torch.equal(divided(torch.tensor(number, dtype=dtype, device=device)), divided(number))
+    negative = torch.tensor(-2, dtype=dtype, device=device)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=rf"{name} is -2(\.0)?; it must be 0 or above"):
+            divided(negative)
+    else:
+        assert divided(negative).isnan()
+
+
 def test_bad_input(device):
     values, mask = torch.zeros(3, 9, device=device), torch.ones(3, 9, device=device)
     with pytest.raises(ValueError, match="loss_agg_mode is 'mean'; it must be one of 'token-mean', 'token-sum'"):
@@ -110,5 +130,5 @@ def test_bad_input(device):
         aggregate(values[0], mask[0])
     with pytest.raises(ValueError, match="batch_num_tokens is None and dp_size is 2"):
         aggregate(values, mask, dp_size=2)
-    with pytest.raises(ValueError, match="must be on the same device"):
+    with pytest.raises(ValueError, match=r"mask is on meta and values on .*; all tensors of one call must be"):
         aggregate(values, mask.to("meta"))

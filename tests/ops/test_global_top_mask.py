@@ -1,4 +1,4 @@
-"""global_top_mask and get_global_entropy_top_mask."""
+"""global_top_mask and get_global_entropy_top_mask in one process; test_select_over_ranks.py has the rest."""
 
 import itertools
 import math
@@ -173,7 +173,7 @@ def test_quantile_equals_torch_quantile_in_float64(n, device):
         assert torch.equal(actual, entropy >= threshold)
 
 
-# ---- Properties, each stated in the docstring ------------------------------------------------------------
+# ---- Properties that the docstring states ------------------------------------------------------------
 
 inputs = st.builds(
     lambda rows, columns, seed, levels, share: (
@@ -224,7 +224,7 @@ def test_scopes_agree_with_batch_on_their_own_rows(device, example, ratio, rule)
 @given(inputs, ratios, st.sampled_from(RULES))
 def test_depends_on_the_order_of_the_entropies_alone(device, example, ratio, rule):
     entropy, mask = (t.to(device) for t in example)
-    # Interpolation is invariant to scaling by a power of two alone.
+    # Interpolation is only invariant to scaling by a power of two.
     other = entropy * 0.25 if rule == "quantile" else torch.atan(entropy.double())
     assert torch.equal(global_top_mask(entropy, mask, ratio, rule=rule), global_top_mask(other, mask, ratio, rule=rule))
 
@@ -250,9 +250,9 @@ def test_nan_ranks_highest(device):
 def test_quantile_between_infinities(device):
     inf = math.inf
     cases = [
-        ([inf, inf, 1.0], 0.3, [True, True, False]),  # equal neighbours: their value, not inf - inf
+        ([inf, inf, 1.0], 0.3, [True, True, False]),  # between equal neighbours, not inf - inf
         ([-inf, -inf, 1.0], 0.7, [True, True, True]),
-        ([-inf, 1.0, 2.0], 0.9, [True, True, True]),  # from -inf there is no way up
+        ([-inf, 1.0, 2.0], 0.9, [True, True, True]),  # -inf stays -inf
         ([0.0, 1.0, inf], 0.3, [False, False, True]),
     ]
     for values, ratio, expected in cases:
@@ -293,7 +293,7 @@ def test_mask_of_any_dtype(dtype, device):
 def test_group_ids_of_any_integer_dtype(dtype, device):
     entropy, mask, groups = make_inputs((9, 40), torch.float32, "tied", 6, device)
     expected = select(entropy, mask, 0.2, "topk", "group", groups)
-    # Ids are names: their order and values do not matter.
+    # The order and values of ids do not matter.
     renamed = torch.tensor([7, 1, 120], device=device)[groups].to(dtype)
     assert torch.equal(select(entropy, mask, 0.2, "topk", "group", renamed), expected)
 
@@ -364,7 +364,7 @@ def test_compiles_in_one_graph_and_does_not_recompile(dynamic, device):
         entropy, mask, _ = make_inputs((batch, 64), torch.float32, "random", seed, device)
         assert torch.equal(compiled(entropy, mask, ratio), global_top_mask(entropy, mask, ratio))
         compilations.append(counter.frame_count)
-    # Left to itself, torch.compile takes batch size and ratio for constants until it has seen them change.
+    # By default torch.compile takes batch size and ratio as constants until it has seen them change.
     assert compilations == ([1, 1, 1, 1, 1, 1] if dynamic else [1, 2, 3, 3, 3, 3])
 
 
@@ -412,7 +412,7 @@ def test_bad_input(arguments, message, device):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_every_algorithm_gives_the_same_mask(algorithm, rule, scope, device):
-    # On CUDA; the CPU has one and takes the names. 200_000: more than one block takes a segment.
+    # The CPU has one algorithm and accepts all names. 200_000 tokens: several blocks share a segment on CUDA.
     for shape in [(9, 60), (2, 100_000)]:
         entropy, mask, groups = make_inputs(shape, torch.float32, "tied", 12, device)
         ratio = torch.tensor(0.2, dtype=torch.float64)

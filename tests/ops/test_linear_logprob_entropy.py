@@ -1,4 +1,4 @@
-"""linear_logprob_entropy: parity, gradients, rows that are left out, shards, compile, properties, bad input."""
+"""linear_logprob_entropy: parity, gradients, rows without mask or gradient, shards, compile, properties, bad input."""
 
 import math
 
@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import distributed as dist
 from torch import multiprocessing
 
-import entropy_rl_ext.ops.linear_logprob_entropy as module
 from compiled import compile_counting
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy, reference
+from entropy_rl_ext.ops import _linear_tiles as tiles
+from entropy_rl_ext.ops._row_index import bounded_index
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -19,17 +20,17 @@ HEADS = {
     "plain": {},
     "temperature": {"temperature": 0.6},
     "bias": {"bias": True},
-    "softcap": {"softcap": 4.0},  # below the largest logits, so that it bends
+    "softcap": {"softcap": 4.0},  # below the largest logits, so that it has an effect
     "scale": {"logit_scale": 0.25},
     "all of them": {"bias": True, "softcap": 6.0, "logit_scale": 0.7, "temperature": 1.3},
 }
 
 VOCABULARIES = [
-    1,  # nothing to choose
-    17,  # below every unit of work
+    1,  # one entry
+    17,  # a small part of a tile
     2048,  # one tile on the CPU
     2055,  # a tile and a tail
-    9001,  # more than one tile on CUDA, too, and an odd row length
+    9001,  # more than one tile on CUDA, and an odd row length
 ]
 
 
@@ -61,10 +62,10 @@ def sparse_grads(shape, dtype, device, seed=5, density=0.4):
 
 
 def assert_gradient_close(actual, expected, grad_scale, other):
-    """A gradient sums products of dlogits, right within 1e-6 |g| (DESIGN), with the rows of `other`.
+    """A gradient is a sum of products of dlogits and the rows of `other`.
 
-    At most sum |other| times that, in float32's unit where a sum rounds; and one rounding to the own dtype, for
-    16-bit input another one of dlogits on CUDA, whose GEMM takes 16-bit factors.
+    dlogits are within 1e-6 |g| of the exact ones, so the sum is within sum |other| times that. Then the gradient is
+    rounded to its dtype. On CUDA the GEMM takes 16-bit factors, so with 16-bit inputs dlogits are rounded, too.
     """
     expected, other = expected.double(), other.double().abs()
     unit = 1e-13 if actual.dtype == torch.float64 else 1e-6
@@ -134,10 +135,10 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("share", [1.0, 0.2])
 def test_16_bit_gradients_are_the_exact_ones_rounded(device, share):
-    """Several tiles of rows and of vocabulary: no tile's part is rounded before it is summed.
+    """With several tiles of rows and vocabulary, no tile's part is rounded before it is summed.
 
-    The error is at most a tenth above that of the float64 gradient rounded to bfloat16; on CUDA, whose GEMMs take
-    dlogits in bfloat16, at most twice it. Autograd through logits in bfloat16 is several times as far off.
+    The error is at most 1.1 times that of the float64 gradient rounded to bfloat16, and at most twice it on CUDA, whose
+    GEMMs take dlogits in bfloat16. The error of autograd through bfloat16 logits is several times as large.
     """
     hidden, weight, targets, _ = make_case(torch.bfloat16, device, 9001, rows=(96,), width=64)
     generator = torch.Generator().manual_seed(1)
@@ -153,7 +154,7 @@ def test_16_bit_gradients_are_the_exact_ones_rounded(device, share):
         assert error < of_dense
 
 
-# ---- Rows that are left out
+# ---- Rows without mask or gradient
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.bfloat16], ids=str)
@@ -175,16 +176,16 @@ def test_rows_without_gradient_never_meet_the_backward(device, monkeypatch):
     hidden, weight, targets, _ = make_case(torch.float32, device, 300, rows=(40,))
     log_prob, entropy = linear_logprob_entropy(hidden, weight, targets, entropy_grad=True)
     multiplied = []
-    gemm = module._gemm
+    gemm = tiles.gemm
     monkeypatch.setattr(
-        module, "_gemm", lambda out, a, b, **k: (multiplied.append((*a.shape, b.shape[1])), gemm(out, a, b, **k))
+        tiles, "gemm", lambda out, a, b, **k: (multiplied.append((*a.shape, b.shape[1])), gemm(out, a, b, **k))
     )
     grad = torch.zeros(40, device=device)
     grad[::5] = 1.0
-    hidden.data[1] = torch.nan  # behind autograd's back, which refuses a saved tensor that changed
+    hidden.data[1] = torch.nan  # through .data: autograd refuses a saved tensor that changed
     got = torch.autograd.grad([log_prob, entropy], [hidden, weight], [grad, torch.zeros_like(grad)])
     assert all(g.isfinite().all() for g in got)
-    # Recomputed logits, hidden's gradient and weight's: eight rows of the forty in each.
+    # The logits, the gradient of hidden and that of weight, each with eight of the forty rows.
     assert multiplied == [(8, 24, 300), (8, 300, 24), (300, 8, 24)]
 
 
@@ -233,57 +234,71 @@ def test_bounds_change_nothing(device, bounds):
         torch.testing.assert_close(bounded, plain, atol=1e-6, rtol=1e-5)
 
 
-def test_max_grad_rows_too_small(device):
-    hidden, weight, targets, _ = make_case(torch.float32, device, 50, rows=(20,))
-    message = r"max_grad_rows is 7, but 20 rows have a non-zero gradient"
+@pytest.mark.parametrize("bound", [0, 7, 19])
+def test_max_grad_rows_too_small(device, bound):
+    """The call with too many rows reports it, and no other call does."""
+    hidden, weight, targets, bias = make_case(torch.float32, device, 50, rows=(20,), bias=True)
 
-    def step():
-        log_prob, _ = linear_logprob_entropy(hidden, weight, targets, max_grad_rows=7)
-        return torch.autograd.grad(log_prob.sum(), [hidden, weight])
+    def step(**options):
+        log_prob, _ = linear_logprob_entropy(hidden, weight, targets, bias=bias, **options)
+        return torch.autograd.grad(log_prob.sum(), [hidden, weight, bias])
 
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=message):
-            step()
-        return
-    assert all(g.isnan().all() for g in step())
-    with pytest.raises(ValueError, match=message):
-        step()
-    torch.cuda.synchronize()
-    module._unheard.clear()
+        with pytest.raises(ValueError, match=f"max_grad_rows is {bound}, but 20 rows have a non-zero gradient"):
+            step(max_grad_rows=bound)
+    else:
+        assert all(gradient.isnan().all() for gradient in step(max_grad_rows=bound))
+        torch.cuda.synchronize()
+    assert all(gradient.isfinite().all() for gradient in step())
 
 
-def test_max_mask_rows_too_small(device):
+@pytest.mark.parametrize("bound", [0, 7, 19])
+def test_max_mask_rows_too_small(device, bound):
     hidden, weight, targets, _ = make_case(torch.float32, device, 50, rows=(20,))
     mask = torch.ones(20, device=device)
-    message = r"max_mask_rows is 7, but 20 rows are in the mask"
+    options = {"mask": mask, "max_mask_rows": bound, "max_grad_rows": 20, "token_statistics": True}
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=message):
-            linear_logprob_entropy(hidden, weight, targets, mask=mask, max_mask_rows=7)
-        return
-    log_prob, entropy = linear_logprob_entropy(hidden, weight, targets, mask=mask, max_mask_rows=7)
-    assert log_prob.isnan().all() and entropy.isnan().all()
-    with pytest.raises(ValueError, match=message):
-        linear_logprob_entropy(hidden, weight, targets)
-    module._unheard.clear()
-
-
-@pytest.mark.parametrize("count", [5, 8, 11])
-def test_bounded_places_as_on_a_device(count):
-    """The bounded index of CUDA, on CPU tensors: places beyond the rows stay empty, an overflow poisons."""
-    active = torch.zeros(20, dtype=torch.bool)
-    active[torch.randperm(20, generator=torch.Generator().manual_seed(count))[:count]] = True
-    index, overflow = module._bounded_index(active, 8)
-    rows = module._Index(20, index, overflow > 8)
-    values = torch.arange(1.0, 21.0)
-    back = rows.put(rows.take(values))
-    if count > 8:
-        assert back.isnan().all()
+        with pytest.raises(ValueError, match=f"max_mask_rows is {bound}, but 20 rows are in the mask"):
+            linear_logprob_entropy(hidden, weight, targets, **options)
     else:
-        assert torch.equal(back, torch.where(active, values, 0.0))
-        assert (index[count:] == 20).all()
+        log_prob, entropy, is_top1, squared = linear_logprob_entropy(hidden, weight, targets, **options)
+        assert log_prob.isnan().all() and entropy.isnan().all() and squared.isnan().all() and not is_top1.any()
+        assert all(g.isnan().all() for g in torch.autograd.grad(log_prob.sum(), [hidden, weight]))
+        torch.cuda.synchronize()
+    assert linear_logprob_entropy(hidden, weight, targets)[0].isfinite().all()
 
 
-# ---- What a trainer does with it
+@pytest.mark.parametrize("total", [20, 1, 0])
+@pytest.mark.parametrize("bound", [0, 5, 8, 40])
+def test_bounded_rows_as_on_a_device(bound, total):
+    """The bounded index of CUDA, on CPU tensors: empty places take 0 and put nothing, an overflow gives NaN."""
+    for count in range(total + 1):
+        active = torch.zeros(total, dtype=torch.bool)
+        active[torch.randperm(total, generator=torch.Generator().manual_seed(count))[:count]] = True
+        rows = bounded_index(active, bound)
+        assert rows.count == min(max(bound, 1), total)
+        values = torch.where(active, torch.arange(1.0, total + 1), torch.nan)
+        taken = rows.take(values)
+        kept = min(count, rows.count)
+        assert torch.equal(taken[:kept], values[active][:kept]) and (taken[kept:] == 0).all()
+        back, marked = rows.put(taken), rows.put(taken != 0)
+        if count > bound:
+            assert back.isnan().all() and not marked.any()
+        else:
+            assert torch.equal(back, torch.where(active, values, 0.0)) and torch.equal(marked, active)
+
+
+def test_an_empty_place_does_not_read_a_masked_row(device):
+    """Rows outside the mask hold NaN, also the last one."""
+    hidden, weight, targets, _ = make_case(torch.float32, device, 50, rows=(20,))
+    mask = torch.arange(20, device=device) % 3 == 0
+    hidden.data[~mask] = torch.nan
+    log_prob, _ = linear_logprob_entropy(hidden, weight, targets, mask=mask, max_mask_rows=15, max_grad_rows=10)
+    got = torch.autograd.grad(log_prob[3] + log_prob[6], [hidden, weight])
+    assert all(gradient.isfinite().all() for gradient in got)
+
+
+# ---- Uses in training
 
 
 def test_chunk_rows_does_not_change_the_result(device):
@@ -300,14 +315,14 @@ def test_chunk_rows_does_not_change_the_result(device):
 def test_frozen_weight_or_hidden(device):
     hidden, weight, targets, bias = make_case(torch.float32, device, 2055, bias=True)
     log_prob, _ = linear_logprob_entropy(hidden, weight, targets, bias=bias)
-    whole = torch.autograd.grad(log_prob.sum(), [hidden, weight, bias])
+    expected = torch.autograd.grad(log_prob.sum(), [hidden, weight, bias])
     for frozen in range(3):
         inputs = [x.detach().requires_grad_(i != frozen) for i, x in enumerate((hidden, weight, bias))]
         log_prob, _ = linear_logprob_entropy(inputs[0], inputs[1], targets, bias=inputs[2])
         log_prob.sum().backward()
         assert inputs[frozen].grad is None
         for i in {0, 1, 2} - {frozen}:
-            assert torch.equal(inputs[i].grad, whole[i])
+            assert torch.equal(inputs[i].grad, expected[i])
 
 
 def test_tied_weight_gathers_both_gradients(device):
@@ -341,7 +356,7 @@ def test_autocast_takes_its_dtype(device):
     expected = reference.linear_logprob_entropy(rounded[0], rounded[1], targets)
     with torch.autocast(device.type, torch.bfloat16):
         log_prob, entropy = linear_logprob_entropy(hidden, weight, targets)
-        # A backbone under autocast hands over bfloat16.
+        # A backbone under autocast returns bfloat16.
         mixed, _ = linear_logprob_entropy(hidden.bfloat16(), weight, targets)
     torch.testing.assert_close(log_prob, expected[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, expected[1], atol=1e-5, rtol=1e-5)
@@ -374,7 +389,7 @@ def test_padding_of_the_vocabulary_is_not_read(device):
 
 def test_minus_infinity_in_the_bias_takes_an_entry_out(device):
     hidden, weight, targets, bias = make_case(torch.float32, device, 3000, bias=True)
-    bias.data[100:] = -torch.inf  # a whole tile, too
+    bias.data[100:] = -torch.inf  # includes all of a tile
     targets %= 100
     log_prob, entropy = linear_logprob_entropy(hidden, weight, targets, bias=bias, entropy_grad=True)
     expected = reference.linear_logprob_entropy(hidden, weight[:100], targets, bias=bias[:100])
@@ -385,7 +400,7 @@ def test_minus_infinity_in_the_bias_takes_an_entry_out(device):
 
 
 def test_is_top1_at_ties(device):
-    # Logits 0 1 1 0: the first of the largest is the one that argmax names.
+    # Logits 0 1 1 0: argmax returns the first of the largest.
     weight = torch.tensor([[0.0], [1.0], [1.0], [0.0]], device=device)
     hidden, targets = torch.ones(4, 1, device=device), torch.arange(4, device=device)
     *_, is_top1, squared = linear_logprob_entropy(hidden, weight, targets, token_statistics=True)
@@ -409,12 +424,12 @@ def _sharded_worker(rank, world, store, queue):
             options = dict(mask=mask, temperature=0.7, softcap=6.0, entropy_grad=True, token_statistics=True)
             expected = linear_logprob_entropy(hidden, weight, targets, bias=bias, chunk_rows=16, **options)
             wanted = gradients(expected[:2], grads, (hidden, weight, bias))
-            # Padding holds NaN: whoever reads it is found out.
+            # Padding holds NaN, which shows in the results if it is read.
             shard = [
                 torch.cat([x.detach()[start:stop], torch.full_like(x[:padding], torch.nan)]).requires_grad_()
                 for x in (weight, bias)
             ]
-            # Padding is at the end of the vocabulary alone.
+            # Only the end of the vocabulary has padding.
             assert not padding or stop == vocab or world == 1 or rank < world - 1
             real = slice(0, stop - start)
             if rank < world - 1:
@@ -448,7 +463,7 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("world", SHARDS)
-def test_sharded_vocabulary_equals_the_whole(device, world, tmp_path):
+def test_sharded_vocabulary_equals_the_unsharded_one(device, world, tmp_path):
     if device.type == "cuda":
         pytest.skip("gloo on CPU tensors; one GPU holds no group")
     context = multiprocessing.get_context("spawn")
@@ -465,7 +480,7 @@ def test_sharded_vocabulary_equals_the_whole(device, world, tmp_path):
     assert results == dict.fromkeys(range(world))
 
 
-# ---- PyTorch's own machinery
+# ---- Registration, compilation, autograd
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -480,11 +495,11 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(op.linear_logprob_entropy_forward, arguments, options)
     torch.library.opcheck(op.linear_logprob_entropy_forward, arguments, {"token_statistics": True})
     plain = [x.detach() if x.is_floating_point() else x for x in arguments]
-    _, entropy, _, _, statistics = op.linear_logprob_entropy_forward(*plain, **options)
+    _, entropy, _, _, max_log_sum = op.linear_logprob_entropy_forward(*plain, **options)
     grad = torch.ones(3, 5, device=device)
     for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
-            op.linear_logprob_entropy_backward, (grad, None, *plain, entropy, statistics, needs), options
+            op.linear_logprob_entropy_backward, (grad, None, *plain, entropy, max_log_sum, needs), options
         )
 
 
@@ -492,7 +507,7 @@ def test_opcheck_of_the_tile_ops(device):
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(4, 33, generator=generator).to(device)
     targets, number = torch.tensor([3, 40, 9, 10], device=device), torch.tensor(0.7, dtype=torch.float64)
-    state = torch.tensor(module._NEUTRAL, dtype=torch.float64, device=device).repeat(4, 1)
+    state = torch.tensor([-math.inf, 0, 0, 0, -math.inf, 0], dtype=torch.float64, device=device).repeat(4, 1)
     op = torch.ops.entropy_rl
     torch.library.opcheck(
         op.linear_logprob_entropy_tile_forward, (tile, targets, number, None, 0, 1.0, 0.0, True, state)
@@ -566,7 +581,7 @@ def test_properties(device, data):
         hidden, weight, targets, chunk_rows=data.draw(st.integers(1, 10)), max_grad_rows=rows
     )
     assert (log_prob <= 1e-5).all() and (entropy >= 0).all() and (entropy <= math.log(vocab) + 1e-5).all()
-    # A gradient on the chosen rows is that of the chosen rows alone.
+    # With gradients on the chosen rows only, the result is that of a call with only those rows.
     sparse = torch.autograd.grad(log_prob, [hidden, weight], chosen.float())
     few = hidden.detach()[chosen].requires_grad_()
     alone = torch.autograd.grad(linear_logprob_entropy(few, weight, targets[chosen])[0].sum(), [few, weight])

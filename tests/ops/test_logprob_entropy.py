@@ -1,6 +1,6 @@
 """logprob_entropy and token_entropy: parity, gradients, compile, properties, bad input.
 
-The two ops share their kernels; what differs between them is tested in test_token_entropy.py.
+The two ops share their kernels; test_token_entropy.py tests what token_entropy alone has.
 """
 
 import math
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled import compile_counting
-from entropy_rl_ext import logprob_entropy, reference
+from entropy_rl_ext import logprob_entropy, reference, token_entropy
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -71,6 +71,15 @@ def test_parity_with_reference(device, dtype, vocab, temperature):
     scale = sum(g.abs().max().item() for g in grads) * (1 + math.log(vocab)) / temperature
     assert actual.dtype == dtype
     assert_gradient_close(actual, wanted, scale)
+
+    alone = token_entropy(logits, temperature=temperature)
+    assert torch.equal(alone, entropy)
+    torch.testing.assert_close(
+        alone.double(), reference.token_entropy(wide, temperature=temperature), atol=tolerance, rtol=1e-6
+    )
+    (of_alone,) = torch.autograd.grad(alone, logits, grads[1])
+    _, entropy = logprob_entropy(logits, targets, temperature=temperature, entropy_grad=True)
+    assert torch.equal(of_alone, torch.autograd.grad(entropy, logits, grads[1])[0])
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
@@ -151,6 +160,7 @@ def test_masked_rows_are_not_read(device, mask_dtype):
     logits.requires_grad_()
     log_prob, entropy = logprob_entropy(logits, targets, mask=mask, entropy_grad=True)
     assert torch.equal(log_prob, expected[0]) and torch.equal(entropy, expected[1])
+    assert torch.equal(token_entropy(logits, mask=mask), entropy)
     (log_prob.sum() + entropy.sum()).backward()
     assert (logits.grad[mask == 0] == 0).all()
     assert torch.isfinite(logits.grad).all() and (logits.grad[mask != 0] != 0).any(-1).all()
@@ -317,12 +327,45 @@ def test_opcheck(device, dtype):
     op = torch.ops.entropy_rl
     torch.library.opcheck(op.logprob_entropy, (logits, targets, mask, 1.0, temperature, True))
     torch.library.opcheck(op.logprob_entropy_forward, (logits, targets, None, number))
+    torch.library.opcheck(op.logprob_entropy_forward, (logits, None, mask, number))
     outputs = op.logprob_entropy_forward(logits.detach(), targets, mask, number)
     grad = torch.ones(3, 4, device=device)
-    torch.library.opcheck(
-        op.logprob_entropy_backward,
-        (grad, None, logits.detach(), targets, mask, number, outputs[1], outputs[2]),
-    )
+    for grads, given_targets in [((grad, None), targets), ((None, grad), None)]:
+        arguments = (*grads, logits.detach(), given_targets, mask, number, *outputs[1:])
+        torch.library.opcheck(op.logprob_entropy_backward, arguments)
+
+
+def test_forward_op_without_targets(device):
+    logits = make_logits((3, 6), torch.float32, device)
+    number = torch.tensor(0.7, dtype=torch.float64)
+    log_prob, entropy, max_log_sum = torch.ops.entropy_rl.logprob_entropy_forward(logits, None, None, number)
+    assert log_prob.shape == (0,)
+    expected = torch.ops.entropy_rl.logprob_entropy_forward(logits, make_targets(logits), None, number)
+    assert torch.equal(entropy, expected[1]) and torch.equal(max_log_sum, expected[2])
+
+
+def test_backward_op_checks_its_inputs(device):
+    """The backward op is public too: shapes that do not fit must raise, never read outside a tensor."""
+    logits = make_logits((3, 6), torch.float32, device)
+    rows, max_log_sum = torch.zeros(3, device=device), torch.zeros(3, 2, device=device)
+    number = torch.tensor(1.0, dtype=torch.float64)
+    targets = make_targets(logits)
+
+    def backward(grad_log_prob=None, grad_entropy=rows, targets=targets, entropy=rows, max_log_sum=max_log_sum):
+        return torch.ops.entropy_rl.logprob_entropy_backward(
+            grad_log_prob, grad_entropy, logits, targets, None, number, entropy, max_log_sum
+        )
+
+    with pytest.raises(ValueError, match=r"max_log_sum has shape \[3\]"):
+        backward(max_log_sum=rows)
+    with pytest.raises(ValueError, match=r"entropy has shape \[2\]"):
+        backward(entropy=rows[:2])
+    with pytest.raises(ValueError, match=r"grad_entropy has shape \[1\]"):
+        backward(grad_entropy=rows[:1])
+    with pytest.raises(ValueError, match=r"grad_log_prob has shape \[1\]"):
+        backward(grad_log_prob=rows[:1])
+    with pytest.raises(ValueError, match="grad_log_prob is given and targets is None"):
+        backward(grad_log_prob=rows, targets=None)
 
 
 def test_compile_fullgraph_and_no_recompile(device):

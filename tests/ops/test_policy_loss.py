@@ -110,7 +110,7 @@ def test_parity_over_aggregations(device, mode, normalize):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_covariance_mask_stands_in_for_the_choice(device, mode, dtype, shape):
-    """Whatever it holds outside the response."""
+    """Its values outside the response are ignored."""
     batch = make_batch(shape, torch.float32, device)
     chosen = torch.rand(shape[::-1], generator=torch.Generator().manual_seed(3)).T.to(device) < 0.4
     for entropy in (False, True):
@@ -120,7 +120,7 @@ def test_a_covariance_mask_stands_in_for_the_choice(device, mode, dtype, shape):
 
 # ---- The gradient ----------------------------------------------------------------------------------------
 
-# The others hold a factor of the loss constant in the gradient; parity compares those with the reference.
+# The other modes detach a factor of the loss; the parity tests compare their gradients with the reference.
 DIFFERENTIABLE = [mode for mode in MODES if mode not in ("gspo", "dppo_tv", "dppo_kl", "cispo")]
 
 
@@ -198,7 +198,7 @@ def test_opcheck_of_the_backward(device):
 
 
 def test_backward_op_refuses_what_the_forward_did_not_make(device):
-    """The backward op is public too: shapes that do not fit must raise, never read outside a tensor."""
+    """The backward op is public, so shapes that do not fit must raise instead of reading outside a tensor."""
     one, rows, tokens = (torch.ones(shape, device=device) for shape in ((), (3,), (3, 9)))
     backward = torch.ops.entropy_rl.policy_loss_backward
     with pytest.raises(ValueError, match=r"gradient has shape \[3\]"):
@@ -274,9 +274,9 @@ def test_unselected_tokens_have_no_gradient_and_count_in_the_metrics(device, mod
     selected = batch["entropy_mask"] & batch["response_mask"]
     ratio = selected.sum() / batch["response_mask"].sum()
     torch.testing.assert_close(narrow["actor/entropy_token_ratio"], ratio)
-    # Selection changes the divisor alone: a token that trains has its gradient but for that.
+    # Selection changes only the divisor of a token's gradient.
     factor = 1 / ratio
-    if mode == "sapo":  # which divides by the tokens of each row, and the rows
+    if mode == "sapo":  # it divides by the tokens of each row, and by the rows
         rows = selected.any(1).sum() / batch["response_mask"].any(1).sum()
         factor = batch["response_mask"].sum(1, keepdim=True) / selected.sum(1, keepdim=True).clamp(min=1) / rows
     expected = torch.where(selected, full_gradient * factor, 0.0)
@@ -329,7 +329,7 @@ def test_masks_of_any_dtype(device, dtype):
     batch = make_batch((4, 77), torch.float32, device)
     expected = run(policy_loss, batch, "vanilla", entropy=True)
     for name in ("response_mask", "entropy_mask"):
-        batch[name] = (batch[name] * 2).to(dtype)  # nonzero is in, whatever the value
+        batch[name] = (batch[name] * 2).to(dtype)  # any nonzero value is in
     actual = run(policy_loss, batch, "vanilla", entropy=True)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
 
@@ -343,7 +343,7 @@ def test_sequence_losses_accept_the_mask_and_say_once_that_they_do_not_apply_it(
         masked = run(policy_loss, batch, mode, entropy=True)
         run(policy_loss, batch, mode, entropy=True)
     assert [str(w.message) for w in caught] == [
-        f"entropy_mask is not applied: loss_mode '{mode}' weighs each sequence as a whole"
+        f"entropy_mask is not applied: loss_mode '{mode}' has one ratio a sequence"
     ]
     whole = run(policy_loss, batch, mode)
     assert torch.equal(masked[0], whole[0]) and torch.equal(masked[2], whole[2])
@@ -405,7 +405,7 @@ def test_clip_cov_draws_every_eligible_token_equally_often(device):
         gradient = run(policy_loss, batch, "clip_cov", seed=seed, **options)[2]
         assert (gradient == 0).sum() == 64
         dropped += gradient == 0
-    # Counts are binomial(400, 1/4), standard deviation 8.7; of 256 none strays by five of them.
+    # Counts are binomial(400, 1/4), standard deviation 8.7; none of 256 deviates by five of them.
     assert ((dropped - draws / 4).abs() < 5 * math.sqrt(draws * 3 / 16)).all()
 
 
@@ -445,7 +445,7 @@ def test_equals_reference_for_any_masks(device, shape, seed, mode, aggregation, 
 @settings(deadline=None, max_examples=60)
 @given(shapes, seeds, st.sampled_from([mode for mode in MODES if mode not in COVARIANCE_MODES]))
 def test_order_of_rows_and_tokens_does_not_matter(device, shape, seed, mode):
-    """But for clip_cov, whose draw depends on the position, and kl_cov, whose ties do."""
+    """Except for clip_cov, whose draw depends on the position, and kl_cov, whose ties do."""
     batch = make_batch(shape, torch.float64, device, seed)
     rows = torch.randperm(shape[0], device=device).unsqueeze(1)
     columns = torch.randperm(shape[1], device=device)

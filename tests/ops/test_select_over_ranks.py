@@ -4,8 +4,6 @@ import functools
 import inspect
 import math
 import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,37 +25,45 @@ from selections import DTYPES, GROUPS, RULES, cut_up, make_inputs, make_steps
 # ---- The steps
 
 
-class ThreadRanks:
-    """Stands for `Ranks`: ranks that are threads of this process, so that one device can have several."""
+class Stopped(Exception):
+    pass
 
-    def __init__(self, own: int, tensors: list[Tensor], barrier: threading.Barrier) -> None:
-        self.own, self.size, self._tensors, self._barrier = own, len(tensors), tensors, barrier
+
+class ReplayedRanks:
+    """Stands for `Ranks`: replays the results of the first all-reduces, and stops the rank at the next one."""
+
+    def __init__(self, own: int, size: int, results: list[Tensor]) -> None:
+        self.own, self.size, self._results = own, size, iter(results)
 
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        self._tensors[self.own] = tensor
-        self._barrier.wait(60)
-        stacked = torch.stack(self._tensors)
-        self._barrier.wait(60)
-        tensor.copy_(stacked.sum(0) if operation == dist.ReduceOp.SUM else stacked.amin(0))
+        result = next(self._results, None)
+        if result is None:
+            raise Stopped(tensor, operation)
+        tensor.copy_(result)
 
 
 def select(values: list[Tensor], masks: list[Tensor], k: Tensor, rule: str, weight: Tensor | None = None):
-    """(mask, lowest) of each rank; the ranks are as many as `values`."""
-    tensors, barrier = list(values), threading.Barrier(len(values))
-
-    def run(own: int) -> tuple[Tensor, Tensor]:
-        ranks = ThreadRanks(own, tensors, barrier)
-        return select_over_ranks(values[own], masks[own], lambda _: (k, weight), rule, ranks)
-
-    with ThreadPoolExecutor(len(values)) as pool:
-        return list(pool.map(run, range(len(values))))
+    """(mask, lowest) of each rank. The ranks, as many as `values`, take turns in this process, on any device."""
+    size, results = len(values), []
+    while True:
+        outputs, sent = [], []
+        for own in range(size):
+            try:
+                ranks = ReplayedRanks(own, size, results)
+                outputs.append(select_over_ranks(values[own], masks[own], lambda _: (k, weight), rule, ranks))
+            except Stopped as stop:
+                sent.append(stop.args)
+        if outputs:
+            return outputs
+        tensors = torch.stack([tensor for tensor, _ in sent])
+        results.append(tensors.sum(0) if sent[0][1] == dist.ReduceOp.SUM else tensors.amin(0))
 
 
 KINDS = ["random", "tied", "constant", "zeros", "special", "all masked"]
 
 
 def key_of(value: float, bits: int) -> int:
-    """The unsigned integer that stands for a value, by the value's bits."""
+    """The unsigned integer that stands for a value, computed from its bits."""
     if math.isnan(value):
         return 2**bits - 1
     pattern = int(np.float64(value).view(np.uint64) if bits == 64 else np.float32(value).view(np.uint32))
@@ -107,7 +113,7 @@ def test_steps_count_and_find_keys(kind, dtype, device):
         assert int(k) == (k_first - sum(x > wanted for x in keys) if keys else 0)
         following = torch.ops.entropy_rl.global_top_mask_next_key(values, mask, key)
         assert following.dtype == (torch.int64 if bits == 64 else torch.int32)
-        # Signed, of the same order.
+        # As a signed integer of the same order.
         assert int(following) + 2 ** (bits - 1) == min((x for x in keys if x > wanted), default=2**bits - 1)
 
 
@@ -139,7 +145,7 @@ def test_steps_clamp_k_between_none_and_all(device):
         ((found, lowest),) = select([values], [mask], number(k, device), "topk")
         assert found.nonzero().flatten().tolist() == kept
         assert lowest == {0: 0.0, 1: math.inf, 2: 5.0, 3: 2.0}[len(kept)]
-    # Also where counts do not have as many keys as the step before them said.
+    # Also if counts have fewer keys than k.
     counts, key, k = (number(value, device) for value in ([0, 2], 8, 9))
     key, left = torch.ops.entropy_rl.global_top_mask_key(counts, key, k, 2)
     assert (int(key), int(left)) == (12, 2)
@@ -161,7 +167,7 @@ def test_counts_add_up_beyond_32_bits(device):
 
 
 def test_quantile_rounds_the_product_before_the_sum(device):
-    """The numbers of the test of the same name in tests/cpp: one rounding of the exact value would give the next."""
+    """The numbers of QuantileKey.RoundsTheProductBeforeTheSum in tests/cpp, where one rounding gives another result."""
     low, high = 1.0, 1 + 3 * 2.0**-52
     values = torch.tensor([low, high], dtype=torch.float64, device=device)
     weight = number(float.fromhex("0x1.5555555555556p-3"), device, torch.float64)
@@ -253,14 +259,13 @@ def test_compiles_in_one_graph_and_does_not_recompile(rule, device):
     assert counter.frame_count == 1, "compiled again for another size"
 
 
-def test_no_derivative(device):
+def test_carries_no_gradient(device):
     values, mask, _ = make_inputs((4, 50), torch.float32, "random", 11, device)
     found, lowest = global_top_mask(values.requires_grad_(), mask, return_threshold=True)
     assert not found.requires_grad and not lowest.requires_grad
-    op, arguments = step_calls(device)["threshold"]
-    _, lowest = getattr(torch.ops.entropy_rl, f"global_top_mask_{op}")(values, *arguments[1:])
-    with pytest.raises(RuntimeError, match="global_top_mask_at_key has no derivative"):
-        lowest.backward()
+    _, arguments = step_calls(device)["threshold"]
+    found, lowest = torch.ops.entropy_rl.global_top_mask_at_key(values, *arguments[1:])
+    assert not found.requires_grad and not lowest.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -347,7 +352,7 @@ def test_large_batches(rule: str, dtype: torch.dtype, eight: Ranks) -> None:
 
 
 def quantile_of_neighbours(ratio: float) -> list[bool]:
-    """Of adjacent numbers, where the quantile may round to either: three on rank 0, two on rank 1, one on rank 2."""
+    """Adjacent numbers, so that the quantile can round to either neighbour, split over three ranks."""
     if dist.get_rank() > 2:
         return []
     steps = torch.arange(6, dtype=torch.float64)
@@ -411,11 +416,11 @@ def test_a_threshold_needs_the_scope_batch() -> None:
         global_top_mask(entropy, entropy, scope="sequence", return_threshold=True)
 
 
-# ---- What is sent, and waits
+# ---- Collectives, and waiting for the device
 
 
 def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]]:
-    """Every collective that a selection, or with a loss mode a choice by covariance, calls, with the bytes it sends."""
+    """The collectives of a selection, or of a choice by covariance if `rule` is a loss mode, with their bytes."""
     sent = []
 
     class Recorder:
@@ -445,7 +450,7 @@ def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]
 @pytest.mark.parametrize("tokens", [0, 100, 100_000])
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_sent_does_not_depend_on_the_tokens(rule: str, tokens: int, eight: Ranks) -> None:
-    """The bytes of docs/distributed.md."""
+    """The bytes that docs/distributed.md states."""
     of_rule = {"topk": [8 * 8], "threshold": [], "quantile": [4]}
     float32 = [16_384, 16_384, 8_192] + of_rule[rule]
     assert eight.run(payloads, tokens, torch.float32, rule) == [[("all_reduce", size) for size in float32]] * 8
@@ -455,7 +460,7 @@ def test_what_is_sent_does_not_depend_on_the_tokens(rule: str, tokens: int, eigh
 
 
 def test_what_a_choice_by_covariance_sends(eight: Ranks) -> None:
-    """Counts and sums; then a selection from covariances, or from random numbers of 64 bits."""
+    """Counts and sums, then a selection among covariances or among random numbers of 64 bits."""
     first, float32, float64 = [9 * 8, 2 * 8], [16_384, 16_384, 8_192, 8 * 8], [*[16_384] * 5, 4_096, 8 * 8]
     for mode, sizes in {"kl_cov": first + float32, "clip_cov": first + float64}.items():
         assert eight.run(payloads, 100, torch.float32, mode) == [[("all_reduce", size) for size in sizes]] * 8
@@ -471,7 +476,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_host_waits_for_nothing(rule: str, group: Any) -> None:
-    """On tensors without values: whatever would read one, or whose shape depends on one, fails."""
+    """On tensors without values, code that reads a value, or makes a shape that depends on one, fails."""
     with FakeTensorMode():
         entropy, mask = torch.rand(4, 5), torch.ones(4, 5)
         with pytest.raises(DataDependentOutputException):

@@ -13,7 +13,7 @@ from entropy_rl import train
 from tiny_model import save_tiny_model
 from training import ACTOR, as_arguments, read_metrics
 
-# A reward that a random model meets now and then, so that there is a gradient: the share of digits.
+# The share of digits: a random model gets some of this reward, so there is a gradient.
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": sum(c.isdigit() for c in solution_str) / max(1, len(solution_str)), "acc": 0.0}
@@ -64,7 +64,7 @@ def reward_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def overrides(model_path: Path, problems_path: Path, reward_path: Path, tmp_path: Path) -> dict[str, Any]:
-    """A run of seconds: two optimizer steps of two micro-batches in each training step."""
+    """A run that takes seconds. A training step has two optimizer steps of two micro-batches."""
     return {
         "actor_rollout_ref.model.path": model_path,
         "data.train_files": problems_path,
@@ -84,7 +84,7 @@ def overrides(model_path: Path, problems_path: Path, reward_path: Path, tmp_path
 
 @pytest.fixture
 def run(overrides: dict[str, Any], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Runs the trainer in this process with further overrides; returns the lines of metrics.jsonl."""
+    """Runs the trainer in this process with more overrides, and returns the lines of metrics.jsonl."""
 
     def run_trainer(changes: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         settings = overrides | (changes or {})

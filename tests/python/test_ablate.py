@@ -1,4 +1,4 @@
-"""`entropy-rl ablate` on a tiny model, the trainer in this process where its own start is not what is tested."""
+"""`entropy-rl ablate` on a tiny model. Most tests run the trainer in this process, to save its start."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ Ablate = Callable[..., int]
 
 @pytest.fixture
 def task(overrides: Overrides, problems_path: Path) -> Overrides:
-    """Two steps, a checkpoint and four validation problems after each."""
+    """Two steps, with a checkpoint and four validation problems after each."""
     del overrides["trainer.default_local_dir"]
     return overrides | {
         "data.val_files": problems_path,
@@ -32,7 +32,7 @@ def task(overrides: Overrides, problems_path: Path) -> Overrides:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The command lines of the runs that were started, each in this process."""
+    """The command lines of the runs, which run in this process."""
     commands: list[list[str]] = []
 
     def run_here(command: list[str], **_: Any) -> SimpleNamespace:
@@ -80,11 +80,11 @@ def test_every_arm_with_every_seed_once(
     assert len(started) == 11, "only the new seed"
 
 
-def test_an_interrupted_run_goes_on_from_its_checkpoint(
+def test_an_interrupted_run_resumes_from_its_checkpoint(
     task: Overrides, tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--seeds=1", "--arms=top_20")
-    assert cli.main(command(tmp_path / "whole", task, *options)) == 0
+    assert cli.main(command(tmp_path / "uncut", task, *options)) == 0
 
     update, steps = train.update, []
 
@@ -101,14 +101,14 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     assert cli.main(command(cut, task, *options)) == 0
     assert steps == [1, 2, 2], "the first step is not run again"
     measured = ("training_reward", "validation_reward", "entropy")
-    whole, resumed = (results_of(tmp_path / name)["seed_0.top_20"] for name in ("whole", "cut"))
-    assert [whole[name] for name in measured] == [resumed[name] for name in measured]
+    uncut, resumed = (results_of(tmp_path / name)["seed_0.top_20"] for name in ("uncut", "cut"))
+    assert [uncut[name] for name in measured] == [resumed[name] for name in measured]
 
 
-def test_a_run_that_fails_is_told_with_its_last_line(
+def test_an_error_of_a_run_is_its_last_line(
     task: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a process of its own, as a user's runs are."""
+    """In a separate process, as for a user."""
     task["data.max_prompt_length"] = 3
     assert cli.main(command(tmp_path / "ablation", task, "--seeds=1", "--arms=all")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -140,7 +140,7 @@ def test_runs_with_other_settings_are_not_mixed(
         ({}, ("--seeds=0",), "0: it must be an integer of at least 1"),
     ],
 )
-def test_mistakes_before_anything_starts(
+def test_errors_before_anything_starts(
     changes: Overrides,
     options: tuple[str, ...],
     expected: str,
@@ -180,14 +180,14 @@ def test_the_demos_arms_differ_in_the_selection_alone(tmp_path: Path) -> None:
 
 
 def test_interval_is_students() -> None:
-    """t of 2 degrees of freedom at 97.5 % is 4.303 (any table)."""
+    """With 2 degrees of freedom, t at 97.5 % is 4.303 (from a printed table)."""
     mean, half = ablate.interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert ablate.interval([1.0]) == (1.0, pytest.approx(float("nan"), nan_ok=True))
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    """Seeds far apart, and in each the arm one tenth better: no doubt about the difference."""
+    """The seeds differ a lot, but the arm is better by one tenth in each: the difference is certain."""
     results = [
         {
             "arm": arm,
@@ -203,7 +203,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
 
 
 def test_the_page_has_what_the_committed_results_give(tmp_path: Path) -> None:
-    """The table and the picture of docs/ablation.md; every run of the paper's comparison is among them."""
+    """Checks the table and the plot of docs/ablation.md, and that every run of the paper's comparison is there."""
     root = Path(__file__).parents[2]
     directory = root / "benchmarks/results/ablation"
     results = [json.loads(path.read_text()) for path in sorted((directory / "results").iterdir())]

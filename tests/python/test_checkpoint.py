@@ -20,7 +20,7 @@ from training import ACTOR, as_arguments, read_metrics, without_times
 
 Overrides = dict[str, Any]
 
-# Runs the trainer, and hangs in the middle of the checkpoint of step 4, once it has said so.
+# Runs the trainer. It creates a marker file and hangs in the middle of the checkpoint of step 4.
 HANG = """
 import shutil, sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ sys.exit(train.main(sys.argv[3:]))
 
 @pytest.fixture
 def long_run(overrides: Overrides) -> Overrides:
-    """Five steps, with everything on that has a state or a schedule, saved after the second, fourth and fifth."""
+    """Five steps with all options that have a state or a schedule. Saves after steps 2, 4 and 5."""
     return overrides | {
         "trainer.total_training_steps": 5,
         "trainer.save_freq": 2,
@@ -93,7 +93,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("how", ["auto", "resume_path"])
 def test_resume_continues_bit_for_bit(how: str, long_run: Overrides, uninterrupted: Path, tmp_path: Path) -> None:
-    """From the second step's checkpoint, with what the first run logged later still in metrics.jsonl."""
+    """From the checkpoint of step 2. metrics.jsonl still has what the first run logged later."""
     directory = tmp_path / "run"
     shutil.copytree(uninterrupted, directory)
     if how == "auto":
@@ -108,8 +108,10 @@ def test_resume_continues_bit_for_bit(how: str, long_run: Overrides, uninterrupt
 
 @pytest.mark.parametrize(("when", "survivor"), [("writing", 2), ("removing", 4)])
 def test_kill_while_saving(when: str, survivor: int, long_run: Overrides, uninterrupted: Path, tmp_path: Path) -> None:
-    """SIGKILL while step 4 is saved, or while the older checkpoint is removed: the last complete one remains, and a run
-    that resumes from it ends as if nothing had happened."""
+    """SIGKILL while step 4 is saved, or while the older checkpoint is removed.
+
+    The last complete checkpoint remains, and the run that resumes from it equals the uninterrupted one.
+    """
     directory, marker = tmp_path / "run", tmp_path / "marker"
     if when == "removing":
         long_run["trainer.max_actor_ckpt_to_keep"] = 1
@@ -133,7 +135,7 @@ def test_kill_while_saving(when: str, survivor: int, long_run: Overrides, uninte
     assert_same_run(directory, uninterrupted)
 
 
-def test_disable_starts_anew(long_run: Overrides, uninterrupted: Path) -> None:
+def test_disable_starts_a_new_run(long_run: Overrides, uninterrupted: Path) -> None:
     before = read_metrics(uninterrupted)
     long_run |= {"trainer.resume_mode": "disable", "trainer.default_local_dir": uninterrupted}
     assert train.main(as_arguments(long_run)) == 0
@@ -198,7 +200,7 @@ def steps_in(directory: Path) -> list[str]:
 def test_a_run_keeps_what_another_run_wrote(
     overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An older run's third step, then a run of two steps that keeps one checkpoint: its second."""
+    """An older run leaves checkpoint 3. A new run of two steps keeps one checkpoint, its own."""
     directory = tmp_path / "run"
     overrides |= {"trainer.save_freq": 1, "trainer.resume_mode": "disable"}
     assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 3})) == 0
@@ -212,7 +214,7 @@ def test_a_run_keeps_what_another_run_wrote(
     assert steps_in(directory) == ["2", "3"]
     assert (directory / "global_step_3/checkpoint.json").read_text() == old
 
-    # The last run goes on, and says what it leaves out.
+    # auto resumes the last run, and names the checkpoint that it leaves out.
     overrides |= {"trainer.resume_mode": "auto", "trainer.total_training_steps": 3}
     assert checkpoint.find_latest(directory) == directory / "global_step_2"
     assert train.main(as_arguments(overrides)) == 0
@@ -223,8 +225,10 @@ def test_a_run_keeps_what_another_run_wrote(
 
 
 def test_a_branch_keeps_what_the_other_branch_wrote(long_run: Overrides, uninterrupted: Path) -> None:
-    """Back to step 2 of a run with steps 2, 4 and 5: of these the branch replaces those that it reaches, and removes
-    the one from which it resumed."""
+    """A branch from step 2 of a run with checkpoints 2, 4 and 5, to step 4, that keeps one checkpoint.
+
+    It replaces checkpoint 4, removes 2, from which it resumed, and leaves 5.
+    """
     long_run |= {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": uninterrupted / "global_step_2"}
     long_run |= {"trainer.default_local_dir": uninterrupted, "trainer.max_actor_ckpt_to_keep": 1}
     assert train.main(as_arguments(long_run | {"trainer.total_training_steps": 4})) == 0
@@ -237,13 +241,13 @@ def test_a_run_that_saved_nothing_is_not_resumed_without_a_word(
     assert train.main(as_arguments(overrides | {"trainer.save_freq": 1})) == 0
     changes = {"trainer.total_training_steps": 2, "trainer.resume_mode": "disable"}
     assert train.main(as_arguments(overrides | changes)) == 0
-    for told in (True, False):
+    for expected in (True, False):
         capsys.readouterr()
         assert train.main(as_arguments(overrides | {"trainer.total_training_steps": 2})) == 0
         shown = capsys.readouterr().out
         # The second time, the last run did resume from this checkpoint.
         message = f"an earlier run wrote it; the last run in {tmp_path / 'run'} has saved no checkpoint"
-        assert (message in shown) is told
+        assert (message in shown) is expected
 
 
 def test_directories_of_other_programs_are_left_alone(

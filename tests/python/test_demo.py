@@ -1,4 +1,4 @@
-"""The demo, far too short to learn anything, from end to end."""
+"""The demo from end to end, too short to learn anything."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert all(Path(part).exists() for part in path.split(", "))
 
 
-def test_the_tokenizer_is_whole_words() -> None:
+def test_the_tokenizer_has_a_token_for_each_word() -> None:
     tokenizer = demo.make_tokenizer()
     text = "4 9 3 -> 39 : 4 * 9 = 36 , 36 + 3 = 39"
     ids = tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""`entropy-rl doctor`: what it finds in this environment, and in ones where something is wrong."""
+"""`entropy-rl doctor` in this environment, and in environments where something is wrong."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import entropy_rl_ext
+import entropy_rl_ext.reference
 from entropy_rl import cli, doctor
 
 
@@ -124,7 +124,7 @@ def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are options: nothing is wrong without them."""
+    """They are optional: nothing is wrong without them."""
     own = doctor.installed_version(doctor.DISTRIBUTION)
     monkeypatch.setattr(doctor, "installed_version", lambda name: own if name == doctor.DISTRIBUTION else None)
     states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
@@ -167,7 +167,7 @@ def in_its_own_process(**environment: str) -> tuple[int, str]:
 
 
 def test_an_instruction_set_that_is_not_there() -> None:
-    """One finding, although none of the ops works."""
+    """One problem, although no op works."""
     status, shown = in_its_own_process(ENTROPY_RL_SIMD="sse9")
     assert status == 1 and shown.endswith("1 problem found\n")
     assert re.search(r"✗ CPU kernels +ENTROPY_RL_SIMD=sse9 names no.*\n      fix: unset ENTROPY_RL_SIMD", shown)

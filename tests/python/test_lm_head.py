@@ -1,4 +1,4 @@
-"""The LM head inside the model's forward: what it returns, what it leaves behind, and where it does not apply."""
+"""The LM head inside the model's forward: its results, that it is restored, and the models it does not support."""
 
 import copy
 from typing import Any
@@ -50,8 +50,8 @@ def test_equals_the_plain_head(model: Any, config: Any, entropy_grad: bool, tied
         if entropy_grad:
             train.log_prob_and_entropy(which, batch, config, entropy_grad=True)[1].sum().backward()
         results.append((log_prob, entropy))
-    for fused, whole in zip(*results, strict=True):
-        torch.testing.assert_close(fused, whole, atol=1e-5, rtol=1e-5)
+    for fused, expected in zip(*results, strict=True):
+        torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
         assert (fused[~batch.response_mask] == 0).all()
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -63,12 +63,12 @@ def test_the_logits_are_never_made(model: Any, config: Any, monkeypatch: pytest.
     monkeypatch.setattr(
         nn.Linear, "forward", lambda self, x: calls.append(self) or nn.functional.linear(x, self.weight)
     )
-    lm_head._reasons[model] = None  # asked before: Linear.forward is another one now
+    lm_head._reasons[model] = None  # stored before the patch: the patched Linear.forward would be refused
     train.log_prob_and_entropy(model, make_batch(), config)
     assert calls and model.get_output_embeddings() not in calls
 
 
-def test_the_head_is_itself_again(model: Any, config: Any) -> None:
+def test_the_head_is_restored(model: Any, config: Any) -> None:
     head = model.get_output_embeddings()
     batch = make_batch()
     train.log_prob_and_entropy(model, batch, config)
@@ -80,30 +80,30 @@ def test_the_head_is_itself_again(model: Any, config: Any) -> None:
     assert model(input_ids=batch.tokens[1:]).logits.shape == (2, 10, head.weight.shape[0])
 
 
-def test_a_head_with_a_forward_of_its_own_is_left_alone(model: Any, config: Any) -> None:
+def test_a_head_with_its_own_forward_is_not_replaced(model: Any, config: Any) -> None:
     class Adapted(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 2
 
     model.get_output_embeddings().__class__ = Adapted
-    assert "Adapted with a forward of its own" in lm_head.unsupported_reason(model)
+    assert "Adapted with its own forward" in lm_head.unsupported_reason(model)
     log_prob, _ = train.log_prob_and_entropy(model, make_batch(), config)
     assert log_prob.isfinite().all()
 
 
-def test_a_model_that_soft_caps_its_logits_is_left_alone() -> None:
+def test_the_head_of_a_model_that_soft_caps_its_logits_is_not_replaced() -> None:
     settings = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     model = Gemma2ForCausalLM(Gemma2Config(**settings, num_key_value_heads=1, head_dim=16))
     assert "soft-cap" in lm_head.unsupported_reason(model)
 
 
 def distributed_gradients(path: str, settings: dict[str, Any], strategy: str) -> dict[str, torch.Tensor]:
-    """What one backward leaves on a rank, under DDP or FSDP2; every rank has the same batch."""
+    """The gradients of one backward on a rank, under DDP or FSDP2. Every rank has the same batch."""
     config = configuration.load(as_arguments(settings))
     model = train.load_model(config.actor_rollout_ref.model, path)
     if strategy == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
-        # What the trainer asks a model for.
+        # The trainer reads this attribute of a model.
         wrapped.device = model.device
     else:
         wrapped = model
@@ -120,7 +120,7 @@ def distributed_gradients(path: str, settings: dict[str, Any], strategy: str) ->
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_hooks_of_ddp_and_fsdp2_hold(
+def test_the_hooks_of_ddp_and_fsdp2_run(
     strategy: str, model: Any, config: Any, overrides: dict[str, Any], tmp_path: Any
 ) -> None:
     log_prob, entropy = train.log_prob_and_entropy(model, make_batch(), config)
@@ -131,20 +131,21 @@ def test_the_hooks_of_ddp_and_fsdp2_hold(
         results = ranks.run(distributed_gradients, str(overrides["actor_rollout_ref.model.path"]), settings, strategy)
     finally:
         ranks.close()
-    for gradients in results:  # the mean of two equal ones
+    for gradients in results:  # each is the mean of two equal gradients
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_the_run_says_why_not(
+def test_the_run_says_why_the_head_is_not_replaced(
     overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lm_head, "_find_reason", lambda model: "it is a test")
     assert train.main(as_arguments(overrides)) == 0
-    assert "use_fused_kernels: not for this model, it is a test; its logits are held whole" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "use_fused_kernels=true has no effect for this model: it is a test; its logits are kept in memory" in shown
 
 
-def test_a_whole_run_with_and_without(overrides: dict[str, Any], run: Any, tmp_path: Any) -> None:
+def test_a_run_with_and_without_the_replaced_head(overrides: dict[str, Any], run: Any, tmp_path: Any) -> None:
     lines = []
     for fused in ("true", "false"):
         changes = {

@@ -1,4 +1,4 @@
-"""Where metrics go."""
+"""Logging of metrics to the terminal, metrics.jsonl, TensorBoard and the picture of the curves."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,9 @@
 """Scoring: what an answer is worth, and that no answer ends or holds up a run."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -116,7 +119,7 @@ def test_an_answer_on_which_a_task_raises_gets_a_low_score(task: str, answer: st
         scorer = Scorer(source, processes, 30.0)
         found = scorer([problem] * 2, [f"<answer>{answer}</answer>", right])
         assert found[0] == (0.0, "error") and found[1].fault is None
-        assert found[1].reward > 0 or task == "boxnet"  # which has no answer of its own
+        assert found[1].reward > 0 or task == "boxnet"  # whose problems have no answer
         scorer.close()
 
 
@@ -203,6 +206,21 @@ def test_processes_end_with_their_scorer(tmp_path: Path) -> None:
     del scorer
     with pytest.raises(ProcessLookupError):
         os.kill(int(score.reward), 0)
+
+
+def test_ctrl_c_does_not_wait_for_an_answer_that_takes_long(tmp_path: Path) -> None:
+    custom(tmp_path, "open('started', 'w').close(); time.sleep(600)")
+    program = (
+        "from entropy_rl.rewards import CustomFunction, Scorer; from entropy_rl.tasks import Problem\n"
+        "Scorer(CustomFunction('reward.py', 'compute_score'), 2, None)([Problem([], '', '')] * 40, [''] * 40)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=20)
+    assert shown.rstrip().endswith(b"KeyboardInterrupt")
 
 
 # ---- In a run

@@ -1,4 +1,4 @@
-"""The trainer, from its command line down to the gradient."""
+"""The trainer, from its command line to the gradient."""
 
 import math
 import subprocess
@@ -36,13 +36,13 @@ def tokenizer(config: Any) -> Any:
     return train.load_tokenizer(config.actor_rollout_ref.model)
 
 
-# ---- A whole run
+# ---- Complete runs
 
 
 def test_command_line_trains_on_parquet_with_math_verify(
     overrides: Overrides, problems_path: Path, tmp_path: Path
 ) -> None:
-    """The command of the documentation: every file is there, every line is logged, and transformers loads the model."""
+    """The documented command writes every file, logs every step, and saves a model that transformers loads."""
     del overrides["reward.custom_reward_function.path"]
     overrides |= {
         "data.val_files": problems_path,
@@ -104,7 +104,7 @@ def test_metrics_have_verls_names(run: Run) -> None:
 
 
 def test_selected_share_is_the_configured_one(run: Run) -> None:
-    """Four micro-batches of at most 32 response tokens: the share is 0.2, rounded up in each."""
+    """Each of four micro-batches, of at most 32 response tokens, rounds the share of 0.2 up."""
     (line,) = run()
     assert 0.2 <= line["data"]["actor/entropy_token_ratio"] < 0.2 + 1 / 8
     assert line["data"]["actor/entropy_threshold"] > 0
@@ -143,7 +143,7 @@ def test_every_advantage_estimator_trains(estimator: str, run: Run) -> None:
 
 
 def test_other_settings_train(run: Run) -> None:
-    """What the tests above leave at its default."""
+    """Settings that the tests above leave at their defaults."""
     lines = run(
         {
             "actor_rollout_ref.model.enable_gradient_checkpointing": "true",
@@ -166,7 +166,7 @@ def test_other_settings_train(run: Run) -> None:
 
 
 def test_learns_what_is_rewarded(run: Run) -> None:
-    """Twelve steps on the share of digits, on a fifth of the tokens: the mean reward rises."""
+    """The mean reward, the share of digits, rises in twelve steps on a fifth of the tokens."""
     lines = run({"trainer.total_training_steps": 12, "data.train_batch_size": 16, f"{ACTOR}.optim.lr": 1e-2})
     rewards = [line["data"]["critic/rewards/mean"] for line in lines]
     assert sum(rewards[-3:]) > 1.5 * sum(rewards[:3])
@@ -182,12 +182,12 @@ def test_an_epoch_meets_every_problem_once(config: Any) -> None:
         for steps in ((1, 2), (3, 4))
     ]
     for met in epochs:
-        assert len(set(met)) == 8  # two batches of four; the last two problems wait for another order
+        assert len(set(met)) == 8  # two batches of four; this order leaves two problems out
     assert epochs[0] != epochs[1]
 
 
 def test_prompts_that_are_too_long_are_dropped(config: Any, tokenizer: Any) -> None:
-    """Prompts of 7 to 10 characters, 16 in all, of which those of 9 or less stay."""
+    """Of 16 prompts of 7 to 10 characters, those of at most 9 remain."""
     problems, _, _ = load_tasks(config)
     lengths = [len(problem.messages[0]["content"]) for problem in problems]
     config.data.max_prompt_length, config.data.filter_overlong_prompts = 9, True
@@ -206,7 +206,7 @@ def test_a_prompt_without_tokens(config: Any, tokenizer: Any) -> None:
 
 
 def test_validation_is_a_mean_over_each_source(run: Run, problems_path: Path) -> None:
-    """Two responses to each of five problems, three at a time, before the first step and after the last."""
+    """Two responses to each of five problems, three problems at a time, before the first step and after the last."""
     settings = {"data.val_files": problems_path, "data.val_max_samples": 5, "data.val_batch_size": 3}
     settings |= {"actor_rollout_ref.rollout.val_kwargs.n": 2}
     settings |= {"actor_rollout_ref.rollout.val_kwargs.temperature": 1.0}
@@ -220,7 +220,7 @@ def test_validation_is_a_mean_over_each_source(run: Run, problems_path: Path) ->
 
 
 def test_generate_agrees_with_transformers(model: Any, tokenizer: Any, config: Any) -> None:
-    """Greedy, prompts of different lengths: the cache, the padding on the left and the positions are right."""
+    """Greedy sampling from prompts of different lengths checks the cache, the padding on the left and the positions."""
     prompts = [tokenizer.encode(text) for text in ("1 + 1 =", "12345 * 6789 =", "7")]
     sampling = config.actor_rollout_ref.rollout.val_kwargs
     batch = train.generate(model, tokenizer, prompts, config, sampling, torch.Generator())
@@ -245,7 +245,7 @@ def test_a_response_ends_with_its_end_token(model: Any, tokenizer: Any, config: 
 
 
 def test_sample_follows_the_distribution(config: Any) -> None:
-    """20,000 draws at temperature 2: within five standard deviations of softmax(logits / 2)."""
+    """20,000 draws at temperature 2 are within five standard deviations of softmax(logits / 2)."""
     sampling = config.actor_rollout_ref.rollout
     sampling.temperature = 2.0
     logits = torch.tensor([1.0, 0.0, -1.0, 3.0])
@@ -260,9 +260,9 @@ def test_sample_follows_the_distribution(config: Any) -> None:
         (1.0, -1, {0, 1, 2, 3}),
         (0.51, -1, {0, 1}),
         (0.45, -1, {0}),
-        (0.01, -1, {0}),  # the most probable token is always in
+        (0.01, -1, {0}),  # the most probable token is always kept
         (1.0, 3, {0, 1, 2}),
-        (1.0, 9, {0, 1, 2, 3}),  # more than there are
+        (1.0, 9, {0, 1, 2, 3}),  # more than the vocabulary has
         (0.9, 2, {0, 1}),
     ],
 )
@@ -294,7 +294,7 @@ def random_experience(model: Any, config: Any, rows: int = 8, width: int = 5, le
 
 
 def plain_log_prob_and_entropy(model: Any, batch: train.Batch, row: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of one response, without padding, by torch alone."""
+    """Log-probabilities and entropies of one response, without padding, in plain torch."""
     inside = batch.attention_mask[row].bool()
     tokens = batch.tokens[row][inside]
     count = int(batch.response_mask[row].sum())
@@ -326,7 +326,7 @@ def gradients(model: Any) -> list[Tensor]:
 def test_gradient_does_not_depend_on_the_micro_batches(
     loss_mode: str, loss_agg_mode: str, model: Any, config: Any
 ) -> None:
-    """All tokens, with KL penalty and entropy bonus: each mean is one over the whole mini-batch."""
+    """All tokens train, with a KL penalty and an entropy bonus. Every mean is over the mini-batch."""
     actor = config.actor_rollout_ref.actor
     actor.entropy_top_ratio, actor.entropy_coeff = None, 0.1
     actor.policy_loss.loss_mode, actor.loss_agg_mode = loss_mode, loss_agg_mode
@@ -350,7 +350,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(
 def test_gradient_is_the_mean_over_the_selected_tokens(
     rule: str, normalize: str, size: int, complement: bool, model: Any, config: Any
 ) -> None:
-    """Against plain torch: PPO's clipped objective on the tokens that each micro-batch selects, divided once."""
+    """Equals plain torch: PPO's clipped objective on the tokens that each micro-batch selects, divided once."""
     actor = config.actor_rollout_ref.actor
     actor.entropy_top_complement = complement
     actor.entropy_top_rule, actor.entropy_top_normalize = rule, normalize
@@ -378,7 +378,7 @@ def test_gradient_is_the_mean_over_the_selected_tokens(
         counts.append(len(entropy) - count if complement else count)
         response_tokens += len(entropy)
     if normalize == "selected":
-        # A micro-batch may leave nothing over.
+        # A micro-batch may select nothing.
         total = sum(part.sum() / max(1, len(part)) * count for part, count in zip(parts, counts, strict=True)) / sum(
             counts
         )
@@ -389,11 +389,47 @@ def test_gradient_is_the_mean_over_the_selected_tokens(
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-# ---- A selection that is known before the forward
+# ---- A gradient that is not finite
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        ("advantages", "advantages (check the rewards): 1 of 24 tokens; loss"),
+        ("model", "log-probabilities: 24 of 24 tokens; entropies: 24 of 24 tokens; loss"),
+        ("backward", "the loss and what it is computed from are finite, so the backward is the cause"),
+    ],
+)
+def test_the_cause_of_a_gradient_that_is_not_finite_is_named(
+    cause: str, message: str, model: Any, config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The optimizer step is skipped, and one line names the numbers that are not finite."""
+    experience = random_experience(model, config)
+    config.actor_rollout_ref.actor.entropy_top_ratio, config.actor_rollout_ref.rollout.n = None, 8
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 1
+    experience.ref_log_prob = None
+    experience.advantages = experience.advantages.clone()
+    if cause == "advantages":
+        experience.advantages[0, 0] = math.nan
+    elif cause == "model":
+        with torch.no_grad():
+            model.get_input_embeddings().weight[5] = math.nan  # which the LM head shares
+    else:
+        model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters())
+    train.update(model, optimizer, experience, 3, 5, config)
+    shown = capsys.readouterr().err
+    assert shown == f"step 3: optimizer step skipped, its gradient is not finite: {message}\n"
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, model.parameters(), strict=True))
+    assert model.training
+
+
+# ---- A selection before the optimizer step
 
 
 def head_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows meet the LM head with a gradient, call by call."""
+    """How many rows each call of the LM head with a gradient computes."""
     counts: list[int] = []
     op = lm_head.linear_logprob_entropy
 
@@ -411,7 +447,7 @@ PRESELECTED = [
     *((mode, "token-mean", "selected", 8, False) for mode in TOKEN_MODES),
     *(("vanilla", mode, "selected", 2, False) for mode in configuration.LOSS_AGG_MODES),
     ("vanilla", "seq-mean-token-mean", "response", 2, False),
-    # All but the top fifth.
+    # All tokens except the top fifth.
     ("vanilla", "token-mean", "selected", 8, True),
     ("vanilla", "seq-mean-token-mean", "response", 2, True),
 ]
@@ -419,7 +455,7 @@ PRESELECTED = [
 
 @pytest.mark.parametrize("source", ["prepass", "old_policy"])
 @pytest.mark.parametrize(("loss_mode", "loss_agg_mode", "normalize", "size", "complement"), PRESELECTED)
-def test_selected_tokens_alone_give_the_same_step(
+def test_the_lm_head_on_selected_tokens_only_gives_the_same_step(
     source: str,
     loss_mode: str,
     loss_agg_mode: str,
@@ -430,7 +466,7 @@ def test_selected_tokens_alone_give_the_same_step(
     config: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss, gradient and metrics of a step in which the selected tokens alone meet the LM head, against all of them."""
+    """A step that runs the LM head on the selected tokens only equals one that runs it on all tokens."""
     actor = config.actor_rollout_ref.actor
     actor.entropy_top_scope, actor.entropy_top_source, actor.entropy_top_normalize = "mini_batch", source, normalize
     actor.policy_loss.loss_mode, actor.loss_agg_mode, actor.policy_loss.dro_beta = loss_mode, loss_agg_mode, 0.1
@@ -457,14 +493,16 @@ def test_selected_tokens_alone_give_the_same_step(
 
 
 def test_metrics_of_the_selected_tokens(model: Any, config: Any) -> None:
-    """Under old_policy: ppo_kl and clip fractions are means over the selected tokens, and are named so."""
+    """With old_policy, ppo_kl and the clip fractions are means over the selected tokens, and their names say so."""
     actor = config.actor_rollout_ref.actor
     actor.entropy_top_scope, actor.entropy_top_source = "mini_batch", "old_policy"
     actor.ppo_micro_batch_size_per_gpu = 2
     experience = random_experience(model, config)
     experience.ref_log_prob = None
     metrics = train.accumulate_gradients(model, experience, torch.Generator(), config)
-    selected = torch.cat(train.select_for_step(model, experience, torch.arange(8).split(2), 0, config).masks)
+    step, rows = selection.StepSelection(actor), torch.arange(8).split(2)
+    parts = train.select_before_step(model, experience, rows, step, 0, config)
+    selected = torch.cat([part.mask for part in parts])
     log_prob, _ = train.compute_log_prob(model, experience.batch, config)
     moved = (experience.old_log_prob - log_prob)[selected]
     ratio, advantage = (-moved).exp(), experience.advantages[selected]
@@ -487,7 +525,7 @@ def test_metrics_of_the_selected_tokens(model: Any, config: Any) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:entropy_mask is not applied")
-def test_where_all_tokens_meet_the_head_the_run_says_why(
+def test_a_run_that_needs_the_lm_head_on_all_tokens_says_why(
     change: Overrides,
     reason: str | None,
     run: Run,
@@ -497,8 +535,8 @@ def test_where_all_tokens_meet_the_head_the_run_says_why(
     rows = head_rows(monkeypatch)
     (line,) = run({f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_source": "old_policy"} | change)
     shown = capsys.readouterr().out
-    assert ("meets the LM head in the training step" in shown) == (reason is not None)
-    assert reason is None or f"{reason} needs them all" in shown
+    assert ("runs the LM head on all response tokens" in shown) == (reason is not None)
+    assert reason is None or f"because {reason} needs them all" in shown
     # Sixteen responses of at most 8 tokens.
     tokens = round(16 * line["data"]["response_length/mean"])
     few = reason is None and change.get(f"{ACTOR}.entropy_top_scope") != "micro_batch"

@@ -1,4 +1,4 @@
-"""The trainer on several ranks: one optimizer step is the same for any split; how runs go on, and how they end."""
+"""The trainer on several ranks: an optimizer step does not depend on its split, and how runs resume and end."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from entropy_rl import checkpoint, distributed, train
 from entropy_rl import config as configuration
-from entropy_rl.selection import movement_metrics
+from entropy_rl.selection import StepSelection, movement_metrics
 from ranks import Ranks
 from training import ACTOR, as_arguments, read_metrics, without_times
 
@@ -96,7 +96,7 @@ CASES = {
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_is_the_same_for_any_split(case: str, strategy: str, ranks: Ranks, overrides: Overrides) -> None:
-    """Scope mini_batch, global ranks: 16 responses whole on one rank, against 4 and 1 at a time on 2 and 4."""
+    """Scope mini_batch, ranks global: 16 responses at once on one rank equal 4 and 1 at a time on 2 and 4 ranks."""
     overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_ranks": "global"}
     arguments = as_arguments(overrides | {f"{ACTOR}.strategy": strategy} | CASES[case])
     gradients, metrics = step(arguments, 16)
@@ -111,10 +111,10 @@ def test_one_step_is_the_same_for_any_split(case: str, strategy: str, ranks: Ran
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 @pytest.mark.parametrize("source", ["prepass", "old_policy"])
-def test_selected_tokens_alone_give_the_step_of_all(
+def test_the_lm_head_on_selected_tokens_only_gives_the_step_of_all_tokens(
     source: str, strategy: str, ranks: Ranks, overrides: Overrides
 ) -> None:
-    """Ranks that give the LM head the selected tokens alone, against one rank that holds all logits."""
+    """Ranks that run the LM head on the selected tokens only equal one rank that keeps all logits."""
     overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_ranks": "global"}
     overrides |= {f"{ACTOR}.entropy_top_source": source, f"{ACTOR}.strategy": strategy}
     plain = as_arguments(overrides | {"actor_rollout_ref.model.use_fused_kernels": "false"})
@@ -129,7 +129,7 @@ def test_selected_tokens_alone_give_the_step_of_all(
 
 
 def test_micro_batch_scope_means_what_it_says(ranks: Ranks, overrides: Overrides) -> None:
-    """Global ranks: the micro-batches that the ranks run together are one; so one of 4 on each of 4 ranks is all."""
+    """With ranks global, the micro-batches that the ranks run at once compete. One per rank is all of them."""
     overrides |= {f"{ACTOR}.entropy_top_ranks": "global"}
     gradients, metrics = step(as_arguments(overrides), 16)
     for found, found_metrics in ranks.run(step, as_arguments(overrides), 16):
@@ -141,7 +141,7 @@ def test_micro_batch_scope_means_what_it_says(ranks: Ranks, overrides: Overrides
 
 
 def test_prepass_and_old_policy_agree_before_the_first_step(overrides: Overrides) -> None:
-    """The old log-probabilities' pass and the prepass run the same model on the same micro-batches: the same bits."""
+    """Both run the same model on the same micro-batches, so their entropies have the same bits."""
     overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch"}
     results = []
     for source in ("prepass", "old_policy"):
@@ -150,11 +150,13 @@ def test_prepass_and_old_policy_agree_before_the_first_step(overrides: Overrides
         experience = make_experience()
         _, experience.old_entropy = train.compute_log_prob(model, experience.batch, config)
         rows = torch.arange(16).split(4)
-        results.append(torch.cat(train.select_for_step(model, experience, rows, 0, config).masks))
+        step = StepSelection(config.actor_rollout_ref.actor)
+        parts = train.select_before_step(model, experience, rows, step, 0, config)
+        results.append(torch.cat([part.mask for part in parts]))
     assert results[0].any() and torch.equal(*results)
 
 
-# ---- Whole runs under torchrun
+# ---- Complete runs under torchrun
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
@@ -179,7 +181,7 @@ def run(processes: int, overrides: Overrides) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def small_run(overrides: Overrides, problems_path: Path) -> Overrides:
-    """Mini-batch scope and global ranks, groups of four that one rank holds whole, and five problems to validate on."""
+    """Scope mini_batch, ranks global, four problems per mini-batch, and five problems for validation."""
     return overrides | {
         f"{ACTOR}.entropy_top_scope": "mini_batch",
         f"{ACTOR}.entropy_top_ranks": "global",
@@ -192,11 +194,11 @@ def small_run(overrides: Overrides, problems_path: Path) -> Overrides:
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_greedy_run_is_the_same_on_any_number_of_ranks(strategy: str, small_run: Overrides, tmp_path: Path) -> None:
-    """Without chance in sampling, two steps on 1, 2 and 4 processes: metrics, and weights in the end."""
+    """Two steps on 1, 2 and 4 processes, without randomness in sampling, have the same metrics and final weights."""
     small_run |= {
         f"{ACTOR}.strategy": strategy,
         "actor_rollout_ref.rollout.top_k": 1,
-        "algorithm.adv_estimator": "reinforce_plus_plus",  # a group of equal responses has no other advantage
+        "algorithm.adv_estimator": "reinforce_plus_plus",  # the others give equal responses no advantage
         "trainer.total_training_steps": 2,
         f"{ACTOR}.use_kl_loss": "true",
     }
@@ -216,7 +218,7 @@ def test_greedy_run_is_the_same_on_any_number_of_ranks(strategy: str, small_run:
     for size in (2, 4):
         assert saved[size].keys() == saved[1].keys()
         for name, weight in saved[1].items():
-            # Two steps of Adam at 1e-3: where a gradient is rounding alone, its sign, and so the step, is too.
+            # Where a gradient is only rounding error, so are its sign and the two steps of Adam at 1e-3.
             assert (saved[size][name] - weight).abs().mean() < 1e-5, name
 
 
@@ -226,7 +228,7 @@ def state_of(directory: Path, step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_resume_with_another_number_of_ranks(strategy: str, small_run: Overrides, tmp_path: Path) -> None:
-    """Two ranks, then one, then two again: each goes on from the weights and moments that the one before it saved."""
+    """Two ranks, then one, then two again: each run resumes the weights and moments that the one before saved."""
     directory = tmp_path / "run"
     small_run |= {f"{ACTOR}.strategy": strategy, "trainer.default_local_dir": directory}
     settings = configuration.load(as_arguments(small_run)).actor_rollout_ref.model
@@ -238,14 +240,14 @@ def test_resume_with_another_number_of_ranks(strategy: str, small_run: Overrides
         saved = train.load_model(settings, checkpoint.model_directory(directory / f"global_step_{step}"))
         for name, weight in saved.named_parameters():
             assert moments[name]["exp_avg"].shape == weight.shape
-    # With beta1 = 0.9 a first moment that was lost would leave a tenth of the gradient alone.
+    # A lost second moment would start again from a thousandth of the squared gradient.
     before, after = state_of(directory, 2), state_of(directory, 3)
     name = "model.norm.weight"
     assert (after[name]["exp_avg_sq"] >= 0.999 * before[name]["exp_avg_sq"] * (1 - 1e-6)).all()
 
 
 def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, tmp_path: Path) -> None:
-    """Two ranks, with sampling at random and mini-batches in random order: the same bits."""
+    """With random sampling and mini-batches in random order on two ranks, the weights have the same bits."""
     small_run |= {f"{ACTOR}.shuffle": "true", f"{ACTOR}.ppo_mini_batch_size": 2, "data.val_files": "null"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(2, small_run | {"trainer.total_training_steps": 2, "trainer.default_local_dir": whole})
@@ -258,7 +260,7 @@ def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, 
 
 # ---- Ranks that die
 
-# Says which process it is, once it trains.
+# Writes its process id when it trains.
 ANNOUNCE = """
 import os, sys
 from pathlib import Path
@@ -275,7 +277,7 @@ sys.exit(train.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("machines", [1, 2])
 def test_a_rank_that_dies_ends_the_run(machines: int, small_run: Overrides, tmp_path: Path) -> None:
-    """kill -9 of one of two ranks, on one machine or on two: every torchrun ends with an error within a minute."""
+    """After kill -9 of one of two ranks, on one machine or two, every torchrun fails within a minute."""
     script, pids = tmp_path / "announce.py", tmp_path / "pids"
     script.write_text(ANNOUNCE)
     pids.mkdir()

@@ -1,4 +1,4 @@
-"""What the tests of the trainer share."""
+"""Functions that the tests of the trainer share."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What two runs must agree on."""
+    """The metrics on which two equal runs agree."""
     return [
         line | {"data": {k: v for k, v in line["data"].items() if not k.startswith(("timing_s/", "perf/"))}}
         for line in lines
@@ -25,7 +25,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def broken_copy(model: Path, path: Path, pattern: str, content: bytes | None) -> Path:
-    """A copy of a model in which the files that fit `pattern` are gone (None), or one file holds `content`."""
+    """A copy of a model without the files that match `pattern` (content None), or with other content in one file."""
     shutil.copytree(model, path)
     if content is None:
         for file in path.glob(pattern):

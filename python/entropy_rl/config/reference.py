@@ -12,14 +12,22 @@ from entropy_rl.config import RULES
 HEAD = """\
 # Configuration
 
-This page lists every key of `python -m entropy_rl.train`. [training.md](training.md) explains how the keys work
-together. `python -m entropy_rl.config.reference` generates the page from
+Which keys does `python -m entropy_rl.train` have, what may each hold, and what is its default?
+Write `KEY=VALUE` on the command line, as in `actor_rollout_ref.actor.entropy_top_ratio=0.2`;
+`--help` prints the same list.
+
+Names and meanings are verl's wherever verl has the key. [training.md](training.md) explains how the
+keys work together, and [distributed.md](distributed.md#what-competes) which tokens compete under
+each scope. A wrong key or value stops the program with status 2 and one line that says what is
+allowed.
+
+`python -m entropy_rl.config.reference` writes this page from
 [`train.yaml`](../python/entropy_rl/config/train.yaml) and the rules that check it.
 """
 
 
 def entries(text: str) -> Iterator[tuple[str, str, str]]:
-    """(key, default, explanation) for each key of a YAML text that has a comment above every key."""
+    """Yields (key, default, explanation) for each key of a YAML text that has a comment above every key."""
     path: list[str] = []
     comment: list[str] = []
     for line in text.splitlines():
@@ -39,7 +47,7 @@ def reference() -> str:
         cells = (f"`{name}`", f"`{default}`", RULES[key].allowed, explanation)
         row = "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
         sections.setdefault(section, []).append(row)
-    title = "\n## {}\n\n| key | default | allowed | |\n|---|---|---|---|\n"
+    title = "\n## {}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n"
     return HEAD + "".join(title.format(section) + "".join(rows) for section, rows in sections.items())
 
 

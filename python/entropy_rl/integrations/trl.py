@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_rl.integrations import SUPPORTED, is_supported
-from entropy_rl.selection import OPTIONS, StepSelection, TokenSelection, prepass, select_tokens
+from entropy_rl.selection import OPTIONS, Ranks, Rule, StepSelection, TokenSelection, prepass, select_tokens
 from entropy_rl_ext import linear_logprob_entropy
 
 _INSTALL = f"pip install 'trl=={SUPPORTED['trl']}.*'"
@@ -38,9 +38,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # no
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 
-Rule = Literal["topk", "threshold", "quantile"]
 Scope = Literal["micro_batch", "mini_batch"]
-Ranks = Literal["local", "global"]
 Normalize = Literal["selected", "response"]
 LMHead = Literal["selected_rows", "trl"]
 CHOICES = {
@@ -151,13 +149,13 @@ class EntropyGRPOTrainer(GRPOTrainer):
                 "TRL's own LM head, which gathers it again in the backward, computes log-probabilities and entropies",
                 stacklevel=2,
             )
-        # Of the optimizer step; under the scope micro_batch, of the micro-batch.
+        # The selection of the optimizer step; with the scope micro_batch, of the micro-batch.
         self._selection: StepSelection | None = None
-        # Under the scope mini_batch, for each micro-batch of the step: its selection, and the prepass's
+        # With the scope mini_batch, for each micro-batch of the step: its part of the selection, and the prepass's
         # log-probabilities and entropies, each [B, T].
         self._tokens: list[TokenSelection] = []
         self._scores: list[tuple[Tensor, Tensor]] = []
-        # Of the micro-batch whose loss is being computed; `_bonus_correction` is [].
+        # State while the loss of a micro-batch is computed: its inputs, and what corrects the entropy bonus, [].
         self._loss_inputs: dict[str, Any] | None = None
         self._bonus_correction: Tensor | float = 0.0
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
@@ -213,7 +211,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         with _lm_head(self._score):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-    # ---- Which tokens
+    # ---- The selection
 
     def _is_mini_batch_scope(self) -> bool:
         return self.model.training and self.args.entropy_top_scope == "mini_batch"  # evaluation has no optimizer steps
@@ -227,8 +225,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
         return self._step % self.args.steps_per_generation if self.model.training else 0
 
     def _begin_selection(self, inputs: dict[str, Any]) -> None:
-        """Counts tokens over the span of `num_items_in_batch`: all that was generated at once. Under the scope
-        mini_batch it also selects for the optimizer step that begins."""
+        """Counts the tokens of the generation, which `num_items_in_batch` spans. With the scope mini_batch it also
+        selects the tokens of the optimizer step that begins."""
         args = self.args
         selection = self._selection = StepSelection(args, scope=None if self.model.training else "micro_batch")
         micro_batches = self._buffered_inputs if self.model.training else [inputs]
@@ -248,7 +246,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._tokens = selection.select_mini_batch(log_prob, entropy, mask).split(rows)
 
     def _log_probs_and_entropies(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        # Tokens and masks, and images and the like under the names of the method's parameters.
+        # `inputs` also holds images and the like, under the names of the method's parameters.
         names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
             self.model,
@@ -260,7 +258,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         )
         return log_probs, entropies
 
-    # ---- What their loss is divided by
+    # ---- The divisor of the loss
 
     def _normalization(self, selected: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor | float:
         """Completion tokens per selected token, among those that this loss_type averages over: [], [B, 1] or 1."""
@@ -277,7 +275,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
             case _:
                 return 1.0
 
-    # ---- Means that TRL takes over a micro-batch, over the optimizer step
+    # ---- Means over the optimizer step that TRL takes over a micro-batch
 
     def _competing_processes(self) -> int:
         return self.accelerator.num_processes if self.args.entropy_top_ranks == "global" else 1

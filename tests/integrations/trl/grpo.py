@@ -1,4 +1,4 @@
-"""What the tests of the TRL integration share: trainers on a tiny model, batches, and one optimizer step on them."""
+"""Shared by the tests of the TRL integration: trainers on a tiny model, batches, and optimizer steps."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from trl.trainer.utils import split_tensor_dict
 from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
 
 LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
-WHOLE_STEP = {"entropy_top_scope": "mini_batch", "entropy_top_ranks": "global"}
+MINI_BATCH = {"entropy_top_scope": "mini_batch", "entropy_top_ranks": "global"}
 PROMPTS = [f"{a} + {a * a} =" for a in range(16)]
 SETTINGS = {
     "bf16": False,
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def share_of_digits(completions: list[str], **_: Any) -> list[float]:
-    """A reward that a random model meets now and then, so that there is a gradient."""
+    """A reward that a random model sometimes gets, so that there is a gradient."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
@@ -70,7 +70,7 @@ def make_batch(rows: int = 8, *, seed: int = 0, prompt: int = 5, completion: int
         "completion_mask": completion_mask,
         "advantages": normal(rows),
         "num_items_in_batch": completion_mask.sum(),
-        # Far enough from the policy of the tiny model for ratios on both sides of the clipping range.
+        # So far from the tiny model's policy that some ratios are below the clipping range and some above.
         "old_per_token_logps": -5 + 2 * normal(rows, completion),
         "ref_per_token_logps": -5 + 2 * normal(rows, completion),
     }
@@ -81,12 +81,12 @@ def without(batch: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 
 def rows_of(batch: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """Some rows of a batch; `num_items_in_batch` stays that of all."""
+    """Some rows of a batch. `num_items_in_batch` still counts all rows."""
     return {name: value[rows] if value.ndim else value for name, value in batch.items()}
 
 
 def spoil(model: PreTrainedModel, token: int) -> None:
-    """Makes the embedding of a token NaN, and so the sequences that it is in."""
+    """Makes the embedding of a token NaN, and with it the sequences that contain the token."""
 
     def put_nan(_: nn.Module, arguments: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
         return embeddings.masked_fill((arguments[0] == token)[..., None], torch.nan)
@@ -97,9 +97,9 @@ def spoil(model: PreTrainedModel, token: int) -> None:
 def optimizer_step(
     trainer: GRPOTrainer, batch: dict[str, Tensor], micro_batches: int = 1
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
-    """Loss, gradients and metrics of `batch` in so many micro-batches; nothing is updated.
+    """Loss, gradients and metrics of `batch` in `micro_batches` micro-batches. Nothing is updated.
 
-    Where they are more than `gradient_accumulation_steps`, these are the sums over several optimizer steps.
+    If there are more than `gradient_accumulation_steps`, the results are sums over several optimizer steps.
     """
     trainer.model.train()
     trainer.model.zero_grad()
@@ -129,7 +129,7 @@ def assert_same_step(actual: Any, expected: Any, **tolerance: float) -> None:
 
 
 def assert_same_metrics(actual: Any, expected: Any) -> None:
-    """Of two steps, as TRL would log them: the mean without NaN."""
+    """Compares the metrics of two steps as TRL logs them: means without NaN."""
     assert actual[2].keys() == expected[2].keys()
     for name in expected[2]:
         one, other = (torch.tensor(step[2][name]).nanmean().item() for step in (actual, expected))
@@ -141,7 +141,7 @@ def largest(step: Any) -> float:
 
 
 def launch(script: Path, *arguments: str | Path, processes: int) -> None:
-    """Runs a script, in so many processes of `accelerate launch` where they are more than one.
+    """Runs a script; with more than one process, under `accelerate launch`.
 
     Fails with what it printed; a hang is a failure.
     """
@@ -150,7 +150,7 @@ def launch(script: Path, *arguments: str | Path, processes: int) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search_path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable]
     if processes > 1:
-        # With --cpu it starts one process. --multi_gpu starts as many as asked for, and the variable keeps them on CPU.
+        # With --cpu, accelerate starts one process. --multi_gpu starts all, and the variable keeps them on the CPU.
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         command += ["--main_process_port", "0"]

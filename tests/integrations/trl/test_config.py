@@ -1,4 +1,4 @@
-"""What the configuration allows, and what it says about the rest."""
+"""The values that the configuration accepts, and its errors and warnings."""
 
 import importlib.util
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_the_command_line_has_the_options(tmp_path: Path, capsys: pytest.Capture
     assert "invalid choice: 'best'" in capsys.readouterr().err
 
 
-def test_sequence_level_ratios_are_warned_of(
+def test_sequence_level_ratios_give_a_warning(
     trainer: Callable[..., GRPOTrainer], recwarn: pytest.WarningsRecorder
 ) -> None:
     trainer(entropy_top_ratio=0.2, importance_sampling_level="sequence", loss_type="grpo")

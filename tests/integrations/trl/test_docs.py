@@ -1,4 +1,4 @@
-"""The blocks of the pages that need TRL, at a size for a test."""
+"""The blocks of the documentation that need TRL, run with small settings."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_python(block: Block, model_path: Path, tmp_path: Path, monkeypatch: pyt
             made.append(self)
 
     monkeypatch.setattr(integration, "EntropyGRPOConfig", SmallConfig)
-    # A block that goes on with the names of the one above it has its import, too.
+    # A block without imports uses those of the block above it.
     names: dict[str, Any] = {} if "import" in block.text else {"EntropyGRPOConfig": SmallConfig}
     exec(compile(block.text, block.name(), "exec"), names)
     assert made[0].entropy_top_ratio == 0.2
@@ -58,7 +58,7 @@ def test_shell(command: Command, model_path: Path, tmp_path: Path, monkeypatch: 
             launch(ROOT / recipe, *arguments, *SMALL_RECIPE, processes=1)
             assert (tmp_path / "run").is_dir()
         case ["accelerate", "launch", *arguments]:
-            # Not started: it asks for more processes than a test may have. test_recipe.py starts two.
+            # Not started: it needs too many processes for a test. test_recipe.py starts two.
             parsed = launch_command_parser().parse_args(arguments)
             assert (ROOT / parsed.training_script).exists() and parsed.training_script_args == ["..."]
         case words:

@@ -9,7 +9,7 @@ from entropy_rl import cli, doctor
 
 
 def test_here(capsys: pytest.CaptureFixture[str]) -> None:
-    """The package is on the search path, not installed: that is told, and no fault."""
+    """doctor reports that the package is on the search path but not installed, and does not count it as an error."""
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"✓ TRL +1\.16\.\S+; EntropyGRPOTrainer is there", shown)

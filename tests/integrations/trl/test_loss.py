@@ -1,4 +1,4 @@
-"""The loss of an optimizer step: TRL's where it must be, and the mean over the selected tokens where it says so."""
+"""The loss of an optimizer step equals TRL's with TRL's rule, and otherwise a mean over the selected tokens."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import entropy_rl.integrations.trl as integration
 from entropy_rl_ext import global_top_mask, linear_logprob_entropy, logprob_entropy, policy_loss
 from grpo import (
     LOSS_TYPES,
-    WHOLE_STEP,
+    MINI_BATCH,
     assert_same_metrics,
     assert_same_step,
     largest,
@@ -29,7 +29,7 @@ from grpo import (
 
 AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
 
-# A loss_type of TRL in the arguments of policy_loss, as docs/trl.md has it.
+# The arguments of policy_loss for a loss_type of TRL, as in docs/trl.md.
 NO_DUAL_CLIP = {"loss_mode": "vanilla", "clip_ratio_c": 1e9}
 AS_POLICY_LOSS = {
     "dapo": NO_DUAL_CLIP,
@@ -46,7 +46,7 @@ def differs(one: Any, other: Any) -> bool:
     return any((one[1][name] - other[1][name]).abs().max() > 1e-4 for name in one[1])
 
 
-# ---- TRL's own choice of tokens
+# ---- TRL's own selection
 
 
 @pytest.mark.parametrize("lm_head", ["selected_rows", "trl"])
@@ -87,9 +87,9 @@ def test_reproduces_it_beside_other_options(trainer: Callable[..., GRPOTrainer],
         trainer(GRPOTrainer, top_entropy_quantile=0.3, **settings),
         trainer(entropy_top_ratio=0.3, **AS_TRL, **settings),
     )
-    for _ in range(2):  # the second meets what the first left in the trainer
+    for _ in range(2):  # the second uses the state that the first left in the trainer
         expected, actual = (optimizer_step(t, batch, micro_batches) for t in (theirs, ours))
-        # Of the largest gradient: the penalty, far from its minimum, makes gradients of 10 and more.
+        # Relative to the largest gradient, which the penalty, far from its minimum, makes 10 and more.
         scale = max(1.0, largest(expected))
         assert_same_step(actual, expected, rtol=1e-6, atol=1e-6 * scale)
         logged = {
@@ -102,7 +102,7 @@ def test_reproduces_it_beside_other_options(trainer: Callable[..., GRPOTrainer],
 def test_without_a_ratio_the_step_is_trls_bit_for_bit(trainer: Callable[..., GRPOTrainer], loss_type: str) -> None:
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     expected = optimizer_step(trainer(GRPOTrainer, **settings), make_batch(), 2)
-    actual = optimizer_step(trainer(**WHOLE_STEP, **settings), make_batch(), 2)
+    actual = optimizer_step(trainer(**MINI_BATCH, **settings), make_batch(), 2)
     assert_same_step(actual, expected, rtol=0, atol=0)
     assert actual[2] == expected[2]
 
@@ -113,7 +113,7 @@ def test_without_a_ratio_the_step_is_trls_bit_for_bit(trainer: Callable[..., GRP
 def reference_loss(
     trainer: GRPOTrainer, batch: dict[str, Tensor], normalize: str, ratio: float, **arguments: Any
 ) -> Any:
-    """Loss and gradients from the model's logits by this package's ops, without TRL."""
+    """Loss and gradients from the model's logits with this package's ops, without TRL."""
     trainer.model.zero_grad()
     mask, length = batch["completion_mask"], batch["completion_ids"].shape[1]
     logits = trainer.model(
@@ -141,7 +141,7 @@ def test_loss_types_are_those_of_policy_loss(
     trainer: Callable[..., GRPOTrainer], loss_type: str, normalize: str
 ) -> None:
     batch = make_batch()
-    # TRL's epsilon_high is the bound itself in cispo, and its distance from 1 elsewhere.
+    # In cispo TRL's epsilon_high is the bound itself; elsewhere it is the distance from 1.
     epsilon = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     ours = trainer(entropy_top_ratio=0.3, entropy_top_normalize=normalize, loss_type=loss_type, **epsilon)
     expected = reference_loss(ours, batch, normalize, 0.3, **AS_POLICY_LOSS[loss_type])
@@ -150,10 +150,10 @@ def test_loss_types_are_those_of_policy_loss(
 
 @pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
 @pytest.mark.parametrize("rule", ["topk", "threshold", "quantile"])
-def test_every_selected_token_of_a_step_weighs_the_same(
+def test_every_selected_token_of_a_step_has_the_same_weight(
     trainer: Callable[..., GRPOTrainer], rule: str, scope: str
 ) -> None:
-    """The loss of four micro-batches against the sum over their selected tokens by their number."""
+    """The loss of four micro-batches is the mean over their selected tokens."""
     settings = {"entropy_top_ratio": 0.3, "entropy_top_rule": rule, "entropy_top_scope": scope}
     settings |= {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
     batch = without(make_batch(), "old_per_token_logps")
@@ -163,11 +163,11 @@ def test_every_selected_token_of_a_step_weighs_the_same(
     ours.get_high_entropy_mask = lambda *args: masks.append(select(*args)) or masks[-1]
     loss, *_ = optimizer_step(ours, batch, 4)
     selected = torch.cat(masks) > 0
-    # On policy the ratio is 1, and a token's loss minus its advantage.
+    # On policy the ratio is 1, and the loss of a token is minus its advantage.
     sums = [
         (part * rows[:, None]).sum() for part, rows in zip(selected.split(2), batch["advantages"].split(2), strict=True)
     ]
-    if rule == "quantile" and scope == "micro_batch":  # kept more than topk would here, less there
+    if rule == "quantile" and scope == "micro_batch":  # keeps more or fewer tokens than topk would
         tokens = batch["completion_mask"].view(4, -1).sum(1)
         counts = [max(1, int(n * 0.3 + 0.9999)) for n in tokens.tolist()]
         expected = sum(
@@ -212,33 +212,35 @@ def test_selected_is_response_times_their_share(trainer: Callable[..., GRPOTrain
 )
 @pytest.mark.filterwarnings("ignore:importance_sampling_level")
 def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]) -> None:
-    """Nor, in one micro-batch, on the scope: there all of it is TRL's own mean over the tokens of a micro-batch."""
+    """In one micro-batch it does not depend on the scope either: then every mean is TRL's own over a micro-batch."""
     batch = make_batch()
     batch["tool_mask"] = (torch.arange(12) != 3).int().expand(8, 12).clone()
-    batch["completion_mask"][[0, 4, 5]] = 0  # as mask_truncated_completions does, to a micro-batch of four too
+    batch["completion_mask"][[0, 4, 5]] = (
+        0  # as mask_truncated_completions does, also to a whole micro-batch of the four
+    )
     batch["num_items_in_batch"] = (batch["completion_mask"] * batch["tool_mask"]).sum()
-    settings = {"entropy_top_ratio": 0.3, **WHOLE_STEP, **settings}
+    settings = {"entropy_top_ratio": 0.3, **MINI_BATCH, **settings}
     trainers = [trainer(**settings | {"entropy_top_scope": "micro_batch"})]
     trainers += [
         trainer(gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **settings) for n in (1, 2, 4)
     ]
-    for _ in range(2):  # the second with the coefficient that an adaptive bonus has after the first
+    for _ in range(2):  # the second uses the adaptive coefficient of the bonus that the first left
         expected, *steps = (optimizer_step(t, batch, t.args.gradient_accumulation_steps) for t in trainers)
         for step in steps:
-            # Of the largest gradient: the penalty, far from its minimum, makes gradients of 10 and more.
+            # Relative to the largest gradient, which the penalty, far from its minimum, makes 10 and more.
             assert_same_step(step, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
             assert_same_metrics(step, expected)
 
 
 def test_metrics_of_single_tokens_do_not_depend_on_the_split(trainer: Callable[..., GRPOTrainer]) -> None:
-    """Of which TRL counts one a sequence, masked or not."""
+    """With one column, TRL counts one value per sequence, masked or not."""
     batch = make_batch(completion=1)
     batch["completion_mask"][[0, 4, 5]] = 0
     batch["num_items_in_batch"] = batch["completion_mask"].sum()
     one, four = (
         optimizer_step(
             trainer(
-                entropy_top_ratio=0.3, gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **WHOLE_STEP
+                entropy_top_ratio=0.3, gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **MINI_BATCH
             ),
             batch,
             n,
@@ -249,9 +251,9 @@ def test_metrics_of_single_tokens_do_not_depend_on_the_split(trainer: Callable[.
 
 
 def test_bnpo_is_over_an_optimizer_step_of_a_generation(trainer: Callable[..., GRPOTrainer]) -> None:
-    """Two optimizer steps of a generation against each as all of one: dapo's mean would be over the generation."""
+    """Two optimizer steps of a generation equal two generations of one step. dapo's mean is over the generation."""
     settings = {"entropy_top_ratio": 0.3, "loss_type": "bnpo", "beta": 0.1, "gradient_accumulation_steps": 2}
-    settings |= {"per_device_train_batch_size": 2, **WHOLE_STEP}
+    settings |= {"per_device_train_batch_size": 2, **MINI_BATCH}
     batch = make_batch()
     actual = optimizer_step(trainer(steps_per_generation=4, **settings), batch, 4)
     halves = [optimizer_step(trainer(**settings), rows_of(batch, rows), 2) for rows in (slice(4), slice(4, 8))]
@@ -271,14 +273,14 @@ def test_a_micro_batch_step_does_depend_on_its_split(trainer: Callable[..., GRPO
     assert differs(one, two)
 
 
-def test_steps_of_a_generation_have_each_their_selection(trainer: Callable[..., GRPOTrainer]) -> None:
-    """Two optimizer steps of two micro-batches on the completions of one generation."""
+def test_each_step_of_a_generation_has_its_own_selection(trainer: Callable[..., GRPOTrainer]) -> None:
+    """One generation serves two optimizer steps of two micro-batches."""
     ours = trainer(
         entropy_top_ratio=0.2,
         gradient_accumulation_steps=2,
         steps_per_generation=4,
         per_device_train_batch_size=2,
-        **WHOLE_STEP,
+        **MINI_BATCH,
     )
     masks = []
     select = ours.get_high_entropy_mask
@@ -289,8 +291,8 @@ def test_steps_of_a_generation_have_each_their_selection(trainer: Callable[..., 
         assert half.sum() == max(1, int(int(rows.sum()) * 0.2 + 0.9999))
 
 
-def test_the_prepass_leaves_random_numbers_and_gradients_alone(trainer: Callable[..., GRPOTrainer]) -> None:
-    """Under dropout, and under autocast, which keeps cast weights from one forward to the next."""
+def test_the_prepass_changes_no_random_numbers_and_no_gradients(trainer: Callable[..., GRPOTrainer]) -> None:
+    """With dropout, and with autocast, which caches cast weights from one forward to the next."""
     steps = []
     for scope in ("micro_batch", "mini_batch"):
         ours = trainer(entropy_top_ratio=1.0, entropy_top_scope=scope, bf16=True)
@@ -305,7 +307,7 @@ def test_the_prepass_leaves_random_numbers_and_gradients_alone(trainer: Callable
 
 
 class Heads:
-    """Records the rows that meet the head with a gradient, and of which the mask leaves some out."""
+    """Records how many rows each call of the head with a gradient computes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
@@ -319,8 +321,8 @@ class Heads:
 
 @pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_heads_have_the_same_step(trainer: Callable[..., GRPOTrainer], loss_type: str, scope: str) -> None:
-    """The head on selected rows against TRL's, which projects every position."""
+def test_both_heads_give_the_same_step(trainer: Callable[..., GRPOTrainer], loss_type: str, scope: str) -> None:
+    """The head on selected rows equals TRL's, which computes every position."""
     batch = make_batch()
     batch["tool_mask"] = (torch.arange(12) != 3).int().expand(8, 12).clone()
     settings = {"entropy_top_ratio": 0.3, "entropy_top_scope": scope, "loss_type": loss_type, "temperature": 0.7}
@@ -346,7 +348,7 @@ def test_heads_have_the_same_step(trainer: Callable[..., GRPOTrainer], loss_type
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:importance_sampling_level")
-def test_only_selected_rows_meet_the_head_where_no_others_train(
+def test_the_head_runs_on_selected_rows_only_if_no_others_train(
     trainer: Callable[..., GRPOTrainer],
     settings: dict[str, Any],
     only_selected: bool,
@@ -362,7 +364,9 @@ def test_only_selected_rows_meet_the_head_where_no_others_train(
 
 
 @pytest.mark.parametrize("change", [{"final_logit_softcapping": 3.0}, {"logit_scale": 0.25}, {"logits_scaling": 4.0}])
-def test_what_a_model_does_behind_its_head(model_path: Path, tmp_path: Path, change: dict[str, float]) -> None:
+def test_models_that_change_their_logits_after_the_head(
+    model_path: Path, tmp_path: Path, change: dict[str, float]
+) -> None:
     steps = []
     for head in ("trl", "selected_rows"):
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -375,16 +379,16 @@ def test_what_a_model_does_behind_its_head(model_path: Path, tmp_path: Path, cha
 def test_under_zero_3_the_head_is_trls(trainer: Callable[..., GRPOTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
     heads = Heads(monkeypatch)
     monkeypatch.setattr(integration, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.warns(UserWarning, match="'selected_rows' under DeepSpeed ZeRO-3"):
+    with pytest.warns(UserWarning, match="'selected_rows', but DeepSpeed ZeRO-3 gathers the LM head"):
         ours = trainer(entropy_top_ratio=0.2)
     optimizer_step(ours, make_batch())
     assert not heads.rows
 
 
-# ---- Metrics, and nothing to learn from
+# ---- Metrics, empty batches and NaN
 
 
-def test_metrics_weigh_micro_batches_by_tokens(trainer: Callable[..., GRPOTrainer]) -> None:
+def test_metrics_weight_micro_batches_by_tokens(trainer: Callable[..., GRPOTrainer]) -> None:
     batch = make_batch()
     _, _, metrics = optimizer_step(
         trainer(entropy_top_ratio=0.2, gradient_accumulation_steps=4, per_device_train_batch_size=2), batch, 4
@@ -423,8 +427,8 @@ def test_without_completion_tokens_nothing_is_learnt(
 
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("scope", ["micro_batch", "mini_batch"])
-def test_nan_is_seen_in_the_loss(trainer: Callable[..., GRPOTrainer], scope: str, everywhere: bool) -> None:
-    """In TRL's as in ours; among NaN the selection still keeps its share."""
+def test_nan_reaches_the_loss(trainer: Callable[..., GRPOTrainer], scope: str, everywhere: bool) -> None:
+    """In TRL's trainer as in ours. The selection still keeps its share."""
     batch = make_batch()
     batch["prompt_ids"].clamp_(max=95)
     batch["completion_ids"].clamp_(max=95)

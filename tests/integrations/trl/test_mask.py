@@ -1,4 +1,4 @@
-"""get_high_entropy_mask under the rule quantile keeps what TRL's own keeps, and under the others what they say."""
+"""get_high_entropy_mask keeps TRL's tokens with the rule quantile, and those of the op with the others."""
 
 from collections.abc import Callable
 
@@ -22,10 +22,10 @@ def ours(trainer: Callable[..., GRPOTrainer]) -> GRPOTrainer:
 @pytest.mark.parametrize(
     ("threshold", "kept"),
     [
-        (0.8, [0.9, 1.0]),  # a fifth of ten tokens; what padding holds is higher and does not count
+        (0.8, [0.9, 1.0]),  # a fifth of ten tokens; the padding has higher entropies and does not count
         (0.5, [0.6, 0.7, 0.8, 0.9, 1.0]),
         (0.0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
-        (1.0, [1.0]),  # the highest alone, and not nothing
+        (1.0, [1.0]),  # one token, not none
     ],
 )
 def test_keeps_from_the_quantile_up(ours: GRPOTrainer, threshold: float, kept: list[float]) -> None:
@@ -63,7 +63,7 @@ def test_keeps_what_trl_keeps(
 
 @pytest.mark.parametrize("rule", ["topk", "threshold"])
 def test_other_rules_are_those_of_the_op(trainer: Callable[..., GRPOTrainer], rule: str) -> None:
-    entropy = torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.1]])  # the second highest is a tie of three
+    entropy = torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.1]])  # three tokens tie for the second highest
     mask = trainer(entropy_top_rule=rule).get_high_entropy_mask(entropy, torch.ones(1, 5), 0.6)
     assert torch.equal(mask, global_top_mask(entropy, torch.ones(1, 5), 0.4, rule=rule))
     assert mask.sum() == {"topk": 2, "threshold": 4}[rule]

@@ -1,4 +1,4 @@
-"""Two processes under `accelerate launch`: what two_ranks.py asserts, and that one process does the same."""
+"""Two processes under `accelerate launch` run the assertions of two_ranks.py and give the steps of one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 import two_ranks
-from grpo import WHOLE_STEP, assert_same_metrics, assert_same_step, largest, launch, make_batch, optimizer_step, rows_of
+from grpo import MINI_BATCH, assert_same_metrics, assert_same_step, largest, launch, make_batch, optimizer_step, rows_of
 from two_ranks import APART, STEPS
 
 
@@ -25,7 +25,7 @@ def results(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_a_step_does_not_depend_on_the_number_of_ranks(
     results: dict[str, Any], trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]
 ) -> None:
-    step = optimizer_step(trainer(entropy_top_ratio=0.2, **settings, **WHOLE_STEP), make_batch())
+    step = optimizer_step(trainer(entropy_top_ratio=0.2, **settings, **MINI_BATCH), make_batch())
     for micro_batches in (1, 2):
         two = results["steps"][str(settings), micro_batches]
         assert_same_step(two, step, rtol=1e-5, atol=1e-6 * max(1.0, largest(step)))
@@ -33,7 +33,7 @@ def test_a_step_does_not_depend_on_the_number_of_ranks(
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_local_ranks_have_each_their_own_mean(
+def test_each_local_rank_has_its_own_mean(
     results: dict[str, Any], trainer: Callable[..., GRPOTrainer], micro_batches: int
 ) -> None:
     settings = {"entropy_top_ratio": 0.2, "per_device_train_batch_size": 4, **APART}
@@ -46,7 +46,7 @@ def test_local_ranks_have_each_their_own_mean(
     assert_same_step(results["steps"]["apart", micro_batches], mean, rtol=1e-5, atol=1e-6 * max(1.0, largest(mean)))
 
 
-def test_training_goes_on_beside_an_empty_rank(results: dict[str, Any]) -> None:
+def test_training_continues_with_an_empty_rank(results: dict[str, Any]) -> None:
     assert len(results["logs"]) == 2
     for line in results["logs"]:
         assert 0.15 < line["entropy_token_ratio"] < 0.25 and line["grad_norm"] > 0

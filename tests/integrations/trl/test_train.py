@@ -1,4 +1,4 @@
-"""Whole runs: sampling, steps, evaluation, logs, checkpoints."""
+"""Complete runs: sampling, steps, evaluation, logs, checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def assert_same_weights(one: GRPOTrainer, other: GRPOTrainer) -> None:
 
 
 def trained(trainer: GRPOTrainer) -> GRPOTrainer:
-    trainer.train()  # before another trainer is made, which seeds the random numbers anew
+    trainer.train()  # before another trainer is created, which seeds the random numbers again
     return trainer
 
 
@@ -64,7 +64,7 @@ def test_without_a_ratio_a_run_is_trls_bit_for_bit(trainer: Callable[..., GRPOTr
 
 
 def test_with_trls_rule_a_run_is_trls(trainer: Callable[..., GRPOTrainer]) -> None:
-    """Bit for bit, with TRL's LM head: three steps, sampled anew from what the steps before have made."""
+    """With TRL's LM head, three steps, each sampled from the model that the last one left, have the same bits."""
     ours = trained(
         trainer(
             entropy_top_ratio=0.2,
@@ -80,8 +80,8 @@ def test_with_trls_rule_a_run_is_trls(trainer: Callable[..., GRPOTrainer]) -> No
 
 @pytest.mark.parametrize("settings", [{"loss_type": "grpo"}, {"loss_type": "bnpo", "beta": 0.01}], ids=str)
 def test_a_run_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]) -> None:
-    """Two generations of two iterations each, in one micro-batch a step, two, and four. Without Adam, which makes whole
-    steps of a gradient's rounding."""
+    """Two generations of two iterations each, in one, two and four micro-batches per step. SGD, because Adam takes full
+    steps where a gradient is only rounding error."""
     runs = [
         trained(
             trainer(

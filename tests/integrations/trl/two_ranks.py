@@ -1,9 +1,10 @@
-"""One of the processes of `accelerate launch`: what must hold on each, and what test_ranks.py compares.
+"""Runs in each of two processes of `accelerate launch`: assertions, and the steps that test_ranks.py compares.
 
 accelerate launch two_ranks.py MODEL OUTPUT
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl import GRPOTrainer
 from entropy_rl.integrations.trl import EntropyGRPOTrainer
 from grpo import (
     LOSS_TYPES,
-    WHOLE_STEP,
+    MINI_BATCH,
     assert_same_step,
     make_batch,
     make_trainer,
@@ -25,7 +26,7 @@ from grpo import (
 
 AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
 
-# Of steps that do not depend on the number of ranks.
+# Settings of steps that do not depend on the number of ranks.
 STEPS: list[dict[str, Any]] = [
     *({"loss_type": loss_type} for loss_type in LOSS_TYPES),
     *(
@@ -39,12 +40,13 @@ STEPS: list[dict[str, Any]] = [
     {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
     {"loss_type": "grpo", "importance_sampling_level": "sequence"},
 ]
-# Of a step in which each rank's tokens are apart: it is the mean of those that the ranks would have alone.
+# Settings of a step in which each rank selects from its own tokens. It is the mean of the steps of the ranks by
+# themselves.
 APART = {"entropy_top_scope": "mini_batch", "loss_type": "bnpo", "beta": 0.1, "entropy_coef": 0.1}
 
 
 class EmptyRankTrainer(EntropyGRPOTrainer):
-    """The last rank's completions are all masked out, as mask_truncated_completions may do."""
+    """Masks all completions of the last rank, as mask_truncated_completions can."""
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -61,30 +63,58 @@ def main(model: Path, output: Path) -> None:
 
     rank, processes = trainer().accelerator.process_index, trainer().accelerator.num_processes
     assert processes == 2, processes
-    whole = make_batch()
-    batch = rows_of(whole, slice(rank * 4, rank * 4 + 4))
+    unsplit = make_batch()
+    batch = rows_of(unsplit, slice(rank * 4, rank * 4 + 4))
+    check_steps_of_trl(trainer, batch)
+    steps = compared_steps(trainer, batch)
+    check_empty_rank(trainer, batch, int(unsplit["completion_mask"][:4].sum()), rank)
+    check_no_tokens(trainer, batch)
+    trained = trainer(
+        EmptyRankTrainer,
+        entropy_top_ratio=0.2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        **MINI_BATCH,
+    )
+    trained.train()
+    logs = [line for line in trained.state.log_history if "entropy_token_ratio" in line]
+    if rank == 0:
+        torch.save({"steps": steps, "logs": logs}, output / "results.pt")
 
+
+Trainer = Callable[..., GRPOTrainer]
+
+
+def check_steps_of_trl(trainer: Trainer, batch: dict[str, Tensor]) -> None:
+    """With TRL's rule and LM head, our steps have the bits of TRL's."""
     for loss_type in LOSS_TYPES:
         shared = {"loss_type": loss_type, "per_device_train_batch_size": 4}
         theirs = optimizer_step(trainer(GRPOTrainer, top_entropy_quantile=0.2, **shared), batch)
-        # That the heads have the same gradients, up to rounding, is a matter of one process.
         same_head = trainer(entropy_top_ratio=0.2, entropy_lm_head="trl", **AS_TRL, **shared)
         assert_same_step(optimizer_step(same_head, batch), theirs, rtol=0, atol=0)
+        # test_loss.py compares the gradients of the two heads, in one process.
         ours = optimizer_step(trainer(entropy_top_ratio=0.2, **AS_TRL, **shared), batch)
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
 
+
+def compared_steps(trainer: Trainer, batch: dict[str, Tensor]) -> dict[tuple[str, int], Any]:
+    """The steps that test_ranks.py compares, by settings and number of micro-batches."""
     steps = {}
     for n in (1, 2):
         split = {"gradient_accumulation_steps": n, "per_device_train_batch_size": 4 // n}
         for settings in STEPS:
-            some = trainer(entropy_top_ratio=0.2, **settings, **split, **WHOLE_STEP)
+            some = trainer(entropy_top_ratio=0.2, **settings, **split, **MINI_BATCH)
             steps[str(settings), n] = averaged(some, optimizer_step(some, batch, n))
         some = trainer(entropy_top_ratio=0.2, **split, **APART)
         steps["apart", n] = averaged(some, optimizer_step(some, batch, n))
+    return steps
 
-    # A rank without completion tokens takes part in everything, and the others learn.
+
+def check_empty_rank(trainer: Trainer, batch: dict[str, Tensor], tokens: int, rank: int) -> None:
+    """A rank without completion tokens takes part in every collective, and the other rank learns. `tokens` are its."""
     empty = dict(batch, completion_mask=batch["completion_mask"] * (rank == 0))
-    empty["num_items_in_batch"] = whole["completion_mask"][:4].sum()
+    empty["num_items_in_batch"] = torch.tensor(tokens)
     for scope in ("micro_batch", "mini_batch"):
         for ranks in ("local", "global"):
             some = trainer(
@@ -93,35 +123,25 @@ def main(model: Path, output: Path) -> None:
             loss, gradients, metrics = averaged(some, optimizer_step(some, empty))
             assert loss.isfinite() and any(gradient.any() for gradient in gradients.values())
             assert 0.15 < metrics["entropy_token_ratio"][0] < 0.25, metrics
-            # NaN on a rank is seen on all, and nobody waits for it.
+            # NaN on one rank reaches the loss of all, and no rank waits.
             if rank == 1:
                 spoil(some.model, int(batch["completion_ids"][0, 0]))
             loss, _, metrics = averaged(some, optimizer_step(some, batch))
             assert loss.isnan() and 0.15 < metrics["entropy_token_ratio"][0] < 0.25, metrics
 
+
+def check_no_tokens(trainer: Trainer, batch: dict[str, Tensor]) -> None:
+    """Without completion tokens on any rank, loss and gradients are 0."""
     nothing = dict(batch, completion_mask=torch.zeros_like(batch["completion_mask"]))
     nothing["num_items_in_batch"] = torch.tensor(0)
     for loss_type in LOSS_TYPES:
-        some = trainer(entropy_top_ratio=0.2, loss_type=loss_type, per_device_train_batch_size=4, **WHOLE_STEP)
+        some = trainer(entropy_top_ratio=0.2, loss_type=loss_type, per_device_train_batch_size=4, **MINI_BATCH)
         loss, gradients, _ = averaged(some, optimizer_step(some, nothing))
         assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
 
-    trained = trainer(
-        EmptyRankTrainer,
-        entropy_top_ratio=0.2,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        **WHOLE_STEP,
-    )
-    trained.train()
-    logs = [line for line in trained.state.log_history if "entropy_token_ratio" in line]
-    if rank == 0:
-        torch.save({"steps": steps, "logs": logs}, output / "results.pt")
-
 
 def averaged(trainer: GRPOTrainer, step: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, list[float]]]:
-    """As data parallelism averages loss and gradients over the ranks."""
+    """The step with loss and gradients averaged over the ranks, as data parallelism does."""
     loss, gradients, metrics = step
     loss = trainer.accelerator.reduce(loss, reduction="mean")
     return loss, {name: trainer.accelerator.reduce(g, reduction="mean") for name, g in gradients.items()}, metrics

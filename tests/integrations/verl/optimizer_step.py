@@ -1,8 +1,8 @@
-"""Run by torchrun: gradients and metrics of one optimizer step of verl's FSDP2 engine, for each of CASES.
+"""Computes gradients and metrics of one optimizer step of verl's FSDP2 engine for each of CASES. Run by torchrun:
 
 torchrun --nproc-per-node RANKS optimizer_step.py MODELS OUTPUT [CASE...]
 
-MODELS/tied and MODELS/untied are models whose LM head is or is not that of their embeddings.
+MODELS/tied and MODELS/untied are models whose LM head shares, or does not share, the weights of the embeddings.
 """
 
 import sys
@@ -22,19 +22,19 @@ FUSED = {"model.use_fused_kernels": True}
 REMOVE_PADDING = {"model.use_remove_padding": True}
 VERLS_KERNEL = {"actor.entropy_top_kernel": "verl"}
 
-# What policy_loss.loss_mode can be where a token's loss depends on that token alone, with what else a mode needs.
+# The loss modes in which the loss of a token depends on that token only, with the other keys that a mode needs.
 TOKEN_MODES: dict[str, dict[str, Any]] = {mode: {} for mode in ("gpg", "dppo_tv", "dppo_kl", "sapo", "cispo")} | {
     "dro": {"actor.policy_loss.dro_beta": 0.1}
 }
 
-# Those that choose tokens by covariance, here some of each row.
+# The loss modes that choose tokens by covariance, with ratios that choose some of each row.
 COVARIANCE_MODES: dict[str, dict[str, Any]] = {
     "clip_cov": {"actor.policy_loss.clip_cov_ratio": 0.1, "actor.policy_loss.clip_cov_lb": 0.0},
     "kl_cov": {"actor.policy_loss.kl_cov_ratio": 0.1},
 }
 
-# The overrides of a case under actor_rollout_ref., and how many micro-batches a rank runs (0: verl's dynamic batch
-# size decides). verl's kernel comes first: nothing takes ours out of the engine's class again.
+# For each case the overrides under actor_rollout_ref., and the numbers of micro-batches that a rank runs (0: verl's
+# dynamic batch size decides). verl's kernel comes first, because nothing removes ours from the engine's class.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "kernel-verl": (VERLS_KERNEL, (2, 0)),
     "remove-padding-verl": (REMOVE_PADDING | VERLS_KERNEL, (2,)),
@@ -68,12 +68,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         for mode, others in COVARIANCE_MODES.items()
     },
     "fused-remove-padding": (FUSED | OLD_POLICY | REMOVE_PADDING, (2, 0)),
-    # A head that FSDP2 shards by itself.
+    # An LM head that FSDP2 shards separately.
     "fused-untied": (FUSED | {"tied": False, "actor.entropy_coeff": 0.01}, (2,)),
     "fused-untied-old-policy": (FUSED | OLD_POLICY | {"tied": False}, (1, 2)),
 }
 
-# All tokens train: with this package in its place, and with verl's own configuration alone.
+# All tokens train: with this package installed, and with verl's own configuration.
 NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "null": ({"actor.entropy_top_ratio": "null"}, (2,)),
     "stock": (
@@ -88,7 +88,7 @@ NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
-    """Sequences of different lengths, with tokens inside the response that are none of the policy's."""
+    """Sequences of different lengths. Some tokens in the responses are not the policy's own."""
     generator = torch.Generator().manual_seed(1)
     result = []
     for _ in range(ROWS):
@@ -112,7 +112,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
-    """The rows as verl's trainer hands them to an engine, for `count` micro-batches."""
+    """The rows as verl's trainer passes them to an engine, for `count` micro-batches."""
     from verl.utils import tensordict_utils as tu
 
     part = [rows()[index] for index in indices]
@@ -156,7 +156,7 @@ def directory(case: dict[str, Any]) -> str:
 
 
 def run(models: str, name: str) -> dict[int, dict[str, Any]]:
-    """What comes of a step, for each number of micro-batches."""
+    """The results of a step, for each number of micro-batches."""
     import torch.distributed as dist
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
@@ -193,7 +193,7 @@ def run(models: str, name: str) -> dict[int, dict[str, Any]]:
     try:
         return {count: step(worker, batch(mine, case, count)) for count in counts}
     finally:
-        Qwen3ForCausalLM.forward = forward  # verl sets a fused one for the whole process
+        Qwen3ForCausalLM.forward = forward  # verl replaces it by a fused one in the whole process
 
 
 def step(worker: Any, data: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `verl.trainer.main_ppo` trains on in tests: a tiny model with a chat template, problems, and a reward."""
+"""A tiny model with a chat template, problems and a reward, for tests of `verl.trainer.main_ppo`."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **ot
 
 def save_model(directory: Path, *, tied: bool = True) -> Path:
     save_tiny_model(directory, tied=tied)
-    # verl asks a Qwen3's tokenizer for the id of <|im_end|>; that of the unknown token will do.
+    # verl looks up the id of <|im_end|> in a Qwen3 tokenizer, and gets that of the unknown token.
     tokenizer = AutoTokenizer.from_pretrained(directory, unk_token="?")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
@@ -25,7 +25,7 @@ def save_model(directory: Path, *, tied: bool = True) -> Path:
 
 
 def save_problems(directory: Path) -> Path:
-    """directory/train.parquet in verl's format and directory/reward.py."""
+    """Writes directory/train.parquet in verl's format and directory/reward.py."""
     directory.mkdir(exist_ok=True)
     (directory / "reward.py").write_text(REWARD)
     pandas.DataFrame(

@@ -1,4 +1,4 @@
-"""The trainer's advantages against verl's own functions."""
+"""The trainer's advantages equal those of verl's functions."""
 
 from types import SimpleNamespace
 

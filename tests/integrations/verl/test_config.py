@@ -1,4 +1,4 @@
-"""The entropy_top_* keys: they compose, and a mistake stops the driver before anything starts."""
+"""The entropy_top_* keys compose, and user errors stop the driver before anything starts."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_the_bare_key_composes(engine: str) -> None:
 
 @pytest.fixture(scope="module")
 def verls_own() -> dict[str, str]:
-    """The configuration that verl composes for each engine where this package's plugin does not take part."""
+    """The configuration that verl composes for each engine without this package's plugin."""
     code = (
         "import json\n"
         "from hydra import compose, initialize_config_module\n"
@@ -43,7 +43,7 @@ def verls_own() -> dict[str, str]:
         "    composed = {e: compose('ppo_trainer', overrides=['model_engine=' + e]) for e in ('dp', 'megatron')}\n"
         "print(json.dumps({engine: OmegaConf.to_yaml(config) for engine, config in composed.items()}))\n"
     )
-    # Without verl imported the plugin keeps out.
+    # The plugin does nothing unless verl is imported.
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
@@ -143,7 +143,7 @@ def test_sequence_level_losses_accept_the_ratio_and_say_that_they_do_not_apply_i
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipes_compose(recipe: Path, tmp_path: Path) -> None:
-    """The whole command of each recipe, as bash hands it to Python."""
+    """The complete command of each recipe, as bash passes it to Python."""
     (tmp_path / "python").write_text('#!/bin/sh\nshift 2\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     environment = {"MODEL_PATH": "model", "TRAIN_FILES": "train.parquet", "VAL_FILES": "val.parquet"}

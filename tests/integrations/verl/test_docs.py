@@ -1,4 +1,4 @@
-"""The commands of the pages that start verl compose, as bash hands them to Python. test_main_ppo.py runs such."""
+"""The documented commands that start verl compose, as bash passes them to Python. test_main_ppo.py runs some."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from documentation import ROOT, Command, commands_of
 
 ACTOR = "actor_rollout_ref.actor"
-# What stands for "...": verl refuses an actor without a size of its micro-batches.
+# Replaces "...": verl requires the size of an actor's micro-batches.
 OWN = [f"{ACTOR}.ppo_micro_batch_size_per_gpu=1"]
 
 

@@ -22,7 +22,7 @@ def test_a_plugin_that_verl_does_not_load(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_plugin_that_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something that its loss imports is not there: the plug-in notes why, and doctor tells it."""
+    """The loss cannot import something: the plugin stores the reason, and doctor reports it."""
     (tmp_path / "entropy_rl_ext.py").write_text("")
     monkeypatch.chdir(tmp_path)  # where `python -c` looks first
     found = next(finding for finding in doctor.check_integrations() if finding.name == "verl")

@@ -1,4 +1,4 @@
-"""The documented command line, to the end, on a machine without a GPU; `-m full` runs all of the matrix."""
+"""Complete runs of the documented command on a machine without a GPU. `-m full` runs the whole matrix."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from entropy_rl.integrations.verl import cpu
 RECIPES = Path(__file__).parents[3] / "recipe/entropy_token_rule"
 ACTOR = "actor_rollout_ref.actor."
 FULL = pytest.mark.full
-# What a recipe sets for a cluster, and a test for two cores.
+# Keys that a recipe sets for a cluster, with values for two cores.
 SMALL = [
     "+entropy_rl=cpu",
     "data.train_batch_size=8",
@@ -42,7 +42,7 @@ SMALL = [
     "trainer.resume_mode=disable",
     "trainer.logger=[file]",
 ]
-# The keys in which a recipe for GPUs contradicts conf/entropy_rl/cpu.yaml: on a command line they win over it.
+# Keys in which a recipe for GPUs contradicts conf/entropy_rl/cpu.yaml. A command line overrides that file.
 NO_GPU = [
     "actor_rollout_ref.model.use_remove_padding=false",
     "actor_rollout_ref.model.enable_gradient_checkpointing=false",
@@ -72,7 +72,7 @@ def train(command: list[str], files: Path, output: Path, *overrides: str, **envi
 
 
 def start(command: list[str], files: Path, output: Path, *overrides: str, **environment: str) -> tuple[int, str]:
-    """Its exit status and its output. The actors end with the driver, whose Ray is its own."""
+    """Returns the exit status and the output. Ray's actors end with the driver, which starts its own Ray."""
     log = output / "log"
     with log.open("w") as stream:
         run = subprocess.run(
@@ -117,7 +117,7 @@ def main_ppo(
 
 
 def assert_checkpoint_loads(files: Path, output: Path, ranks: int = 1) -> None:
-    """The last step's shards are the weights of the model, and not those of the start; the model for users has them."""
+    """The shards of the last step differ from the initial weights and equal those of the exported model."""
     actor = output / "checkpoints/global_step_2/actor"
     model = AutoModelForCausalLM.from_pretrained(files / "model")
     shards = [
@@ -156,7 +156,7 @@ def test_loss_modes(files: Path, tmp_path: Path, loss_mode: str) -> None:
 
 
 def environment_without_this_package(directory: Path) -> Path:
-    """Links to all that is installed beside this package; returns its interpreter."""
+    """Creates an environment with everything that is installed except this package; returns its interpreter."""
     venv.create(directory)
     site = next(directory.glob("lib/python*/site-packages"))
     ours = {Path(file).parts[0] for file in files_of("entropy-rl-ext") if not str(file).startswith("..")}
@@ -168,13 +168,13 @@ def environment_without_this_package(directory: Path) -> Path:
 
 
 def test_null_is_verl_without_this_package(files: Path, tmp_path: Path) -> None:
-    """Every metric of every step, bit by bit, but those that a clock or the operating system measures.
+    """Every metric of every step has the same bits, except those that measure time and memory.
 
-    Without it verl trains by its own code alone, on the one file of ours that is put there as a module of its own:
-    the platform and rollout for a CPU, without which verl would not start here.
+    The run without this package uses one of its files, copied as a separate module: the platform and the rollout for
+    a CPU, without which verl does not start here.
     """
-    # One response a step: verl takes several in an order that differs from run to run, with this package and without,
-    # and that alone changes the last bits of sums.
+    # One response per step: verl reorders several responses between runs, so that the last bits of sums differ even
+    # without this package.
     fixed = (
         "actor_rollout_ref.rollout.full_determinism=true",
         "data.train_batch_size=1",
@@ -215,8 +215,8 @@ def test_null_is_verl_without_this_package(files: Path, tmp_path: Path) -> None:
         } == {}, step
 
 
-def test_only_the_selected_rows_meet_the_head(files: Path, tmp_path: Path) -> None:
-    """One selection for the optimizer step, by the entropies that the trainer hands on with the old log-probs."""
+def test_the_lm_head_runs_on_the_selected_rows_only(files: Path, tmp_path: Path) -> None:
+    """The selection of an optimizer step uses the entropies that the trainer passes on with the old log-probs."""
     steps = main_ppo(
         files,
         tmp_path,
@@ -227,7 +227,7 @@ def test_only_the_selected_rows_meet_the_head(files: Path, tmp_path: Path) -> No
     )
     assert_trained(steps)
     for metrics in steps:
-        # The same policy still.
+        # The policy has not moved yet.
         assert metrics["actor/ppo_kl_selected"] == pytest.approx(0, abs=1e-5)
         assert "actor/ppo_kl" not in metrics and "actor/entropy_loss" not in metrics
 
@@ -255,7 +255,7 @@ def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path
 
 
 @FULL
-def test_a_run_goes_on_from_its_checkpoint(files: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_checkpoint(files: Path, tmp_path: Path) -> None:
     ratio = f"{ACTOR}entropy_top_ratio=0.2"
     main_ppo(files, tmp_path, ratio)
     (third,) = main_ppo(files, tmp_path, ratio, "trainer.resume_mode=auto", "trainer.total_training_steps=3")
@@ -265,7 +265,7 @@ def test_a_run_goes_on_from_its_checkpoint(files: Path, tmp_path: Path) -> None:
 
 @FULL
 def test_a_worker_without_the_plugin_stops_the_run(files: Path, tmp_path: Path) -> None:
-    """The driver has it, and Ray's processes do not."""
+    """The driver has the plugin, and Ray's processes do not."""
     policy = "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_PLUGINS=none"
     status, log = start(command_line(files), files, tmp_path, f"{ACTOR}entropy_top_ratio=0.2", policy)
     assert status != 0
@@ -275,7 +275,7 @@ def test_a_worker_without_the_plugin_stops_the_run(files: Path, tmp_path: Path) 
 
 
 @FULL
-def test_the_rollouts_log_probs_for_the_old_ones(files: Path, tmp_path: Path) -> None:
+def test_the_rollouts_log_probs_replace_the_old_ones(files: Path, tmp_path: Path) -> None:
     steps = main_ppo(
         files,
         tmp_path,

@@ -1,4 +1,4 @@
-"""Gradients of one optimizer step of verl's engine against a plain statement of masks and of Eq. 6's denominator."""
+"""Gradients of one optimizer step of verl's engine equal a plain statement of the masks and of Eq. 6's divisor."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from optimizer_step import CASES, TEMPERATURE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from entropy_rl.selection import select_by_covariance
+from entropy_rl_ext import covariance_mask
 
 RATIO = 0.2
 
@@ -65,7 +65,7 @@ def competitors(micro_batches: list[list[list[int]]], case: dict[str, Any]) -> l
 
 @dataclass
 class Row:
-    """What the policy says of a response, float64 [S], with the graph of its gradients."""
+    """The policy's log-probabilities and entropies of a response, float64 [S], with their graph."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -83,7 +83,7 @@ def policies(models: Path) -> dict[str, Policy]:
 
 
 def policy_of(model_path: Path) -> Policy:
-    """A row at a time, without padding."""
+    """Runs the model on one row at a time, without padding."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
     rows = []
     for row in optimizer_step.rows():
@@ -96,16 +96,16 @@ def policy_of(model_path: Path) -> Policy:
 
 
 def chosen_by_covariance(rows: dict[int, tuple[Tensor, ...]], case: dict[str, Any]) -> dict[int, Tensor]:
-    """Of the rows' log-probs, old log-probs, advantages and masks: which tokens clip_cov or kl_cov choose, row by row.
+    """The tokens that clip_cov or kl_cov chooses, by row, from log-probs, old log-probs, advantages and masks.
 
-    What clip_cov draws it is asked for: its draw is tested without verl.
+    The draw of clip_cov is the package's own; tests/ops tests it.
     """
     batch = [torch.cat(values) for values in zip(*(rows[index] for index in sorted(rows)), strict=True)]
     log_prob, _, advantage, mask = batch
     if case["actor.policy_loss.loss_mode"] == "clip_cov":
         torch.manual_seed(optimizer_step.SEED)
         numbers = {key.removeprefix("actor.policy_loss."): value for key, value in case.items() if "clip_cov_" in key}
-        chosen = select_by_covariance(*batch, "clip_cov", seed=int(torch.randint(2**62, ())), **numbers)
+        chosen = covariance_mask(*batch, "clip_cov", seed=int(torch.randint(2**62, ())), **numbers)
         assert 0 < chosen.sum() == int(0.1 * mask.sum())
     else:
         covariance = (advantage - advantage[mask].mean()) * (log_prob - log_prob[mask].mean())
@@ -117,7 +117,7 @@ def chosen_by_covariance(rows: dict[int, tuple[Tensor, ...]], case: dict[str, An
 def token_losses(
     mode: str, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, by_covariance: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token, and what its metrics are means of, with verl's default constants."""
+    """The loss of each token, and the values whose means are the metrics, with verl's default constants."""
     d = log_prob - old_log_prob
     ratio, p, q = d.exp(), log_prob.exp(), old_log_prob.exp()
     none = torch.zeros_like(d)
@@ -156,51 +156,64 @@ def token_losses(
     return loss, moved | {"actor/pg_clipfrac": clipped.double(), "actor/pg_clipfrac_lower": lower.double()}
 
 
+@dataclass
+class Selection:
+    """The selection from rows whose tokens compete with each other."""
+
+    masks: dict[int, Tensor]  # by row: the token trains
+    by_covariance: dict[int, Tensor]
+    selected_tokens: int
+    response_tokens: int
+    threshold: float
+
+
+def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selection:
+    rows = {index: row for index, row in enumerate(optimizer_step.rows()) if index in indices}
+    old_policy = case.get("actor.entropy_top_source") == "old_policy"
+    score = {
+        index: row["old_entropy"].double() if old_policy else policy.rows[index].entropy.detach()
+        for index, row in rows.items()
+    }
+    mask = torch.cat([rows[index]["mask"] for index in indices])
+    n = int(mask.sum())
+    k = max(1, int(n * RATIO + 0.9999))
+    threshold = torch.cat([score[index] for index in indices])[mask].sort(descending=True).values[k - 1]
+    by_covariance: dict[int, Tensor] = {}
+    if case.get("actor.policy_loss.loss_mode") in optimizer_step.COVARIANCE_MODES:
+        known = {
+            index: row["old_log_prob"] if old_policy else policy.rows[index].log_prob.detach()
+            for index, row in rows.items()
+        }
+        by_covariance = chosen_by_covariance(
+            {
+                index: (known[index].double(), row["old_log_prob"].double(), row["advantage"].double(), row["mask"])
+                for index, row in rows.items()
+            },
+            case,
+        )
+    masks = {index: row["mask"] & (score[index] >= threshold) for index, row in rows.items()}
+    return Selection(masks, by_covariance, k, n, threshold.item())
+
+
 def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[str, Any]) -> dict[str, Any]:
-    """In float64, and without anything of this package, but for clip_cov's draw, or of verl."""
+    """The step in float64, without code of verl or, except for clip_cov's draw, of this package."""
     rows = optimizer_step.rows()
     losses, bonus, kl = [], [], []
     means: dict[str, list[Tensor]] = defaultdict(list)
-    selected_tokens, response_tokens, thresholds = 0, 0, 0.0
     mode = case.get("actor.policy_loss.loss_mode", "vanilla")
-    old_policy = case.get("actor.entropy_top_source") == "old_policy"
-    needs_all = "actor.entropy_coeff" in case
-    preselected = case.get("model.use_fused_kernels") and "actor.entropy_top_scope" in case and not needs_all
-    suffix = "_selected" if preselected and old_policy else ""
-    for indices in competitors(micro_batches, case):
-        score = {
-            index: rows[index]["old_entropy"].double() if old_policy else policy.rows[index].entropy.detach()
-            for index in indices
-        }
-        mask = torch.cat([rows[index]["mask"] for index in indices])
-        scores = torch.cat([score[index] for index in indices])
-        n = int(mask.sum())
-        k = max(1, int(n * RATIO + 0.9999))
-        threshold = scores[mask].sort(descending=True).values[k - 1]
-        selected_tokens, response_tokens = selected_tokens + k, response_tokens + n
-        thresholds += threshold.item() * n
-
-        by_covariance: dict[int, Tensor] = {}
-        if mode in optimizer_step.COVARIANCE_MODES:
-            known = {
-                index: rows[index]["old_log_prob"] if old_policy else policy.rows[index].log_prob.detach()
-                for index in indices
-            }
-            by_covariance = chosen_by_covariance(
-                {
-                    index: (known[index].double(), row["old_log_prob"].double(), row["advantage"].double(), row["mask"])
-                    for index, row in ((index, rows[index]) for index in indices)
-                },
-                case,
-            )
-        for index in indices:
+    only_selected = (
+        case.get("model.use_fused_kernels") and "actor.entropy_top_scope" in case and "actor.entropy_coeff" not in case
+    )
+    suffix = "_selected" if only_selected and case.get("actor.entropy_top_source") == "old_policy" else ""
+    selections = [select(policy, indices, case) for indices in competitors(micro_batches, case)]
+    for selection in selections:
+        for index, chosen in selection.masks.items():
             row, log_prob = rows[index], policy.rows[index].log_prob
-            chosen = row["mask"] & (score[index] >= threshold)
-            token_loss, metrics = token_losses(
-                mode, log_prob, row["old_log_prob"].double(), row["advantage"].double(), by_covariance.get(index)
-            )
+            old_log_prob, advantage = row["old_log_prob"].double(), row["advantage"].double()
+            by_covariance = selection.by_covariance.get(index)
+            token_loss, metrics = token_losses(mode, log_prob, old_log_prob, advantage, by_covariance)
             for name, values in metrics.items():
-                # What clip_cov chose is known of all tokens.
+                # clip_cov's choice is known for all tokens.
                 of_selected = suffix and (mode, name) != ("clip_cov", "actor/pg_clipfrac")
                 name, counted = (name + suffix, chosen) if of_selected else (name, row["mask"])
                 means[name].append(values.detach()[counted])
@@ -210,33 +223,35 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
             losses.append(loss / chosen.sum().clamp(min=1) if mode == "sapo" else loss)
             bonus.append(policy.rows[index].entropy[row["mask"]].sum())
             kl.append(((log_prob - row["ref_log_prob"])[row["mask"]] ** 2 / 2).sum())
-    divisor, whole_divisor = selected_tokens, response_tokens
+
+    selected_tokens = sum(selection.selected_tokens for selection in selections)
+    response_tokens = sum(selection.response_tokens for selection in selections)
+    thresholds = sum(selection.threshold * selection.response_tokens for selection in selections)
+    divisor, divisor_of_all = selected_tokens, response_tokens
     if case.get("actor.entropy_top_normalize") == "response":
         divisor = response_tokens
     if case.get("actor.loss_agg_mode") == "seq-mean-token-sum":
-        divisor = whole_divisor = optimizer_step.ROWS
+        divisor = divisor_of_all = optimizer_step.ROWS
     if mode == "sapo":
         divisor = optimizer_step.ROWS
     policy_loss = torch.stack(losses).sum() / divisor
-    entropy, penalty = torch.stack(bonus).sum() / whole_divisor, torch.stack(kl).sum() / whole_divisor
-    loss = policy_loss
-    if "actor.entropy_coeff" in case:
-        loss = loss - case["actor.entropy_coeff"] * entropy
+    entropy, penalty = torch.stack(bonus).sum() / divisor_of_all, torch.stack(kl).sum() / divisor_of_all
+    loss = policy_loss - case.get("actor.entropy_coeff", 0) * entropy
     if case.get("actor.use_kl_loss"):
         loss = loss + case["actor.kl_loss_coef"] * penalty
     parameters = dict(policy.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
-    return {
-        "gradients": dict(zip(parameters, gradients, strict=True)),
-        "metrics": {
-            "actor/pg_loss": policy_loss.item(),
-            "actor/entropy_token_ratio": selected_tokens / response_tokens,
-            "actor/entropy_threshold": thresholds / response_tokens,
-        }
-        | {name: torch.cat(values).mean().item() for name, values in means.items()}
-        | ({} if preselected else {"actor/entropy_loss": entropy.item()})
-        | ({"kl_loss": penalty.item()} if case.get("actor.use_kl_loss") else {}),
+    metrics = {
+        "actor/pg_loss": policy_loss.item(),
+        "actor/entropy_token_ratio": selected_tokens / response_tokens,
+        "actor/entropy_threshold": thresholds / response_tokens,
     }
+    metrics |= {name: torch.cat(values).mean().item() for name, values in means.items()}
+    if not only_selected:
+        metrics["actor/entropy_loss"] = entropy.item()
+    if case.get("actor.use_kl_loss"):
+        metrics["kl_loss"] = penalty.item()
+    return {"gradients": dict(zip(parameters, gradients, strict=True)), "metrics": metrics}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +274,7 @@ def test_gradients_and_metrics(results: Any, policies: dict[str, Policy], name: 
     for parameter, gradient in wanted.items():
         difference = (gradients[parameter].double() - gradient).norm()
         assert difference <= 1e-6 * norm, f"{parameter}: {difference / norm:.1e}"
-    # kl_cov's token losses, of magnitude 1, nearly cancel: float32 leaves their mean an absolute error.
+    # kl_cov's token losses have magnitude 1 and nearly cancel, so their float32 mean has an absolute error.
     cancels = case.get("actor.policy_loss.loss_mode") == "kl_cov"
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6, abs=5e-8 if cancels else 0)
 

@@ -1,4 +1,4 @@
-"""policy_loss, kl_loss and aggregate against verl 0.9.1's own functions: loss, gradient and metrics."""
+"""Loss, gradient and metrics of policy_loss, kl_loss and aggregate equal those of verl 0.9.1's functions."""
 
 import itertools
 import math
@@ -31,14 +31,14 @@ AGGREGATIONS = [
     "seq-mean-token-sum-norm",
     "seq-mean-token-mean",
 ]
-# This batch alone; and one micro-batch of many on one of two ranks.
+# The batch by itself, and as one of several micro-batches on one of two ranks.
 BATCHES = [{}, {"dp_size": 2, "batch_num_tokens": 700, "global_batch_size": 12, "loss_scale_factor": 50}]
 KL_TYPES = [name + plus for name in ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3") for plus in ("", "+")]
 
-# Numbers at which the batch below takes every branch of every loss.
+# With these numbers the batch below takes every branch of every loss.
 ACTOR = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.5, "tau_pos": 1.1, "tau_neg": 1.3}
 LOSS = {
-    "clip_cov_ratio": 1.0,  # every eligible token is drawn, so that both draw the same
+    "clip_cov_ratio": 1.0,  # draws every eligible token, so that both draw the same
     "clip_cov_lb": -0.5,
     "clip_cov_ub": 1.0,
     "kl_cov_ratio": 0.2,
@@ -46,7 +46,7 @@ LOSS = {
     "dro_beta": 0.3,
 }
 
-# verl adds 1e-8 to counts in float32, where it is lost: 1e-8 of a count of one.
+# verl adds 1e-8 to counts: a relative error of 1e-8 for a count of one, which float32 rounds away.
 TOLERANCES = {torch.float64: {"rtol": 2e-8, "atol": 2e-8}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
 
 
@@ -58,7 +58,7 @@ def _quiet():
 
 
 def make_batch(dtype, rows=6, tokens=40):
-    """Rows without response tokens and without selected ones among them."""
+    """A batch with a row without response tokens and a row without selected tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(low, high):
@@ -79,7 +79,7 @@ def make_batch(dtype, rows=6, tokens=40):
 
 
 def verl_loss(tensors, mode, *, monkeypatch, weights, aggregation, batch, entropy=None, numbers=LOSS):
-    """verl's loss, the entropy mask multiplying the response mask where the loss is aggregated."""
+    """verl's loss, with the entropy mask multiplied into the response mask at the aggregation."""
     config = ActorConfig(
         strategy="fsdp",
         rollout_n=1,
@@ -113,7 +113,7 @@ def assert_equal_to_verl(actual, expected, dtype):
     torch.testing.assert_close(actual[0], expected[0].to(dtype), **tolerance)
     torch.testing.assert_close(actual[2], expected[2], **tolerance)
     ours = {name: value.item() for name, value in actual[1].items() if name != "actor/entropy_token_ratio"}
-    # verl takes the mean of clip fractions in float32 whatever the dtype.
+    # verl averages clip fractions in float32 for every dtype.
     assert ours == pytest.approx(expected[1], rel=max(2**-23, tolerance["rtol"]), abs=max(2**-23, tolerance["atol"]))
 
 
@@ -149,7 +149,7 @@ def test_policy_loss(monkeypatch, mode, aggregation, dtype):
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("clip_cov", "kl_cov", "gspo", "geo_mean")])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_entropy_mask_equals_the_product_mask_in_verl(monkeypatch, mode, aggregation):
-    """Without a batch statistic in the loss, masking at the aggregation is masking throughout."""
+    """If the loss uses no batch statistic, masking at the aggregation equals masking everywhere."""
     tensors, entropy, _ = make_batch(torch.float64)
     loss, _ = policy_loss(**tensors, loss_mode=mode, entropy_mask=entropy, loss_agg_mode=aggregation, **ACTOR, **LOSS)
     tensors["response_mask"] = tensors["response_mask"] & entropy
@@ -175,7 +175,7 @@ def test_normalize_response_equals_verls_count_of_response_tokens(monkeypatch):
 
 @pytest.mark.parametrize("ratio", [1e-6, 0.05, 0.2, 0.6])
 def test_clip_cov_draws_as_many_of_the_same_tokens(monkeypatch, ratio):
-    """The draws differ; how many tokens are drawn, and from which, does not."""
+    """The draws differ, but their number and the tokens that they draw from are the same."""
     tensors, _, _ = make_batch(torch.float64)
     numbers = {**LOSS, "clip_cov_ratio": ratio}
     drawn, of_all = [], []
@@ -206,7 +206,9 @@ def test_clip_cov_draws_as_many_of_the_same_tokens(monkeypatch, ratio):
         aggregation="token-mean",
         batch={},
     )
-    eligible = torch.autograd.grad(every, log_prob)[0] == 0  # drawn by verl at ratio 1, clipped, or masked out
+    eligible = (
+        torch.autograd.grad(every, log_prob)[0] == 0
+    )  # verl drew it at ratio 1, clipped it, or the mask leaves it out
     assert all((eligible | ~mask).all() for mask in drawn)
     assert len(set(of_all)) == 1
     draws_all = all(torch.equal(mask, eligible) for mask in drawn)
@@ -235,7 +237,7 @@ def test_kl_loss(kind, aggregation, dtype):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_aggregate(aggregation, dtype):
-    """As verl's ppo_loss aggregates the entropy of a bonus."""
+    """verl's ppo_loss aggregates the entropy bonus this way."""
     tensors, _, entropy = make_batch(dtype)
     for batch in BATCHES:
         options = {"loss_agg_mode": aggregation, **batch}
@@ -259,5 +261,5 @@ def test_where_verl_divides_zero_by_zero_the_loss_is_zero(monkeypatch, aggregati
 
 
 def test_every_mode_of_verl_is_covered():
-    """bypass_mode is no loss of its own: it picks one of the others."""
+    """bypass_mode is not a loss: it selects one of the others."""
     assert set(MODES) == set(core_algos.POLICY_LOSS_REGISTRY) - {"bypass_mode"}

@@ -1,4 +1,4 @@
-"""What the report says of a token is what the whole model says, whichever way its head is built."""
+"""The values in the report are those of the model's own forward, for every kind of head."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ SMALL = {
 CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SMALL),
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3),
-    "gemma2": Gemma2Config(**SMALL, final_logit_softcapping=2.0),  # what a bare head would leave out
+    "gemma2": Gemma2Config(**SMALL, final_logit_softcapping=2.0),  # which a plain linear head would leave out
     "cohere": CohereConfig(**SMALL, logit_scale=0.25),  # likewise
     "mixtral": MixtralConfig(**SMALL, num_local_experts=2),  # its forward reads more of the body's output
 }
@@ -55,13 +55,13 @@ def make_completions(lengths: list[tuple[int, int]]) -> list[Completion]:
     return [Completion(draw(prompt), draw(answer)) for prompt, answer in lengths]
 
 
-# A lone token after a lone token, lengths that pad, and a completion longer than a batch of the body.
+# One token after one token, lengths that need padding, and a completion longer than a batch of the body.
 LENGTHS = [(1, 1), (5, 9), (2, 30), (7, 3), (3, 80)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equals_the_whole_model(name: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_models_own_forward(name: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "BODY_TOKENS", 64)
     monkeypatch.setattr(measuring, "LOGITS_BYTES", 4 * VOCAB * 7)  # seven rows at a time
     model, completions = make_model(name), make_completions(LENGTHS)
@@ -83,11 +83,11 @@ def test_equals_the_whole_model(name: str, temperature: float, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_head_is_taken_apart(name: str) -> None:
+def test_the_head_runs_by_itself(name: str) -> None:
     assert measuring._Head(make_model(name), [3, 4, 5])._split
 
 
-def test_a_model_whose_head_cannot_be_taken_apart_runs_as_a_whole() -> None:
+def test_a_model_whose_head_cannot_run_by_itself_runs_in_one_piece() -> None:
     model, completions = make_model("qwen3"), make_completions(LENGTHS)
     expected = measure(model, completions)
     forward = model.forward
@@ -102,7 +102,7 @@ def test_a_model_whose_head_cannot_be_taken_apart_runs_as_a_whole() -> None:
     assert not torch.allclose(measure(model, completions).entropy, expected.entropy)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_is_unmodified_afterwards() -> None:
     model, completions = make_model("qwen3"), make_completions([(3, 5)])
     ids = torch.tensor([completions[0].prompt])
     before = model(ids).logits
@@ -122,7 +122,7 @@ def test_logits_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_token_of_probability_zero() -> None:
-    """Its log-probability is -inf; entropy and the others are those of the rest."""
+    """Its log-probability is -inf. The entropy and the other values do not depend on it."""
     model = make_model("qwen3")
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([4]), -torch.inf))
     found = measure(model, [Completion([3], [4, 5])])

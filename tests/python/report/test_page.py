@@ -1,4 +1,4 @@
-"""The file that is written: its data, and that nothing in it can be taken for markup."""
+"""The page as a file: its data, and that no token can be read as markup."""
 
 import base64
 import gzip
@@ -19,7 +19,7 @@ from entropy_rl.report.page import LOG_PROB_STEP, MeasuredModel, last_user_messa
 
 
 def byte_level() -> PreTrainedTokenizerBase:
-    """Byte-level BPE without merges, but for a word and a mark that would end a script element."""
+    """Byte-level BPE with few merges: for a word, and for the mark that begins the end of a script element."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, "</", "Ġt", "Ġthe"]
     tokenizer = Tokenizer(
@@ -40,7 +40,7 @@ def sentence_piece() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
-def whole_words() -> PreTrainedTokenizerBase:
+def word_level() -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.WordLevel({"36": 0, "+": 1}, unk_token="+"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
@@ -56,7 +56,7 @@ def whole_words() -> PreTrainedTokenizerBase:
         (sentence_piece(), "a", "a"),
         (sentence_piece(), "<0x0A>", "\n"),
         (sentence_piece(), "<0xE4>", "⟨e4⟩"),
-        (whole_words(), "36", " 36"),
+        (word_level(), "36", " 36"),
     ],
 )
 def test_text_of_a_token(tokenizer: PreTrainedTokenizerBase, token: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The actor configurations of verl with the entropy_top_* keys. A mistake stops the driver before anything starts."""
+"""verl's actor configurations with the entropy_top_* keys. User errors stop the driver before anything starts."""
 
 import warnings
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _RULES = {
 
 @dataclass
 class _EntropyTop:
-    """conf/actor/entropy_top.yaml says what each key means."""
+    """The keys of conf/actor/entropy_top.yaml. `entropy_rl.selection.OPTIONS` documents them."""
 
     entropy_top_ratio: float | None = None
     entropy_top_rule: str = "topk"
@@ -38,7 +38,7 @@ class _EntropyTop:
         if not loss.applies(self):
             warnings.warn(
                 f"{_PREFIX}entropy_top_ratio={self.entropy_top_ratio} is not applied: loss_mode "
-                f"{self.policy_loss.loss_mode} weighs each sequence as a whole",  # type: ignore[attr-defined]
+                f"{self.policy_loss.loss_mode} has one ratio per sequence",  # type: ignore[attr-defined]
                 stacklevel=2,
             )
             return
@@ -59,7 +59,7 @@ class McoreActorConfig(_EntropyTop, verl.McoreActorConfig):
 
     def __post_init__(self) -> None:
         if self.entropy_top_ratio is not None and self.entropy_top_scope == "mini_batch":
-            # Of a pipeline only the last stage would see a prepass's entropies.
+            # Only the last stage of a pipeline would see the entropies of a prepass.
             _check("entropy_top_source", self.entropy_top_source, one_of("old_policy"))
         super().__post_init__()
 

@@ -1,10 +1,11 @@
-"""verl on a machine without a GPU: for tests, and for trying a recipe on a laptop with a tiny model.
+"""verl on a machine without a GPU, for tests and for trying a recipe with a tiny model.
 
     VERL_USE_EXTERNAL_MODULES=entropy_rl.integrations.verl.cpu python -m verl.trainer.main_ppo +entropy_rl=cpu ...
 
-A platform (device cpu, collectives by gloo) and the rollout backend `hf_cpu` (Hugging Face `generate` in an actor of
-its own, which gets the trainer's weights after every step), both registered with verl. Ray, TransferQueue, the agent
-loop, FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml sets what a CPU needs otherwise.
+This module registers two things with verl: a platform (device cpu, collectives by gloo), and the rollout backend
+`hf_cpu`, a Ray actor that runs Hugging Face's `generate` and receives the trainer's weights after every step. Ray,
+TransferQueue, the agent loop, FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml has the other settings
+that a CPU needs.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _CPUDevice(types.ModuleType):
-    """torch.cpu, with what verl asks of torch.cuda beside: there is no cache, and no memory of the device's own."""
+    """torch.cpu with the functions of torch.cuda that verl calls. There is no cache, and no device memory."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("empty_cache", "ipc_collect", "manual_seed_all"):
@@ -58,7 +59,7 @@ class CPUPlatform(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return False  # never picked by itself
+        return False  # verl never picks it automatically
 
     def current_device(self) -> Any:
         return "cpu"  # verl passes it to Tensor.to
@@ -98,7 +99,7 @@ class CPUPlatform(PlatformBase):
     def profiler_stop(self) -> None: ...
 
     def ray_resource_name(self) -> str:
-        return "GPU"  # verl counts nothing else; conf/entropy_rl/cpu.yaml gives Ray as many as there are workers
+        return "GPU"  # verl counts nothing else; conf/entropy_rl/cpu.yaml tells Ray there is one for each worker
 
     def ray_noset_envvars(self) -> list[str]:
         return []
@@ -110,23 +111,23 @@ class CPUPlatform(PlatformBase):
 
 
 set_platform(CPUPlatform())
-# verl registers its engines for cuda and npu; FSDP2 itself asks the platform.
+# verl registers its engines for cuda and npu only. FSDP2 itself uses the platform's device.
 os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
 from verl.utils import distributed, fsdp_utils  # noqa: E402
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout  # noqa: E402
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput  # noqa: E402
 
-# verl would ask for "cpu:gloo,cpu:gloo", which torch refuses.
+# Without this, verl asks for the backend "cpu:gloo,cpu:gloo", which torch refuses.
 distributed.initialize_global_process_group_ray = functools.partial(
     distributed.initialize_global_process_group_ray, backend="gloo"
 )
-# verl pins a reference policy's memory, for which torch wants an accelerator.
+# verl pins the memory of a reference policy, and pinning needs an accelerator.
 fsdp_utils.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
 
 
 class Server:
-    """An actor that answers the agent loop. Requests that wait together are generated together."""
+    """A Ray actor that generates for the agent loop. It batches the requests that are waiting."""
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -134,7 +135,7 @@ class Server:
 
         print(
             f"entropy_rl.integrations.verl.cpu: rollout {replica_rank} generates on the CPU. This backend is for tests "
-            "and for trying a recipe with a tiny model; it is not meant to be fast.",
+            "and for trying a recipe with a tiny model. It is slow.",
             flush=True,
         )
         self.config = config
@@ -158,30 +159,30 @@ class Server:
             missing, unexpected = self.model.load_state_dict(weights, strict=False)
             missing = set(missing) - set(self.model.all_tied_weights_keys)
             if missing or unexpected:
-                raise ValueError(f"the trainer's weights lack {sorted(missing)} and add {sorted(unexpected)}")
+                raise ValueError(f"the trainer's weights lack {sorted(missing)} and also have {sorted(unexpected)}")
             self.global_steps = global_steps
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **multimodal: Any
     ) -> TokenOutput:
         if any(value is not None for value in multimodal.values()):
-            raise ValueError(f"rollout {NAME} takes text alone; {sorted(multimodal)} were given")
+            raise ValueError(f"rollout {NAME} accepts text only; it got {sorted(multimodal)}")
         self.requests += 1
-        # Under full_determinism the id tells which sample of the run it is, in whatever order requests come.
+        # With full_determinism the id identifies the sample, whatever the order of the requests.
         which = request_id if self.config.full_determinism else self.requests
         seed = zlib.crc32(f"{self.seed}/{self.global_steps}/{which}".encode())
         future: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
         self.waiting.append((list(prompt_ids), dict(sampling_params), seed, future))
         async with self.running:
             if not future.done():
-                await asyncio.sleep(0.01)  # let those that are on their way join
+                await asyncio.sleep(0.01)  # so that requests that arrive now join the batch
                 await self._run()
         return await future
 
     async def _run(self) -> None:
-        """Answers the first request that waits and all others with the same sampling parameters."""
+        """Answers the first waiting request and all others with the same sampling parameters."""
         params = self.waiting[0][1]
-        # A batch draws from one seed, row by row: what comes of a request would depend on those beside it.
+        # A batch draws its rows from one seed, so a response depends on the other requests in the batch.
         size = 1 if self.config.full_determinism else self.config.max_num_seqs
         batch = [request for request in self.waiting if request[1] == params][:size]
         self.waiting = [request for request in self.waiting if request not in batch]
@@ -233,7 +234,7 @@ class Server:
         return answers
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """As sleep and the others: the weights stay where they are, and nothing outlives a request."""
+        """Nothing to do, here and in the methods below: weights are never moved, and no cache outlives a request."""
 
     async def sleep(self) -> None: ...
 
@@ -264,13 +265,13 @@ class Replica(RolloutReplica):
             .options(name=name, num_cpus=0, max_concurrency=self.max_concurrency)
             .remote(self.config, self.model_config, self.replica_rank)
         )
-        await server.wake_up.remote()  # until the model is there
+        await server.wake_up.remote()  # returns once the model is loaded
         self.servers = [server]
         self._server_handle, self._server_address = server, name
 
 
 class Rollout(BaseRollout):
-    """The trainer's side: sends the weights. Every rank runs through them, since gathering one is a collective."""
+    """Sends the trainer's weights. All ranks iterate over them, because gathering a weight is a collective."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any) -> None:
         super().__init__(config, model_config, device_mesh)
@@ -285,7 +286,7 @@ class Rollout(BaseRollout):
         **_: Any,
     ) -> None:
         if wire_format != "named_tensors":
-            raise ValueError(f"wire_format={wire_format}: rollout {NAME} takes named_tensors")
+            raise ValueError(f"wire_format={wire_format}: rollout {NAME} accepts named_tensors only")
         tensors = {name: weight.detach().float() for name, weight in weights}
         if self.rank % self.size == 0:
             server = ray.get_actor(_server_name(self.rank // self.size))

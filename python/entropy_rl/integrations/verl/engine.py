@@ -1,7 +1,7 @@
-"""What verl's engines do when the ratio is set.
+"""Changes to verl's engines for `entropy_top_ratio`.
 
-`install` is called by the actor's configuration, in the process that trains and before its engine is built: importing
-verl's engines any earlier, as a plugin, would settle on a platform before others have registered theirs.
+The actor's configuration calls `install` in the process that trains, before its engine is built. A plugin must not
+import verl's engines: that would fix the platform before others have registered theirs.
 """
 
 import functools
@@ -30,11 +30,11 @@ _MARK = "_entropy_rl"
 
 
 def install(kernel: str) -> None:
-    """Prepares this process's engines; a second time is harmless.
+    """Changes the engines of this process. A second call changes nothing more.
 
     Args:
-        kernel: what computes log-probs and entropies of FSDP engines. "entropy_rl": this package's ops, of the logits
-            `logprob_entropy`, and with use_fused_kernels `linear_logprob_entropy` of the hidden states; or "verl".
+        kernel: what computes log-probs and entropies of FSDP engines. "entropy_rl": this package's `logprob_entropy`,
+            and with use_fused_kernels `linear_logprob_entropy`. "verl": verl's own functions.
     """
     for name, engine in (("fsdp", "FSDPEngine"), ("megatron", "MegatronEngine")):
         module = sys.modules.get(f"verl.workers.engine.{name}.transformer_impl")
@@ -44,7 +44,7 @@ def install(kernel: str) -> None:
     if kernel == "entropy_rl":
         _replace(fsdp.FSDPEngineWithLMHead, "prepare_model_outputs", _with_logprob_entropy)
         _replace(fsdp.FSDPEngineWithLMHead, "forward_step", _with_fused_head)
-        # What the models' fused forwards call, by impl_backend: torch and liger the first, triton the second.
+        # The fused forwards of the models call the first with impl_backend torch or liger, the second with triton.
         _replace(torch_functional.FusedLinearForPPO, "forward", _with_fused_linear)
         _replace(linear_cross_entropy, "linear_cross_entropy", _with_linear_cross_entropy)
 
@@ -150,9 +150,10 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable[..., Any]:
-    """Log-probs and entropies in one float32 pass over the logits, where verl has logits to offer.
+    """Computes log-probs and entropies in one float32 pass over the logits, if the engine has logits.
 
-    verl's own entropy is in the dtype of the logits: in bfloat16 it is up to 0.1 nat off, and ties at the threshold.
+    verl computes its entropy in the dtype of the logits. In bfloat16 it is up to 0.1 nat wrong, and many entropies tie
+    at the threshold.
     """
 
     def wrapped(
@@ -162,7 +163,7 @@ def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable
         if any(tu.get_non_tensor_data(data=micro_batch, key=key, default=False) for key in others):
             return prepare_model_outputs(self, output, output_args, micro_batch, **options)
         logits = output.logits
-        if isinstance(logits, DTensor):  # split over the vocabulary
+        if isinstance(logits, DTensor):  # sharded over the vocabulary
             logits = logits.full_tensor()
         offsets = micro_batch["input_ids"].offsets()
         targets = output_args["input_ids_rmpad_rolled"]
@@ -186,22 +187,22 @@ def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable
 def log_prob_and_entropy(
     logits: Tensor, targets: Tensor, temperature: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`logprob_entropy` of [..., V] logits. The loss detaches an entropy that needs no gradient, which then is free."""
+    """`logprob_entropy` of [..., V] logits. The entropy's gradient costs nothing if the loss detaches the entropy."""
     return logprob_entropy(logits, targets, mask=mask, temperature=temperature, entropy_grad=torch.is_grad_enabled())
 
 
 class _FusedHead(NamedTuple):
-    """The LM head of the model that runs."""
+    """The LM head of the model whose forward runs."""
 
     module: nn.Module
-    rows: tuple[Tensor, int] | None  # whose log-probs and entropies matter, and their number; None: all of them
+    rows: tuple[Tensor, int] | None  # mask of the rows that the loss reads, and their number; None: all rows
 
 
 _fused_head: ContextVar[_FusedHead | None] = ContextVar("_fused_head", default=None)
 
 
 def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the fused kernels whose head they compute and, when the actor trains, which rows the loss will look at."""
+    """Tells the fused kernels which head they compute and, when the actor trains, which rows the loss reads."""
 
     def wrapped(self: Any, micro_batch: TensorDict, *args: Any, **options: Any) -> Any:
         if not tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False):
@@ -218,18 +219,18 @@ def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
-    """Of the selected tokens, where the others' log-probs are known, else of the response tokens."""
+    """The rows of the selected tokens if only those meet the LM head, else of the response tokens."""
     only_selected = loss.TOKENS["log_prob"] in micro_batch
     mask = micro_batch[loss.TOKENS["mask"] if only_selected else "response_mask"]
     input_ids = micro_batch["input_ids"]
     if not mask.is_nested:
         return None
-    # A response ends its sequence, and a row scores the token that follows it.
+    # A response is the end of its sequence, and each row scores the token after it.
     shift = input_ids.offsets()[1:] - 1 - mask.offsets()[1:]
     index = torch.arange(len(mask.values()), device=shift.device) + shift.repeat_interleave(mask.offsets().diff())
     rows = torch.zeros(len(input_ids.values()), dtype=torch.bool, device=shift.device)
     rows[index] = mask.values().bool()
-    count = int(rows.sum())  # verl moves a micro-batch to the device later: nothing waits for it
+    count = int(rows.sum())  # on the CPU: verl moves the micro-batch to the device later
     if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
         rows = rows[None]
     else:
@@ -255,7 +256,7 @@ def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Call
         reduction: str = "none",
         dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        if reduction != "none" or dist_process_group is not None:  # as Megatron's models call it
+        if reduction != "none" or dist_process_group is not None:  # a call from one of Megatron's models
             return linear_cross_entropy(hidden, weight, labels, temperature, reduction, dist_process_group)
         return fused_log_prob_and_entropy(hidden, weight, labels, temperature)
 
@@ -265,12 +266,12 @@ def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Call
 def fused_log_prob_and_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob_entropy` of [..., H] hidden states, on the rows that matter: both [...], 0 in the others."""
+    """`linear_logprob_entropy` of [..., H] hidden states on the rows that the loss reads: both [...], 0 elsewhere."""
     head = _fused_head.get()
     mask = count = None
     if head is not None and head.rows is not None:
         mask, count = head.rows
-        # Padding to a fixed length comes last.
+        # verl pads to a fixed length at the end.
         mask = nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
 
     def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +287,7 @@ def fused_log_prob_and_entropy(
 
     if head is None or not isinstance(weight, DTensor):
         return score(hidden, weight)
-    # FSDP2 shards a head that is not tied to the embeddings by itself, and gathers it for its own forward alone.
+    # FSDP2 shards an LM head that is not tied to the embeddings separately, and gathers it during its forward only.
     with patched_forward(head.module, lambda hidden: torch.stack(score(hidden, head.module.weight), -1)):
         log_prob, entropy = head.module(hidden).unbind(-1)
     return log_prob, entropy

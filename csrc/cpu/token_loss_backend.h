@@ -1,0 +1,146 @@
+// Token losses on the CPU. Tiles run in parallel, each in chunks that stay in the first-level
+// cache: one loop maps tokens to results and vectorises, and another sums them. Tiles and rows are
+// summed in order, so results do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../kernels/policy_loss_math.h"
+#include "../ops/token_loss.h"
+#include "simd.h"
+
+namespace entropy_rl::cpu {
+
+constexpr int kChunkTokens = 256;
+// A thread takes at least this many tokens.
+constexpr int64_t kTokensPerTask = 1 << 14;
+
+// The inputs of up to kChunkTokens tokens of one row: masks as 0 and 1, absent inputs as their
+// defaults. They are copied to local arrays, because the compiler vectorises a selection between
+// loaded values only if no load can fault.
+template <class T>
+struct Chunk {
+  alignas(64) T log_prob[kChunkTokens];
+  T old_log_prob[kChunkTokens];
+  T advantage[kChunkTokens];
+  T weight[kChunkTokens];
+  T response[kChunkTokens];
+  T selected[kChunkTokens];
+  T chosen[kChunkTokens];
+  T sequence_log_ratio[kChunkTokens];
+  int count;
+
+  __attribute__((always_inline)) Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin,
+                                       int64_t end)
+      : count(static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens))) {
+    load(in.log_prob, begin, T(0), log_prob);
+    load(in.old_log_prob, begin, T(0), old_log_prob);
+    load(in.advantages, begin, T(0), advantage);
+    load(in.weights, begin, T(1), weight);
+    load(in.response_mask, begin, T(1), response);
+    load(in.entropy_mask, begin, T(1), selected);
+    load(in.chosen, begin, T(0), chosen);
+    const T sequence = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
+    for (int i = 0; i < count; ++i) {
+      selected[i] *= response[i];
+      sequence_log_ratio[i] = sequence;
+    }
+  }
+
+  __attribute__((always_inline)) Token<T> token(int i) const {
+    return {log_prob[i], old_log_prob[i], advantage[i], sequence_log_ratio[i], chosen[i] != 0};
+  }
+
+ private:
+  __attribute__((always_inline)) void load(const T* values, int64_t begin, T absent, T* out) {
+    for (int i = 0; i < count; ++i) out[i] = values ? values[begin + i] : absent;
+  }
+  __attribute__((always_inline)) void load(const uint8_t* mask, int64_t begin, T absent, T* out) {
+    for (int i = 0; i < count; ++i) out[i] = mask ? (mask[begin + i] != 0 ? T(1) : T(0)) : absent;
+  }
+};
+
+// Calls fn(tile, row, first token, end) for every tile.
+template <class T, class Fn>
+void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
+  simd();
+  const int64_t tokens_per_tile = std::max<int64_t>(1, std::min(in.cols, kTileTokens));
+  const int64_t tiles_per_task = std::max<int64_t>(1, kTokensPerTask / tokens_per_tile);
+  torch::stable::parallel_for(0, in.tiles(), tiles_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row = tile / in.tiles_per_row();
+      const int64_t column = tile % in.tiles_per_row() * kTileTokens;
+      fn(tile, row, row * in.cols + column,
+         row * in.cols + std::min(column + kTileTokens, in.cols));
+    }
+  });
+}
+
+}  // namespace entropy_rl::cpu
+
+#define ENTROPY_RL_LOOPS "token_loss_loops.h"
+#include "each_simd.h"
+
+namespace entropy_rl::cpu {
+
+// Writes the gradients, and returns the sums, of the tokens [begin, end) of one row.
+template <class T, class TokenLoss>
+LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row,
+                      int64_t begin, int64_t end, T* gradient /*[rows, cols]*/) {
+  ENTROPY_RL_SIMD_CALL(tile_loss(token_loss, in, row, begin, end, gradient));
+}
+
+template <class T>
+void scale_row(const accumulate_t<T>* gradient /*[cols]*/, accumulate_t<T> scale, int64_t cols,
+               T* out /*[cols]*/) {
+  ENTROPY_RL_SIMD_CALL(scale_row(gradient, scale, cols, out));
+}
+
+struct TokenLosses {
+  template <class T, class TokenLoss>
+  static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
+                  const Normalization& normalization, const LossOutputs& out) {
+    std::vector<LossSums<T>> sums(in.tiles());
+    T* gradient = mutable_data<T>(out.gradient);
+    for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
+      sums[tile] = tile_loss(token_loss, in, row, begin, end, gradient);
+    });
+
+    BatchSums batch{};
+    for (int64_t row = 0; row < in.rows; ++row) {
+      batch.add_row(row_sum(sums.data(), row, in.tiles_per_row()), normalization);
+    }
+    T* row_scale = mutable_data<T>(out.row_scale);
+    double loss = 0;
+    for (int64_t row = 0; row < in.rows; ++row) {
+      const LossSums<double> tokens = row_sum(sums.data(), row, in.tiles_per_row());
+      const RowLoss result =
+          row_loss<TokenLoss>(tokens, batch, normalization, static_cast<double>(in.rows));
+      loss += result.loss;
+      row_scale[row] = static_cast<T>(result.scale);
+    }
+    *mutable_data<T>(out.loss) = static_cast<T>(loss);
+    write_metrics(batch, mutable_data<T>(out.metrics));
+  }
+
+  template <class T>
+  static void scale(const LossGradient& in, const Tensor& out) {
+    using Acc = accumulate_t<T>;
+    const Acc grad_loss = *const_data<Acc>(in.grad_loss);
+    const Acc* gradient = const_data<Acc>(in.gradient);
+    const Acc* row_scale = const_data<Acc>(in.row_scale);
+    T* result = mutable_data<T>(out);
+    simd();
+    const int64_t rows_per_task =
+        std::max<int64_t>(1, kTokensPerTask / std::max<int64_t>(1, in.cols));
+    torch::stable::parallel_for(0, in.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        scale_row(gradient + row * in.cols, grad_loss * row_scale[row], in.cols,
+                  result + row * in.cols);
+      }
+    });
+  }
+};
+
+}  // namespace entropy_rl::cpu

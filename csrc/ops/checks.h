@@ -1,0 +1,157 @@
+// The argument checks that both backends share. A failed check throws std::invalid_argument, which
+// PyTorch raises in Python as ValueError. The message has the argument, its value and what is
+// allowed.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/dtypes.h"
+
+namespace entropy_rl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+inline void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    default: return "another dtype (code " + std::to_string(static_cast<int>(dtype)) + ")";
+  }
+}
+
+template <class Shape>
+inline std::string shape_name(const Shape& shape) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  out << "]";
+  return out.str();
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline bool is_integer(ScalarType dtype) {
+  return dtype == ScalarType::Byte || dtype == ScalarType::Char || dtype == ScalarType::Short ||
+         dtype == ScalarType::Int || dtype == ScalarType::Long;
+}
+
+inline void check_floating(const char* name, const Tensor& tensor) {
+  check(is_floating(tensor.scalar_type()), name, " is ", dtype_name(tensor.scalar_type()),
+        "; it must be float32, float64, bfloat16 or float16");
+}
+
+inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                        const char* why) {
+  check(shape_of(tensor) == shape, name, " has shape ", shape_name(shape_of(tensor)),
+        "; it must be ", shape_name(shape), ", ", why);
+}
+
+inline void check_same_device(const char* name, const Tensor& tensor, const char* other_name,
+                              const Tensor& other) {
+  const bool same = tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
+                    (tensor.is_cpu() || tensor.get_device_index() == other.get_device_index());
+  check(same, name, " is on another device than ", other_name,
+        "; all tensors of one call must be on the same device");
+}
+
+// The choice named `value`; an error that lists the valid names if there is none.
+template <class Choice, size_t count>
+inline Choice parse_choice(const char* argument, const std::string& value,
+                           const std::pair<const char*, Choice> (&choices)[count]) {
+  std::string names;
+  for (const auto& [name, choice] : choices) {
+    if (value == name) return choice;
+    names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
+  }
+  check(false, argument, " is '", value, "'; it must be one of ", names);
+  return choices[0].second;
+}
+
+// A mask of any dtype as contiguous bool: nonzero is true.
+inline Tensor as_bool_mask(const Tensor& mask) {
+  Tensor result = mask;
+  if (mask.scalar_type() != ScalarType::Bool) result = torch::stable::to(mask, ScalarType::Bool);
+  return torch::stable::contiguous(result);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
+  Tensor result = tensor;
+  if (tensor.scalar_type() != dtype) result = torch::stable::to(tensor, dtype);
+  return torch::stable::contiguous(result);
+}
+
+// Whether an argument is a number as the kernels' ops take it (library.cpp): 0-dim float64 on the
+// CPU.
+inline bool is_host_number(const Tensor& tensor) {
+  return tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double;
+}
+inline double host_number(const Tensor& tensor) {
+  return *static_cast<const double*>(tensor.const_data_ptr());
+}
+
+// The dtype of results and sums for inputs of this dtype.
+inline ScalarType accumulate_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls fn(T{}) with the element type of a floating dtype that check_floating has passed.
+template <class Fn>
+inline void dispatch_floating(ScalarType dtype, Fn fn) {
+  switch (dtype) {
+    case ScalarType::Float: return fn(float{});
+    case ScalarType::Double: return fn(double{});
+    case ScalarType::BFloat16: return fn(BFloat16{});
+    case ScalarType::Half: return fn(Half{});
+    default: check(false, "dtype ", dtype_name(dtype), " is not a supported floating dtype");
+  }
+}
+
+template <class T>
+inline const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+inline const T* const_data(const std::optional<Tensor>& tensor) {
+  return tensor ? const_data<T>(*tensor) : nullptr;
+}
+template <class T>
+inline T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace entropy_rl

@@ -1,0 +1,66 @@
+"""The files around the code agree with each other: pinned versions, CI, the changelog."""
+
+import re
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+import entropy_rl_ext
+
+ROOT = Path(__file__).parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def pinned(lines: list[str]) -> dict[str, str]:
+    requirements = [Requirement(line) for line in lines if "==" in line]
+    return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in requirements}
+
+
+def extra(name: str) -> list[str]:
+    block = re.search(rf"^{name} = \[(.*?)\]$", PROJECT, flags=re.MULTILINE | re.DOTALL)
+    assert block, name
+    return re.findall(r'"([^"]+)"', block[1])
+
+
+def test_linters_have_one_version_each() -> None:
+    """`make lint`, the constraints and pre-commit: a formatter of another version formats otherwise."""
+    lint = pinned(extra("lint"))
+    constraints = pinned((ROOT / "constraints.txt").read_text().splitlines())
+    assert lint.items() <= constraints.items()
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = {hook["id"].split("-check")[0]: repo["rev"] for repo in repositories for hook in repo["hooks"]}
+    assert hooks["ruff"] == hooks["ruff-format"] == f"v{lint['ruff']}"
+    assert hooks["clang-format"] == f"v{lint['clang-format']}"
+
+
+def test_workflow_runs_what_ci_runs() -> None:
+    run = re.findall(r"^make (\S+)$", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    targets = [*jobs["cpu"]["strategy"]["matrix"]["target"]]
+    targets += [
+        step["run"].removeprefix("make ") for step in jobs["cuda"]["steps"] if "make cuda" in step.get("run", "")
+    ]
+    assert sorted(targets) == sorted(run)
+
+
+def test_release_workflow_builds_what_make_release_builds() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
+    made = [step["run"] for step in steps if "make " in step.get("run", "")]
+    assert len(made) == 1 and re.match(r"make release\b", made[0])
+
+
+def test_version_is_that_of_the_changelog() -> None:
+    version = re.search(r'^version = "(.+)"$', PROJECT, flags=re.MULTILINE)
+    newest = re.search(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert version and newest
+    assert entropy_rl_ext.__version__ == version[1] == newest[1]
+
+
+def test_every_target_of_make_is_described() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    assert phony
+    header = makefile[: makefile.index("\nSHELL")]
+    missing = [name for name in phony[1].split() if not re.search(rf"make {name}\b", header)]
+    assert set(missing) <= {"help", "gtest", "pytest", "clean"}

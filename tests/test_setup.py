@@ -1,0 +1,49 @@
+"""A build that cannot succeed ends with one line that names what is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+WITHOUT_TORCH = """
+import importlib.metadata, runpy, sys
+version = importlib.metadata.version
+def fake(name):
+    if name in ("torch", "pybind11"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return "65.5.0" if name == "setuptools" else version(name)
+importlib.metadata.version = fake
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
+
+
+def last_line(command: list[str], **environment: str) -> str:
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+def test_missing_requirements() -> None:
+    line = last_line([sys.executable, "-c", WITHOUT_TORCH])
+    wanted = "pip install 'setuptools>=77' 'torch>=2.11' 'pybind11>=2.13'"
+    assert line == f"entropy_rl_ext: {sys.prefix} lacks what the build needs; run {wanted}"
+
+
+def test_stable_abi_build_needs_no_pybind11() -> None:
+    line = last_line([sys.executable, "-c", WITHOUT_TORCH], ENTROPY_RL_ABI3="1")
+    assert line.endswith("run pip install 'setuptools>=77' 'torch>=2.11'")
+
+
+def test_missing_compiler() -> None:
+    assert "no C++ compiler: 'no-such-compiler' does not run; install g++" in last_line(BUILD, CXX="no-such-compiler")
+
+
+def test_old_compiler(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++-4"
+    compiler.write_text("#!/bin/sh\necho 'unrecognized option -std=c++17' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    line = last_line(BUILD, CXX=str(compiler))
+    assert f"'{compiler}' does not compile C++17 (unrecognized option -std=c++17); install a newer g++" in line
