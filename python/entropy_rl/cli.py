@@ -25,6 +25,10 @@ of highest entropy are marked. A slider changes their share.
 Each row of the input has a `prompt` and a `completion`. Both are texts or lists of {role, content}.
 If the rows have no completion, or with --samples, completions are sampled from the model. A list of
 messages goes through the tokenizer's chat template; a text does not.
+
+  entropy-rl inspect --rollouts DIR --output report.html
+
+makes the page from the responses of a training run, without a model.
 """
 
 DOCTOR = """\

@@ -65,7 +65,7 @@ def read_rollouts(directory: Path) -> list[Rollout]:
         (p for p in directory.glob("*.jsonl") if re.fullmatch(r"\d+", p.stem)), key=lambda path: int(path.stem)
     )
     if not paths:
-        raise UserError(f"{where}: it has no file like 1.jsonl; trainer.rollout_data_dir writes one at each step")
+        raise UserError(f"{where}: it has no file like 1.jsonl; one for each training step was expected")
     rollouts = []
     for path in paths:
         place = f"{where}: {path.name}"
