@@ -656,16 +656,16 @@ function setScope(scope) {
 
 function startBatch() {
   document.body.classList.toggle("unmeasured", !batch.measured);
-  byId("step-now").textContent = stepName(batch.step);
+  byId("step-now").textContent = byId("step").ariaValueText = stepName(batch.step);
   if (!batch.trained && state.scope === "trained") state.scope = "batch";
   for (const input of document.querySelectorAll("#scopes input")) {
     input.disabled = input.value === "trained" && !batch.trained;
     input.checked = input.value === state.scope;
   }
   byId("least").value = state.least = defaultLeast();
-  select();
-  drawCompletions();
+  views.clear(); // those of the batch before
   drawAll();
+  drawCompletions();
   drawSteps();
   // After the first paint.
   const started = batch;
