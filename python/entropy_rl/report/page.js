@@ -272,8 +272,21 @@ function emptyBlock(block) {
   block.spans = null;
 }
 
+// Changes what is outside the window and leaves what is inside in its place. The browser's own scroll anchoring does
+// not do so, because the minimum heights change.
+function inPlace(act) {
+  const inWindow = ({ node }) => {
+    const { top, bottom } = node.getBoundingClientRect();
+    return bottom > innerHeight / 3 && top < innerHeight; // the header may cover the rest
+  };
+  const anchor = [...views.values()].flatMap(({ blocks }) => blocks).find(inWindow) ?? chunks.find(inWindow);
+  const before = anchor?.node.getBoundingClientRect().top;
+  act();
+  if (anchor?.node.isConnected) scrollBy(0, anchor.node.getBoundingClientRect().top - before);
+}
+
 const observer = (fill, empty) => new IntersectionObserver(
-  (entries) => entries.forEach(({ target, isIntersecting }) => (isIntersecting ? fill : empty)(target.contents)),
+  (entries) => inPlace(() => entries.forEach(({ target, isIntersecting }) => (isIntersecting ? fill : empty)(target.contents))),
   { rootMargin: "1500px 0px" },
 );
 const blocksNearby = observer(fillBlock, emptyBlock);
