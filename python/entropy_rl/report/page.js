@@ -855,9 +855,10 @@ addEventListener("hashchange", goToFragment);
 byId("models").append(...batch.models.flatMap((model, m) => [
   ...(m ? [" and "] : []), element("span", { className: batch.models.length > 1 ? ["first", "second"][m] : "" }, model.name)]));
 byId("models").title = byId("models").textContent;
-const measuredAt = data.temperature === null || data.temperature === 1 ? "" : `measured at temperature ${data.temperature}`;
-const sampledAt = data.sampledAt === null || data.sampledAt === data.temperature && data.temperature === 1 ? "" : `sampled at temperature ${data.sampledAt}`;
-byId("temperatures").textContent = [sampledAt, measuredAt].filter(Boolean).join(", ");
+const same = data.sampledAt === null || data.sampledAt === data.temperature;
+byId("temperatures").textContent = same
+  ? (data.temperature ?? 1) === 1 ? "" : `temperature ${data.temperature}`
+  : `temperature ${data.sampledAt}, measured at ${data.temperature}`;
 document.title = `Forking tokens: ${data.title}`;
 
 choice(byId("table-order"), "order", [[true, "highest"], [false, "lowest"]], true, (value) => { state.highest = value; drawTable(); });
