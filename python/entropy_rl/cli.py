@@ -25,6 +25,10 @@ of highest entropy are marked. A slider changes their share.
 Each row of the input has a `prompt` and a `completion`. Both are texts or lists of {role, content}.
 If the rows have no completion, or with --samples, completions are sampled from the model. A list of
 messages goes through the tokenizer's chat template; a text does not.
+
+  entropy-rl inspect --rollouts DIR --output report.html
+
+makes the page from the responses of a training run, without a model.
 """
 
 DOCTOR = """\
@@ -103,8 +107,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
-    inspect.add_argument("--model", required=True, metavar="PATH", help="a directory, or a name on the hub")
-    inspect.add_argument("--input", required=True, type=Path, metavar="FILE", help="a .jsonl or .parquet file")
+    inspect.add_argument("--model", metavar="PATH", help="a directory, or a name on the hub")
+    inspect.add_argument("--input", type=Path, metavar="FILE", help="a .jsonl or .parquet file")
+    inspect.add_argument(
+        "--rollouts",
+        type=Path,
+        metavar="DIR",
+        help="the trainer's responses, DIR/1.jsonl and so on, in place of --model and --input",
+    )
     inspect.add_argument(
         "--output", required=True, type=Path, metavar="FILE", help="the page to write; an existing file is replaced"
     )
@@ -122,8 +132,9 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
         "--temperature",
         type=_positive,
         default=1.0,
-        help="temperature of sampling and of the distributions that the page shows (1.0)",
+        help="temperature of the distributions that the page shows (1.0)",
     )
+    inspect.add_argument("--title", help="title of the page (the name of the model)")
     inspect.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -138,6 +149,9 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     sampling = inspect.add_argument_group("sampling")
+    sampling.add_argument(
+        "--sampling-temperature", type=_positive, metavar="T", help="temperature of sampling (that of --temperature)"
+    )
     sampling.add_argument(
         "--samples",
         type=_count,

@@ -18,10 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.measure import Measurement
-from entropy_rl.report.page import MeasuredModel, write_page
+from entropy_rl.report.page import MeasuredModel, write_page, write_rollout_page
+from entropy_rl.report.rollouts import Rollout
 from entropy_rl_ext import global_top_mask
 
 WORDS = ["<eos>", "\n", " so", " but", " 36", " +", "</script><b>", "&amp;", *(f" w{i}" for i in range(92))]
+
+LENGTHS = [300, 1, 57, 120]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,6 +63,7 @@ def open_page(browser: WebDriver, path: Path) -> None:
     browser.get_log("performance")
     browser.get(path.as_uri())
     WebDriverWait(browser, 20).until(lambda b: b.execute_script("return !!window.entropyReport"))
+    browser.execute_async_script("entropyReport.complete().then(arguments[0])")
 
 
 def set_ratio(browser: WebDriver, ratio: float) -> None:
@@ -84,6 +88,12 @@ def by_op(measurement: Measurement, ratio: float) -> torch.Tensor:
     return global_top_mask(entropy, torch.ones_like(entropy), ratio)[0]
 
 
+def by_sequence(measurement: Measurement, lengths: Sequence[int], ratio: float) -> torch.Tensor:
+    entropy = torch.nn.utils.rnn.pad_sequence(measurement.entropy.split(list(lengths)), batch_first=True)
+    mask = torch.arange(entropy.shape[1]) < torch.tensor(lengths)[:, None]
+    return global_top_mask(entropy, mask, ratio, scope="sequence")[mask]
+
+
 def token(browser: WebDriver, index: int) -> WebElement:
     return browser.find_element(By.CSS_SELECTOR, f".t[data-i='{index}']")
 
@@ -95,7 +105,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(pages: Path, browser: WebDriver) -> list[Measurement]:
-    return make_page(pages / "one.html", [300, 1, 57, 120], 1)
+    return make_page(pages / "one.html", LENGTHS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +149,7 @@ def test_selection_at_the_edges(entropy: list[float], tmp_path: Path, browser: W
 
 
 def test_a_share_that_the_slider_cannot_say(pages: Path, one: list[Measurement], browser: WebDriver) -> None:
-    make_page(pages / "eighth.html", [300, 1, 57, 120], 1, ratio=0.125)
+    make_page(pages / "eighth.html", LENGTHS, 1, ratio=0.125)
     open_page(browser, pages / "eighth.html")
     assert browser.find_element(By.ID, "percent").get_property("value") == "12.5"
     assert torch.equal(selected(browser), by_op(one[0], 0.125))
@@ -167,6 +177,113 @@ def test_keys_go_from_token_to_token(one: list[Measurement], pages: Path, browse
     assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == str(following)
 
 
+@pytest.mark.parametrize("ratio", [0.01, 0.2, 0.57, 1.0])
+def test_selection_by_sequence(ratio: float, one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    browser.find_elements(By.CSS_SELECTOR, "#scopes label")[1].click()
+    set_ratio(browser, ratio)
+    expected = by_sequence(one[0], LENGTHS, ratio)
+    assert torch.equal(selected(browser), expected)
+    shown = browser.find_elements(By.CSS_SELECTOR, ".head span:nth-of-type(2)")
+    shares = [part.float().mean().item() for part in expected.split(LENGTHS)]
+    assert [head.text for head in shown] == [f"{100 * share:.1f} % selected" for share in shares]
+
+
+def test_order_and_filter(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    shares = [part.float().mean().item() for part in by_op(one[0], 0.2).split(LENGTHS)]
+
+    def listed() -> list[str]:
+        return [article.get_attribute("id") or "" for article in browser.find_elements(By.TAG_NAME, "article")]
+
+    browser.execute_script(
+        "const sort = document.getElementById('sort'); sort.value = 'share'; sort.dispatchEvent(new Event('change'))"
+    )
+    order = sorted(range(4), key=lambda c: -shares[c])
+    assert listed() == [f"c{c}" for c in order]
+    browser.find_element(By.ID, "share-low").send_keys(str(100 * shares[order[1]] - 0.001))
+    assert listed() == [f"c{c}" for c in order[:2]]
+    assert browser.find_element(By.ID, "listed").text == "2 of 4 completions"
+    # A link to a completion that the filter hides shows it.
+    browser.execute_script(f"location.hash = '#{order[3] + 1}.1'")
+    WebDriverWait(browser, 5).until(lambda b: b.find_elements(By.CSS_SELECTOR, ".t.cursor"))
+    assert len(listed()) == 4
+
+
+def test_an_address_names_a_token(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    path = pages / "one.html"
+    open_page(browser, path)
+    browser.find_element(By.ID, "reading").send_keys("n", "n", "n", Keys.ARROW_RIGHT)
+    assert browser.current_url == path.as_uri() + "#3.2"
+    browser.get("about:blank")
+    browser.get(path.as_uri() + "#3.2")
+    WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, ".t.cursor"))
+    assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == "302"
+    assert "token 2 of completion 3" in browser.find_element(By.ID, "tip").text
+    for wrong in ("#9.1", "#1.999", "#x", "#step3-1.1"):
+        browser.execute_script("location.hash = arguments[0]", wrong)
+    assert browser.get_log("browser") == []
+
+
+def test_charts_by_keyboard(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    chart = browser.find_element(By.CSS_SELECTOR, "[data-chart=sequences]")
+    shares = [part.float().mean().item() for part in by_op(one[0], 0.2).split(LENGTHS)]
+    lowest = min(range(4), key=lambda c: shares[c])
+    chart.send_keys(Keys.END)
+    assert chart.get_attribute("aria-valuetext") == f"#{lowest + 1}, {100 * shares[lowest]:.1f} %"
+    for chart in browser.find_elements(By.CSS_SELECTOR, ".chart svg"):
+        assert chart.find_element(By.XPATH, "..").get_attribute("aria-label")
+
+
+def test_characters_of_several_tokens(tmp_path: Path, browser: WebDriver) -> None:
+    """Byte-level tokens: 春 and 🌸 take three and four; the last character is never completed."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    tokens = fast.encode("a春🌸b") + fast.encode("春")[:2]
+    n = len(tokens)
+    entropy = torch.arange(n).float()
+    found = Measurement(entropy, torch.zeros(n), torch.full((n, 1), tokens[0]), torch.zeros(n, 1))
+    write_page(tmp_path / "page.html", [MeasuredModel("A", found)], [Completion([2], tokens)], fast, ratio=0.5)
+    open_page(browser, tmp_path / "page.html")
+    assert browser.find_element(By.CSS_SELECTOR, ".block").text.replace("\n", "") == "a春🌸b⟨e6⟩⟨98⟩"
+    assert [len(g.find_elements(By.CLASS_NAME, "t")) for g in browser.find_elements(By.CLASS_NAME, "glyph")] == [3, 4]
+    marked = browser.execute_script("return [...document.querySelectorAll('article .t.a')].map(t => +t.dataset.i)")
+    assert marked == list(range(n))[-((n + 1) // 2) :]
+    widths = [token(browser, i).size["width"] for i in (1, 2, 3)]
+    assert min(widths) > 5, "each token of a character can be pointed at"
+    ActionChains(browser).move_to_element(token(browser, 2)).perform()
+    tip = browser.find_element(By.ID, "tip").text
+    assert "⟨98⟩" in tip and "bytes 2 of 3 of 春" in tip
+
+
+def test_copy(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    open_page(browser, pages / "one.html")
+    browser.execute_script(
+        "navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }"
+    )
+    browser.find_element(By.CSS_SELECTOR, "#c2 button").click()
+    shown = browser.find_element(By.CSS_SELECTOR, "#c2 .block").get_property("textContent")
+    assert browser.execute_script("return window.copied") == str(shown).replace("⏎", "")
+
+
+def test_a_narrow_window_shows_the_text_first(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        open_page(browser, pages / "one.html")
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        panels, button = browser.find_element(By.ID, "panels"), browser.find_element(By.ID, "charts")
+        assert not panels.is_displayed() and token(browser, 0).location["y"] < 600
+        button.click()
+        assert panels.is_displayed() and button.get_attribute("aria-expanded") == "true"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_charts_and_tables(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
     open_page(browser, pages / "one.html")
     threshold = one[0].entropy[by_op(one[0], 0.2)].min().item()
@@ -180,7 +297,9 @@ def test_charts_and_tables(one: list[Measurement], pages: Path, browser: WebDriv
     words = browser.execute_script("return [...document.querySelectorAll('article .t')].map(t => t.textContent)")
     for word, entropy in zip(words, one[0].entropy.tolist(), strict=True):
         means.setdefault(word.strip(), []).append(entropy)
-    frequent = sorted((sum(e) / len(e) for e in means.values() if len(e) >= 2), reverse=True)
+    least = int(browser.find_element(By.ID, "least").get_property("value"))
+    assert least == min(5, sorted(map(len, means.values()))[-20])  # sqrt(478) / 4 is 5
+    frequent = sorted((sum(e) / len(e) for e in means.values() if len(e) >= least), reverse=True)
 
     def table() -> list[float]:
         rows = browser.find_elements(By.CSS_SELECTOR, "#tokens tr")
@@ -199,6 +318,12 @@ def test_compare(two: list[Measurement], pages: Path, browser: WebDriver) -> Non
         assert torch.equal(selected(browser, 0), first) and torch.equal(selected(browser, 1), second)
         overlap = ((first & second).sum() / first.sum()).item()
         assert browser.find_element(By.ID, "overlap-now").text == f"{100 * overlap:.1f} %"
+    browser.find_element(By.CSS_SELECTOR, "#scopes [value=sequence]").send_keys(Keys.SPACE)
+    set_ratio(browser, 0.2)
+    first, second = (by_sequence(found, [300, 40, 500], 0.2) for found in two)
+    assert torch.equal(selected(browser, 0), first) and torch.equal(selected(browser, 1), second)
+    overlap = ((first & second).sum() / first.sum()).item()
+    assert browser.find_element(By.ID, "overlap-now").text == f"{100 * overlap:.1f} %"
     browser.find_elements(By.CSS_SELECTOR, "#views label")[2].click()
     change = two[1].entropy - two[0].entropy
     drawn = browser.execute_script(
@@ -242,6 +367,71 @@ def test_text_contrasts_with_every_shade(scheme: str, two: list[Measurement], pa
         assert contrast >= 4.5, f"{text} on {ground}: {contrast:.2f} : 1"
 
 
+@pytest.fixture
+def rollouts(tmp_path: Path) -> list[Rollout]:
+    """Three steps of two problems with two responses each; the trainer selected the first token of each response."""
+    generator = torch.Generator().manual_seed(0)
+    rollouts = []
+    for step in (1, 2, 5):
+        for c in range(4):
+            n = 10 + 5 * c
+            entropies = torch.rand(n, generator=generator).tolist()
+            prompt = f"<|im_start|>user\nproblem {c // 2}<|im_end|>\n<|im_start|>assistant\n"
+            words = [f" w{step}" for _ in range(n)]
+            reward = float(c % 2) if step < 5 else 1.0
+            flags = [1] + [0] * (n - 1)
+            rollouts.append(
+                Rollout(prompt, "".join(words), reward, step, words, entropies=entropies, selected=flags, advantage=0.5)
+            )
+    write_rollout_page(tmp_path / "page.html", rollouts, title="a run")
+    return rollouts
+
+
+def heads(browser: WebDriver) -> list[str]:
+    return [head.text.split("\n")[0] for head in browser.find_elements(By.CLASS_NAME, "head")]
+
+
+def test_rollouts(rollouts: list[Rollout], tmp_path: Path, browser: WebDriver) -> None:
+    """A batch is a step; the trainer's selection, then the page's; filters; a problem over the steps."""
+    open_page(browser, tmp_path / "page.html")
+    assert browser.find_element(By.ID, "step-now").text == "step 1"
+    assert selected(browser).tolist() == [flag for r in rollouts[:4] for flag in r.selected or []]
+    browser.find_element(By.ID, "step").send_keys(Keys.END)
+    WebDriverWait(browser, 5).until(lambda b: b.find_element(By.ID, "step-now").text == "step 5")
+    assert " w5" in browser.find_element(By.CSS_SELECTOR, "article .block").get_property("textContent")  # type: ignore[operator]
+    set_ratio(browser, 0.3)
+    n = sum(len(r.tokens) for r in rollouts[8:])
+    entropy = torch.tensor([e for r in rollouts[8:] for e in r.entropies or []])
+    expected = by_op(Measurement(entropy, entropy, torch.zeros(n, 1), torch.zeros(n, 1)), 0.3)
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+    assert torch.equal(selected(browser), expected)
+
+    browser.get(f"{(tmp_path / 'page.html').as_uri()}#step2-3.1")
+    WebDriverWait(browser, 5).until(lambda b: "step 2" in b.find_element(By.ID, "step-now").text)
+    browser.find_element(By.ID, "reward-low").send_keys("0.5")
+    assert [head.split()[0] for head in heads(browser)] == ["#2", "#4"]
+    browser.find_element(By.CSS_SELECTOR, "#c3 button:last-child").click()
+    assert [head.split()[0] for head in heads(browser)] == ["#4"]
+    assert browser.find_element(By.ID, "problem").text == "problem 1"
+    rows = [
+        [cell.text for cell in row.find_elements(By.TAG_NAME, "td")][:3]
+        for row in browser.find_elements(By.CSS_SELECTOR, "#times tr")
+    ]
+    assert rows == [["step 1", "2", "0.5"], ["step 2", "2", "0.5"], ["step 5", "2", "1"]]
+    browser.find_element(By.ID, "clear").click()
+    assert len(heads(browser)) == 4
+    assert browser.get_log("browser") == []
+
+
+def test_rollouts_without_entropies(tmp_path: Path, browser: WebDriver) -> None:
+    write_rollout_page(tmp_path / "page.html", [Rollout("1 + 1 =", " 2", 1.0, 1, [" 2"])], title="a run")
+    open_page(browser, tmp_path / "page.html")
+    assert selected(browser).tolist() == [False]
+    assert not browser.find_element(By.ID, "ratio").is_displayed()
+    assert not browser.find_element(By.CSS_SELECTOR, "[data-chart=histogram]").is_displayed()
+    assert browser.get_log("browser") == []
+
+
 def requested(browser: WebDriver) -> list[str]:
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
@@ -279,10 +469,10 @@ def test_large_page_stays_responsive(tmp_path: Path, browser: WebDriver) -> None
 
     # To the last completion and back: what left the window is emptied.
     for place in ("last", "first"):
-        browser.execute_script(f"document.querySelector('article:{place}-of-type').scrollIntoView()")
-        WebDriverWait(browser, 5).until(
-            lambda b, place=place: b.find_elements(By.CSS_SELECTOR, f"article:{place}-of-type .t")
-        )
+        chunk = f".chunk:{place}-child"
+        browser.execute_script("document.querySelector(arguments[0]).scrollIntoView()", chunk)
+        WebDriverWait(browser, 5).until(lambda b, chunk=chunk: b.find_elements(By.CSS_SELECTOR, f"{chunk} .t"))
         assert browser.execute_script("return document.querySelectorAll('.t').length") < 10_000
-    first = browser.find_element(By.CSS_SELECTOR, "article:first-of-type .block:last-child")
+    assert not browser.find_elements(By.CSS_SELECTOR, ".chunk:last-child article")
+    first = browser.find_element(By.CSS_SELECTOR, "#c0 .block:last-child")
     assert first.size["height"] > 0 and not first.find_elements(By.CLASS_NAME, "t")

@@ -28,7 +28,7 @@ def test_help(arguments: list[str]) -> None:
     [
         (["--"], "the following arguments are required: COMMAND; see entropy-rl --help"),
         (["inspekt"], "invalid choice: 'inspekt'"),
-        (["inspect"], "the following arguments are required: --model"),
+        (["inspect"], "the following arguments are required: --output"),
         (["doctor", "--all"], "unrecognized arguments: --all"),
     ],
 )

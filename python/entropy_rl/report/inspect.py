@@ -17,8 +17,11 @@ from entropy_rl.report.completions import (
     sample_completions,
 )
 from entropy_rl.report.measure import measure
-from entropy_rl.report.page import MeasuredModel, write_page
+from entropy_rl.report.page import MeasuredModel, write_page, write_rollout_page
+from entropy_rl.report.rollouts import read_rollouts
 from entropy_rl_ext import global_top_mask
+
+GENERIC = {"model", "models", "checkpoint", "hf", "huggingface", "final", "latest", "output", "rollouts"}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,6 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     if output.is_dir():
         raise UserError(f"--output {output}: this is a directory; a file was expected")
     _check_writable(output)
+    if arguments.rollouts is not None:
+        return _run_rollouts(arguments)
+    for option in ("model", "input"):
+        if getattr(arguments, option) is None:
+            raise UserError(f"--{option} is missing; give --model and --input, or --rollouts")
     device = _device(arguments.device)
     given = arguments.samples is None and has_completions(arguments.input, arguments.completion_key, arguments.limit)
     source = "--model" if arguments.tokenizer is None else "--tokenizer"
@@ -57,9 +65,31 @@ def run(arguments: argparse.Namespace) -> int:
         paths = (arguments.model, arguments.compare)
         models = [MeasuredModel(path, model.measurement) for path, model in zip(paths, models, strict=True)]
 
-    write_page(output, models, completions, tokenizer, ratio=arguments.ratio, temperature=arguments.temperature)
+    write_page(
+        output,
+        models,
+        completions,
+        tokenizer,
+        ratio=arguments.ratio,
+        temperature=arguments.temperature,
+        sampling_temperature=None if given else _sampling_temperature(arguments),
+        title=arguments.title,
+    )
     print(_summary(models, completions, arguments.ratio))
     print(f"report: {output.resolve()}")
+    return 0
+
+
+def _run_rollouts(arguments: argparse.Namespace) -> int:
+    for option in ("model", "input", "compare"):
+        if getattr(arguments, option) is not None:
+            raise UserError(f"--{option} and --rollouts: give one of them")
+    rollouts = read_rollouts(arguments.rollouts)
+    title = arguments.title or _name(str(arguments.rollouts))
+    write_rollout_page(arguments.output, rollouts, title=title, ratio=arguments.ratio)
+    tokens, steps = sum(len(rollout.tokens) for rollout in rollouts), len({rollout.step for rollout in rollouts})
+    print(f"{tokens:,} tokens of {len(rollouts):,} responses in {steps:,} steps")
+    print(f"report: {arguments.output.resolve()}")
     return 0
 
 
@@ -75,9 +105,14 @@ def _check_writable(output: Path) -> None:
 
 
 def _name(path: str) -> str:
-    """The last part of the path; global_step_N for a checkpoint of the trainer, global_step_N/actor/huggingface."""
+    """The last part of the path, with the part before it where the last one says nothing.
+
+    For a checkpoint of the trainer, global_step_N/actor/huggingface, it is global_step_N.
+    """
     parts = Path(path).resolve().parts if Path(path).exists() else Path(path).parts
-    return parts[-3] if parts[-2:] == ("actor", "huggingface") else parts[-1]
+    if parts[-2:] == ("actor", "huggingface"):
+        return parts[-3]
+    return "/".join(parts[-2:] if parts[-1].lower() in GENERIC and len(parts) > 2 else parts[-1:])
 
 
 def _device(name: str) -> torch.device:
@@ -116,12 +151,16 @@ def _sampled(
         read_prompts(arguments.input, tokenizer, arguments.prompt_key, arguments.limit),
         samples=arguments.samples or 1,
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
+        temperature=_sampling_temperature(arguments),
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
     )
+
+
+def _sampling_temperature(arguments: argparse.Namespace) -> float:
+    return arguments.temperature if arguments.sampling_temperature is None else arguments.sampling_temperature
 
 
 def _summary(models: list[MeasuredModel], completions: list[Completion], ratio: float) -> str:

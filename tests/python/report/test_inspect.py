@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from entropy_rl import cli
+from entropy_rl.report import inspect
 from training import broken_copy
 
 
@@ -33,7 +34,8 @@ def run(arguments: dict[str, Any]) -> int:
 
 def read_data(path: Path) -> Any:
     (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(), re.DOTALL)
-    return json.loads(found)
+    data = json.loads(found)
+    return data | data["steps"][0]
 
 
 @pytest.mark.parametrize("program", [["-m", "entropy_rl"], ["-m", "entropy_rl.cli"]])
@@ -61,6 +63,29 @@ def test_samples(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) 
     assert arguments["--output"].read_bytes() != pages[0]
 
 
+def test_temperatures_and_title(arguments: dict[str, Any]) -> None:
+    """The temperature of sampling and that of measuring are two; given completions have no known one."""
+    sampled = arguments | {"--samples": 1, "--max-new-tokens": 6, "--temperature": 0.7}
+    found = []
+    for options in (arguments, sampled, sampled | {"--sampling-temperature": 0.01, "--title": "greedy"}):
+        assert run(options) == 0
+        found.append(read_data(arguments["--output"]))
+    assert [(data["temperature"], data["sampledAt"]) for data in found] == [(1.0, None), (0.7, 0.7), (0.7, 0.01)]
+    assert found[2]["title"] == "greedy" and found[2]["tokens"] != found[1]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("runs/demo/model", "demo/model"),
+        ("run/global_step_20/actor/huggingface", "global_step_20"),
+    ],
+)
+def test_the_name_of_a_model(path: str, name: str) -> None:
+    assert inspect._name(path) == name
+
+
 def test_an_end_of_text_ends_a_sample(arguments: dict[str, Any], model_path: Path, tmp_path: Path) -> None:
     assert run(arguments | {"--samples": 40, "--max-new-tokens": 100, "--limit": 1}) == 0
     data = read_data(arguments["--output"])
@@ -70,7 +95,7 @@ def test_an_end_of_text_ends_a_sample(arguments: dict[str, Any], model_path: Pat
 def test_compare(arguments: dict[str, Any], model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments | {"--compare": model_path}) == 0
     assert "overlap of the selected positions: 100.0%" in capsys.readouterr().out
-    assert [model["name"] for model in read_data(arguments["--output"])["models"]] == [str(model_path)] * 2
+    assert read_data(arguments["--output"])["names"] == [str(model_path)] * 2
 
 
 @pytest.mark.parametrize(

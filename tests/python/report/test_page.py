@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.measure import Measurement
-from entropy_rl.report.page import LOG_PROB_STEP, MeasuredModel, token_text, write_page
+from entropy_rl.report.page import LOG_PROB_STEP, MeasuredModel, last_user_message, token_text, write_page
 
 
 def byte_level() -> PreTrainedTokenizerBase:
@@ -86,15 +86,40 @@ def test_data(tmp_path: Path) -> None:
 
     page = (tmp_path / "page.html").read_text()
     assert page.count("</script>") == 2, "a token ended a script element"
-    assert not re.search(r"(?:src|href)=\"(?!data:)|@import|url\((?!#)|https?://", page), "the page names another place"
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)|@import|url\((?!#)|https?://", page), (
+        "the page names another place"
+    )
     data = read_data(page)
-    assert data["lengths"] == [len(ids), 2] and data["promptOf"] == [0, 0] and data["prompts"] == ["</script>"]
-    assert (data["ratio"], data["temperature"]) == (0.3, 0.7)
-    assert "".join(data["vocabulary"][i] for i in column(data["tokens"], "<i4")) == " the</a> the</"
-    (found,) = data["models"]
+    (step,) = data["steps"]
+    assert step["lengths"] == [len(ids), 2] and step["promptOf"] == [0, 0] and data["prompts"] == ["</script>"]
+    assert (data["ratio"], data["temperature"], data["sampledAt"]) == (0.3, 0.7, None)
+    assert "".join(data["vocabulary"][i] for i in column(step["tokens"], "<i4")) == " the</a> the</"
+    (found,) = step["models"]
     assert column(found["entropy"], "<f4").tolist() == entropy.tolist(), "entropies keep every bit"
     steps = column(found["logProb"], "<u2")
     assert steps[:2].tolist() == [65535, 65535]
     assert abs(steps[2:] * -LOG_PROB_STEP - log_prob[2:].numpy()).max() <= LOG_PROB_STEP / 2 + 1e-6
     words = [data["vocabulary"][i] for i in column(found["topTokens"], "<i4")]
     assert words == [token_text(tokenizer, token) for token in top.flatten().tolist()]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nOther?<|im_end|>\n<|im_start|>assistant\nYes."
+        "<|im_end|>\n"
+        "<|im_start|>user\nWhy\nnot?<|im_end|>\n<|im_start|>assistant\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy\nnot?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>",
+        "<bos><start_of_turn>user\nWhy\nnot?<end_of_turn>\n<start_of_turn>model\n",
+        "<|system|>\nYou help.<|end|>\n<|user|>\nWhy\nnot?<|end|>\n<|assistant|>\n",
+        "<|start|>system<|message|>You help.<|end|><|start|>user<|message|>Why\nnot?<|end|><|start|>assistant",
+        "<\uff5cUser\uff5c>Why\nnot?<\uff5cAssistant\uff5c>",
+        "<s>[INST] Why\nnot? [/INST]",
+        "system\nYou help.\nuser\nWhy\nnot?\nassistant\n",
+        "system\n\nYou help.\nuser\n\nWhy\nnot?assistant\n\n",
+        "Why\nnot?",
+    ],
+)
+def test_the_last_user_message(prompt: str) -> None:
+    assert last_user_message(prompt) == "Why\nnot?"
