@@ -155,7 +155,7 @@ struct RowLoss {
 };
 
 // A loss that is a sum over tokens. A divisor of 0 means that no token counts: loss and scale are
-// 0.
+// 0. A divisor below 0 is an error of the caller's: both are NaN.
 ENTROPY_RL_HD inline RowLoss sum_loss(const LossSums<double>& row, const BatchSums& batch,
                                       const Normalization& normalization) {
   const double counted = normalization.counted(row);
@@ -166,6 +166,7 @@ ENTROPY_RL_HD inline RowLoss sum_loss(const LossSums<double>& row, const BatchSu
   if (aggregation == Aggregation::kTokenSum) divisor = 1;
   if (normalization.given_divisor) divisor = *normalization.given_divisor;
   if (divisor == 0) return {0, 0};
+  if (divisor < 0) return {NAN, NAN};
   double scale = normalization.dp_size / divisor;
   if (aggregation == Aggregation::kSeqMeanTokenSumNorm) scale /= normalization.scale_factor;
   if (aggregation == Aggregation::kSeqMeanTokenMean) scale /= counted + kCountEpsilon;

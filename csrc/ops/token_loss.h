@@ -159,6 +159,10 @@ struct CheckedNormalization : Normalization {
     check_same_device(name, *tensor, "the first argument", tokens.values);
     divisor = as_contiguous(*tensor, ScalarType::Double);
     given_divisor = const_data<double>(*divisor);
+    // On CUDA, where looking would wait for the device, sum_loss answers with NaN.
+    if (tensor->is_cpu()) {
+      check(!(*given_divisor < 0), name, " is ", *given_divisor, "; it must be 0 or above");
+    }
   }
 };
 

@@ -1,6 +1,5 @@
 """What policy_loss, kl_loss and aggregate share: fakes, autograd, and numbers that change at every step."""
 
-import sys
 from typing import Any
 
 import torch
@@ -11,20 +10,9 @@ from ._fakes import check_same_device
 
 
 def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """A number as a 0-dim tensor: as a plain argument, each new value would be compiled or captured anew.
-
-    A number below 0 raises ValueError, also in a tensor on the CPU. In a tensor on CUDA, where looking would wait for
-    the device, it becomes NaN.
-    """
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        if name == "seed":
-            return value
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and (value < 0).any():
-            raise ValueError(f"{name} is {value.tolist()}; it must be 0 or above")
-        # One kernel more: the op needs the conversion to float64 anyway. The comparison is "above", so that 0 stays.
-        return torch.nn.functional.threshold(value.detach().double(), -sys.float_info.min, torch.nan)
+    """A number as a 0-dim tensor: as a plain argument, each new value would be compiled or captured anew."""
+    if value is None or isinstance(value, Tensor):
+        return value
     if value < 0:
         raise ValueError(f"{name} is {value}; it must be 0 or above")
     one = torch.ones((), dtype=torch.int64 if name == "seed" else torch.float64, device=device)
