@@ -192,10 +192,11 @@ class EntropyGRPOTrainer(GRPOTrainer):
             [B, T] bool. In the loss, with `entropy_top_normalize="selected"`, float: the factor of each token that
             turns TRL's mean over completion tokens into one over selected tokens.
         """
-        args, inputs, selection = self.args, self._loss_inputs, self._selection
-        if inputs is None or selection is None:
+        args, inputs = self.args, self._loss_inputs
+        if inputs is None:
             ratio = max(1 - threshold, sys.float_info.min)
             return select_tokens(entropies, mask, ratio, args.entropy_top_rule, args.entropy_top_ranks)[0]
+        selection = self._selection
         if selection.mini_batch:
             selected, lowest = self._tokens[self._position()].mask, selection.threshold
             if self._entropy_bonus_enabled:
