@@ -24,6 +24,7 @@ from packaging.version import Version
 import tiny_model
 from documentation import PAGES, ROOT, Block, blocks, commands, environment
 from entropy_rl import cli, config, countdown, demo, train
+from entropy_rl.report.rollouts import Rollout, write_rollouts
 
 PACKAGE = "entropy-rl-ext"
 ACTOR = "actor_rollout_ref.actor"
@@ -73,7 +74,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that pages ask a reader to have."""
     directory = tmp_path_factory.mktemp("files")
     for name in ("path/to/model", "path/to/a/hugging/face/model"):
-        tiny_model.save_tiny_model(directory / name)
+        # The pages' tasks have system prompts of 500 characters, each a token of this model.
+        tiny_model.save_tiny_model(directory / name, positions=1024)
     rows = [
         {
             "data_source": "sums",
@@ -85,6 +87,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train.parquet", "test.parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / name)
     (directory / "completions.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) + "\n")
+    (directory / "rollouts").mkdir()
+    write_rollouts(directory / "rollouts" / "1.jsonl", [Rollout("1 + 1 =", " 2", 1.0, 1, [" ", "2"])])
     return directory
 
 

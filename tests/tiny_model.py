@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 
-def save_tiny_model(path: Path, *, tied: bool = True) -> Path:
+def save_tiny_model(path: Path, *, tied: bool = True, positions: int = 512) -> Path:
     """Saves a Qwen3 of 20 thousand parameters with a token for each printable character."""
     words = ["<pad>", "<eos>", *map(chr, range(32, 127))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -25,7 +25,7 @@ def save_tiny_model(path: Path, *, tied: bool = True) -> Path:
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 head_dim=16,
-                max_position_embeddings=512,
+                max_position_embeddings=positions,
                 tie_word_embeddings=tied,
                 # Larger than usual: a nearly uniform policy would make all entropies equal.
                 initializer_range=0.2,
