@@ -151,6 +151,13 @@ def test_steps_clamp_k_between_none_and_all(device):
     assert (int(key), int(left)) == (12, 2)
 
 
+def test_a_process_without_ties_keeps_its_larger_values(device):
+    """The first process has more ties of the deciding value, 1, than are kept; the second has none, but a 3."""
+    values = [torch.tensor(part, device=device) for part in ([2.0, 1.0, 1.0], [3.0, 0.0])]
+    results = select(values, [torch.ones_like(part) for part in values], number(3, device), "topk")
+    assert [mask.tolist() for mask, _ in results] == [[True, True, False], [True, False]]
+
+
 def test_counts_add_up_beyond_32_bits(device):
     many = 2**33
     counts = number([many, 0, many, 5], device)
