@@ -97,7 +97,7 @@ def start(command: list[str], files: Path, output: Path, *overrides: str, **envi
             | environment,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            timeout=280,
+            timeout=600,
         )
     return run.returncode, log.read_text()
 
