@@ -176,8 +176,12 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(*arguments: str) -> str:
-    """The commands that make would run."""
-    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """The commands that make would run.
+
+    Under `make pytest` this make is a make's make, which prints the directories that it enters unless told not to.
+    """
+    command = ["make", "-n", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def is_made(target: str) -> None:
