@@ -96,6 +96,10 @@ ENTROPY_RL_HD inline double exp_scaled(double x) { return exp(x); }
 ENTROPY_RL_HD inline float larger(float a, float b) { return fmaxf(a, b); }
 ENTROPY_RL_HD inline double larger(double a, double b) { return fmax(a, b); }
 
+// a b + c, rounded once.
+ENTROPY_RL_HD inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+ENTROPY_RL_HD inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 // Turns a difference of logits into an exponent. `floor` is a difference whose exponential is 0: a
 // difference that multiplies its exponential is clamped to it, since 0 * -inf is NaN. The clamp
 // loses a NaN difference, but its exponential is NaN.
@@ -111,7 +115,9 @@ struct RowScale {
         floor(ExpFloor<Acc>::value * temperature) {}
 };
 
-// An OnlineSoftmax whose dot is sum_j e^d_j (x_j - max), which saves a product an element.
+// An OnlineSoftmax whose dot is sum_j e^d_j (x_j - max), which saves a product an element. Every
+// kernel that sums a row must give the same bits, so that the fused products are written out and
+// not left to the compiler.
 template <class Acc>
 struct LogitSums {
   Acc max = -static_cast<Acc>(INFINITY);
@@ -131,7 +137,7 @@ struct LogitSums {
     const Acc shift = shift_of(new_max);
     const Acc step = max - shift;
     const Acc factor = exp_scaled(step * scale.exponent);
-    dot = factor * (dot + sum * larger(step, scale.floor));
+    dot = factor * multiply_add(sum, larger(step, scale.floor), dot);
     sum *= factor;
     if constexpr (kSquares) squares *= factor * factor;
     max = new_max;
@@ -142,8 +148,8 @@ struct LogitSums {
       const Acc d = x[j] - shift;
       const Acc e = exp_scaled(d * scale.exponent);
       sum += e;
-      dot += e * larger(d, scale.floor);
-      if constexpr (kSquares) squares += e * e;
+      dot = multiply_add(e, larger(d, scale.floor), dot);
+      if constexpr (kSquares) squares = multiply_add(e, e, squares);
     }
   }
   ENTROPY_RL_HD OnlineSoftmax<Acc> state(const RowScale<Acc>& scale) const {
@@ -178,7 +184,8 @@ struct SoftmaxGradient {
 };
 
 // The gradient, with the factors that all elements of a row share multiplied out: for an element
-// other than the target it is p (slope log p + offset), and for the target `pull` more.
+// other than the target it is p (slope log p + offset), and for the target `pull` more. The fused
+// products are written out, as in LogitSums.
 template <class Acc>
 struct RowGradient {
   Acc shift;
@@ -196,10 +203,11 @@ struct RowGradient {
         offset(-(row.grad_log_prob + row.grad_entropy * row.entropy) * row.inverse_temperature),
         pull(row.grad_log_prob * row.inverse_temperature) {}
 
-  ENTROPY_RL_HD Acc operator()(Acc x) const {
-    const Acc log_p = (x - shift) * exponent - log_sum;
-    return exp_scaled(log_p) *
-           (slope * larger(log_p, exponent_scale(ExpFloor<Acc>::value)) + offset);
+  // `more` is `pull` for the target, else 0.
+  ENTROPY_RL_HD Acc operator()(Acc x, Acc more = 0) const {
+    const Acc log_p = multiply_add(x - shift, exponent, -log_sum);
+    const Acc floored = larger(log_p, exponent_scale(ExpFloor<Acc>::value));
+    return multiply_add(exp_scaled(log_p), multiply_add(slope, floored, offset), more);
   }
 };
 

@@ -84,15 +84,18 @@ constexpr int kPackTokens = 4;
 template <class T>
 using TokenPack = Pack<T, kPackTokens>;
 
-// The pack at `from`, of which only the first `count` elements exist; `absent` for the others, and
-// for all where `from` is null. `aligned` says whether a full pack may be loaded by one access.
+// The pack values[index ... index + count - 1]; `absent` for its other elements, and for all where
+// `values` is null. `aligned` says whether a full pack may be loaded by one access. The index is a
+// separate argument, so that the test for null stays outside of loops.
 template <class T>
-__device__ __forceinline__ TokenPack<T> load_tokens(const T* from, int count, bool aligned,
-                                                    T absent) {
-  if (from && aligned && count == kPackTokens) return TokenPack<T>::load(from);
+__device__ __forceinline__ TokenPack<T> load_tokens(const T* values, int64_t index, int count,
+                                                    bool aligned, T absent) {
+  if (values && aligned && count == kPackTokens) return TokenPack<T>::load(values + index);
   TokenPack<T> pack;
 #pragma unroll
-  for (int j = 0; j < kPackTokens; ++j) pack.values[j] = from && j < count ? from[j] : absent;
+  for (int j = 0; j < kPackTokens; ++j) {
+    pack.values[j] = values && j < count ? values[index + j] : absent;
+  }
   return pack;
 }
 

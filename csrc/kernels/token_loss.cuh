@@ -45,7 +45,7 @@ struct PackedTokens {
   __device__ __forceinline__ PackedTokens(const TokenInputs<T>& in, int64_t row, int64_t index,
                                           int count, bool aligned) {
     const auto load = [&](const auto* values, auto absent) {
-      return load_tokens(values ? values + index : nullptr, count, aligned, absent);
+      return load_tokens(values, index, count, aligned, absent);
     };
     log_prob = load(in.log_prob, T(0));
     old_log_prob = load(in.old_log_prob, T(0));
@@ -200,9 +200,8 @@ __global__ void scale_rows_kernel(const accumulate_t<T>* grad_loss /*[]*/,
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     for_each_pack(cols, tile, [&](int64_t row, int64_t index, int count) {
       const Acc scale = *grad_loss * row_scale[row];
-      const Acc* from = gradient + index;
-      const TokenPack<Acc> factors =
-          load_tokens(from, count, TokenPack<Acc>::is_aligned(from), Acc(0));
+      const bool aligned = TokenPack<Acc>::is_aligned(gradient + index);
+      const TokenPack<Acc> factors = load_tokens(gradient, index, count, aligned, Acc(0));
       TokenPack<T> scaled;
 #pragma unroll
       for (int j = 0; j < kPackTokens; ++j) {

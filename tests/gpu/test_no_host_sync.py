@@ -213,3 +213,15 @@ def test_a_row_gives_the_same_bits_in_every_batch(dtype):
     entropy = ext.token_entropy(logits)
     assert torch.equal(ext.token_entropy(logits[:7]), entropy[:7])  # a block a part, at other alignments
     assert torch.equal(ext.token_entropy(logits[501:503].contiguous()), entropy[501:503])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [0, 3, 500, 1100])
+def test_a_gradient_has_the_same_bits_at_every_alignment(dtype, target):
+    """The vocabulary is odd, so a target lies before, in or after the 16-byte packs of its row."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    row = torch.randn(1101, device="cuda", generator=generator).to(dtype)
+    logits = row.repeat(17, 1).requires_grad_()
+    log_prob, entropy = ext.logprob_entropy(logits, torch.full((17,), target, device="cuda"), entropy_grad=True)
+    (1.7 * log_prob + 0.3 * entropy).sum().backward()
+    assert torch.equal(logits.grad, logits.grad[:1].expand_as(logits.grad))
