@@ -136,6 +136,8 @@ def _torch_is_there() -> bool:
 
 
 def _cuda_kernels(torch: Any, info: dict[str, str]) -> Iterator[Finding]:
+    from entropy_rl_ext import _library
+
     available = torch.version.cuda is not None and torch.cuda.is_available()
     rebuild = "in a checkout, with a CUDA toolkit (CUDA_HOME): pip install --no-build-isolation -e ."
     if not info["cuda"]:
@@ -145,6 +147,9 @@ def _cuda_kernels(torch: Any, info: dict[str, str]) -> Iterator[Finding]:
     built = f"built with CUDA {info['cuda']} for {info['cuda_archs']}"
     if torch.version.cuda is None:
         yield Finding("off", "CUDA kernels", f"{built}; not loaded, because torch is a build without CUDA")
+        return
+    if (failure := _library.cuda_failure) is not None:
+        yield Finding("wrong", "CUDA kernels", f"not loaded, so the ops work on the CPU only: {failure}", rebuild)
         return
     missing = [name for name in _ops() if not _has_kernel(torch, name, "CUDA")]
     if missing:
@@ -183,6 +188,7 @@ def check_ops() -> Iterator[Finding]:
         import torch
 
         import entropy_rl_ext.reference
+        from entropy_rl_ext import _library
 
         works = bool(entropy_rl_ext.build_info()["simd"])
     except Exception:  # check_library reports it
@@ -191,7 +197,8 @@ def check_ops() -> Iterator[Finding]:
         yield Finding("off", "every op", "not tested, because the op library does not work (see above)")
         return
     devices = ["cpu"]
-    if torch.version.cuda is not None and torch.cuda.is_available() and entropy_rl_ext.build_info()["cuda"]:
+    loaded = torch.version.cuda is not None and entropy_rl_ext.build_info()["cuda"] and not _library.cuda_failure
+    if loaded and torch.cuda.is_available():
         devices.append("cuda")
     for device in devices:
         samples = sample_arguments(torch, device)

@@ -115,6 +115,20 @@ def test_cuda_kernels_on_a_machine_with_a_gpu(
     assert found and text in found[0].text and bool(found[0].fix) == (state == "wrong")
 
 
+def test_cuda_kernels_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finding has both versions, and the ops are not tested on a GPU that cannot run them."""
+    failure = "its CUDA kernels were built for CUDA 13.0, and torch 2.11.0 is built for CUDA 12.8"
+    info = entropy_rl_ext.build_info() | {"cuda": "13.0", "cuda_archs": "8.0;9.0+PTX"}
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(entropy_rl_ext, "build_info", lambda: info)
+    monkeypatch.setattr(entropy_rl_ext._library, "cuda_failure", failure)
+    [found] = doctor._cuda_kernels(torch, info)
+    assert found.state == "wrong" and found.text.endswith(failure) and "--no-build-isolation" in found.fix
+    assert {finding.state for finding in doctor.check_ops() if "(cpu)" in finding.name} == {"ok"}
+    assert not [finding for finding in doctor.check_ops() if "(cuda)" in finding.name]
+
+
 @pytest.mark.parametrize(("simd", "state"), [("avx2", "ok"), ("", "wrong")])
 def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     info = entropy_rl_ext.build_info() | {"simd": simd}
