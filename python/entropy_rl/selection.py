@@ -12,10 +12,12 @@ argument `scope` is always "batch":
     mini_batch         local              one rank's share of the optimizer step        all its micro-batches at once
     mini_batch         global             the optimizer step on all ranks               the same, with `group`
 
-The other values of the op's argument, "sequence" (each row) and "group" (rows with one id), have no key.
+Under entropy_top_scope=sequence each response has its own top share: the op's argument `scope` is "sequence", and ranks
+have nothing to exchange for it.
 
-Selecting over a mini-batch needs its entropies before the first micro-batch trains. They come from an extra forward
-(`prepass`), or from the forward that computed the old log-probabilities.
+The scopes mini_batch and sequence select before the first micro-batch trains, which takes the entropies of the whole
+optimizer step. They come from an extra forward (`prepass`), or from the forward that computed the old
+log-probabilities.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,14 +33,18 @@ from entropy_rl_ext import covariance_mask, global_top_mask, policy_loss
 from entropy_rl_ext.ops.global_top_mask import top_k_count
 
 Rule = Literal["topk", "threshold", "quantile"]
+Scope = Literal["micro_batch", "mini_batch", "sequence"]
 Ranks = Literal["local", "global"]
-RULES, RANKS = get_args(Rule), get_args(Ranks)
+RULES, SCOPES, RANKS = get_args(Rule), get_args(Scope), get_args(Ranks)
 
 # Loss modes with one probability ratio per sequence: they accept a selection of tokens and do not apply it.
 SEQUENCE_MODES = ("gspo", "geo_mean")
 
 # Loss modes that choose tokens by covariance among all response tokens.
 COVARIANCE_MODES = ("clip_cov", "kl_cov")
+
+# Metrics: the lowest and the highest share of its tokens that a response trains on.
+LOWEST_SHARE, HIGHEST_SHARE = "actor/entropy_token_ratio/min", "actor/entropy_token_ratio/max"
 
 # The configuration keys. TRL's --help prints these texts.
 OPTIONS = {
@@ -50,10 +56,11 @@ OPTIONS = {
     "entropy_top_complement": "Train on all other response tokens instead. With ratio 0.2 these are the 80 % of lowest "
     "entropy, the paper's control experiment.",
     "entropy_top_scope": "Which tokens compete. micro_batch: those of one micro-batch, as in the paper's code. "
-    "mini_batch: those of the whole optimizer step, however it is split into micro-batches.",
-    "entropy_top_source": "Where the scope mini_batch takes its entropies from. prepass: an extra forward without "
-    "gradient before every optimizer step. old_policy: the forward that computed the old log-probabilities, at no "
-    "extra cost.",
+    "mini_batch: those of the whole optimizer step, however it is split into micro-batches. sequence: those of one "
+    "response, so that every response trains on its own top share.",
+    "entropy_top_source": "Where the scopes mini_batch and sequence take their entropies from. prepass: an extra "
+    "forward without gradient before every optimizer step. old_policy: the forward that computed the old "
+    "log-probabilities, at no extra cost.",
     "entropy_top_ranks": "Whether ranks compete. local: each rank selects from its own tokens. global: the tokens of "
     "all ranks compete as one batch.",
     "entropy_top_normalize": "What a mean over tokens divides by. selected: the selected tokens (Eq. 6 of the paper). "
@@ -70,6 +77,7 @@ def select_tokens(
     group: dist.ProcessGroup | None = None,
     *,
     complement: bool = False,
+    per_sequence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Selects the response tokens of highest entropy, or with `complement` all others.
 
@@ -81,24 +89,34 @@ def select_tokens(
         ranks: "local": this process alone. "global": a collective of all ranks of `group`.
         group: a process group; None is the default group. Without one, this process is the only rank.
         complement: select the response tokens that the rule leaves out.
+        per_sequence: each row of `entropy`, whose last dimension is the sequence, competes by itself. `ranks` has no
+            effect then.
 
     Returns:
-        The mask, bool, of the shape of `entropy`; and the lowest entropy that the rule keeps, 0-dim, in nats.
+        The mask, bool, of the shape of `entropy`; and the lowest entropy that the rule keeps, 0-dim, in nats. With
+        `per_sequence` it is the mean of the rows' lowest entropies, weighted by their response tokens.
 
     Raises:
         ValueError: as `global_top_mask`, or an unknown `ranks`.
     """
-    selected, threshold = global_top_mask(
-        entropy.detach(),
-        response_mask,
-        top_ratio,
-        rule=rule,
-        group=competing_group(ranks, group),
-        return_threshold=True,
-    )
+    entropy, among_ranks = entropy.detach(), competing_group(ranks, group)
+    if per_sequence:
+        selected = global_top_mask(entropy, response_mask, top_ratio, rule=rule, scope="sequence")
+        threshold = _mean_of_lowest(entropy, selected, response_mask)
+    else:
+        selected, threshold = global_top_mask(
+            entropy, response_mask, top_ratio, rule=rule, group=among_ranks, return_threshold=True
+        )
     if complement:
         selected = (response_mask != 0) & ~selected
     return selected, threshold
+
+
+def _mean_of_lowest(entropy: Tensor, selected: Tensor, response_mask: Tensor) -> Tensor:
+    """[]: the lowest selected entropy of each row (inf if only NaN is selected), averaged over response tokens."""
+    tokens = (response_mask != 0).sum(-1)
+    lowest = torch.where(selected & ~entropy.isnan(), entropy, torch.inf).amin(-1)
+    return torch.where(tokens > 0, lowest * tokens, 0).sum() / tokens.sum().clamp(min=1)
 
 
 def competing_group(ranks: Ranks, group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
@@ -124,7 +142,7 @@ def prepass(device: torch.device) -> Iterator[None]:
 def needs_all_tokens(actor: Any) -> str | None:
     """The setting for which the loss reads log-probabilities or entropies of unselected tokens; None if there is none.
 
-    If there is none and the selection is made before the optimizer step, the step runs the LM head on the selected
+    If there is none and the selection is made before the optimizer step, that step runs the LM head on the selected
     tokens only. `actor` is an actor configuration with verl's keys.
     """
     loss_mode = actor.policy_loss.loss_mode
@@ -133,6 +151,16 @@ def needs_all_tokens(actor: Any) -> str | None:
     if actor.entropy_coeff != 0:
         return f"entropy_coeff={actor.entropy_coeff}"
     return "use_kl_loss=true" if actor.use_kl_loss else None
+
+
+def contradiction(config: Any) -> tuple[str, str] | None:
+    """A key among the `entropy_top_*` keys whose value makes no sense beside the others, and why; None if there is
+    none. Without a ratio they have no effect, so none contradicts another."""
+    if config.entropy_top_ratio is None:
+        return None
+    if config.entropy_top_scope == "sequence" and config.entropy_top_ranks == "global":
+        return "entropy_top_ranks", "it must be local with entropy_top_scope sequence: a response is on one rank"
+    return None
 
 
 def movement_metrics(loss_mode: str | None) -> set[str]:
@@ -166,12 +194,12 @@ class TokenSelection:
 class StepSelection:
     """What one optimizer step trains on, as one of its ranks sees it.
 
-    Call `count_tokens` before the first micro-batch, and with the scope mini_batch `select_mini_batch` as well. Then
-    call `policy_loss` for every micro-batch, on all ranks in the same order. A trainer with its own loss calls `select`
-    and `divisor` instead.
+    Call `count_tokens` before the first micro-batch, and if the selection is made `before_step` `select_mini_batch` as
+    well. Then call `policy_loss` for every micro-batch, on all ranks in the same order, and `share_metrics` at the end.
+    A trainer with its own loss calls `select`, `divisor` and `note_shares` instead of `policy_loss`.
     """
 
-    mini_batch: bool  # whether the selection is made before the first micro-batch
+    before_step: bool  # whether the selection is made before the first micro-batch: the scopes mini_batch and sequence
     old_policy: bool  # whether that selection uses the entropies of the old policy
     tokens: Tensor  # [ranks, micro-batches] int64: response tokens
     response_tokens: Tensor  # []: their sum
@@ -181,23 +209,27 @@ class StepSelection:
     competing_selected: Tensor
     selected: Tensor
 
-    def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, scope: str | None = None) -> None:
+    def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, in_micro_batches: bool = False) -> None:
         """
         Args:
             config: an actor configuration with verl's keys, or any object with the `entropy_top_*` keys alone. The keys
                 source and complement may be missing.
             group: the ranks that share the step; None is the default group.
-            scope: replaces `entropy_top_scope`.
+            in_micro_batches: select in each micro-batch, whatever the scope: for a loss outside an optimizer step.
         """
         self._config = config
         self._group = group or dist.group.WORLD
         self._ratio = config.entropy_top_ratio
         self._complement = getattr(config, "entropy_top_complement", False)
         self._over_ranks = config.entropy_top_ranks == "global"
-        self.mini_batch = self._ratio is not None and (scope or config.entropy_top_scope) == "mini_batch"
+        self._per_sequence = config.entropy_top_scope == "sequence"
+        selects = self._ratio is not None and not in_micro_batches
+        self.before_step = selects and config.entropy_top_scope != "micro_batch"
         self.old_policy = getattr(config, "entropy_top_source", "prepass") == "old_policy"
         policy = getattr(config, "policy_loss", None)
         self._loss_mode = None if policy is None else policy.loss_mode
+        # [2] of each micro-batch so far: the lowest share of a response, negated, and the highest; -inf without any.
+        self.shares: list[Tensor] = []
 
     def count_tokens(self, micro_batch_tokens: Tensor, micro_batches_per_step: int | None = None) -> None:
         """Exchanges the numbers of response tokens, from which the divisor follows. A collective.
@@ -205,8 +237,8 @@ class StepSelection:
         Args:
             micro_batch_tokens: [micro-batches] int64, the response tokens of each micro-batch of this rank. All ranks
                 give as many.
-            micro_batches_per_step: with the scope mini_batch, how many of them form an optimizer step, if the divisor
-                spans several steps; None: all of them.
+            micro_batches_per_step: if the selection is made before the step, how many of them form an optimizer step,
+                if the divisor spans several steps; None: all of them.
         """
         tokens = [micro_batch_tokens]
         if self._group is not None:
@@ -216,16 +248,21 @@ class StepSelection:
         self.response_tokens = self.tokens.sum()
         if self._ratio is None:
             return
-        self._size = (micro_batches_per_step or len(micro_batch_tokens)) if self.mini_batch else 1
+        self._size = (micro_batches_per_step or len(micro_batch_tokens)) if self.before_step else 1
         competing = self.tokens.unflatten(1, (-1, self._size)).sum(-1)  # [ranks, selections]
         if self._over_ranks:
             competing = competing.sum(0, keepdim=True)
         own = 0 if self._over_ranks or self._group is None else dist.get_rank(self._group)
         self._competing = competing[own]
-        counts = top_k_count(competing, self._ratio, complement=self._complement)
+        # The rows' own counts would be needed to know topk's number of each.
+        counts = (
+            competing.double()
+            if self._per_sequence
+            else top_k_count(competing, self._ratio, complement=self._complement)
+        )
         self._count_of_all = counts.sum()
         # The masks of an optimizer step are known on all ranks when it begins; those of a micro-batch are not.
-        self._counts = counts.sum(0) if self.mini_batch else counts[own]
+        self._counts = counts.sum(0) if self.before_step else counts[own]
 
     def competing_tokens(self, number: int) -> Tensor:
         """[]: how many response tokens compete with those of micro-batch `number`, its own included."""
@@ -242,6 +279,7 @@ class StepSelection:
             config.entropy_top_ranks,
             self._group,
             complement=self._complement,
+            per_sequence=self._per_sequence,
         )
 
     def select_mini_batch(
@@ -258,7 +296,7 @@ class StepSelection:
         """Selects from all of this rank's tokens in the optimizer step. A collective.
 
         Args:
-            log_prob, entropy: any shape, of the policy before the step.
+            log_prob, entropy: [B, S], of the policy before the step.
             response_mask, old_log_prob, advantages: the same shape. Only the loss modes clip_cov and kl_cov need the
                 last two: they choose tokens by covariance, here from the whole mini-batch too.
             seed: of clip_cov's draw.
@@ -288,17 +326,19 @@ class StepSelection:
         How many tokens topk selects follows from the numbers of response tokens alone. Under the rule topk the divisor
         is therefore their number in the whole step, and every selected token has the same weight. The other rules may
         select more, and with the scope micro_batch it is not known how many the later micro-batches will select. There
-        each selection's mean over its own tokens is weighted by its share of topk's number.
+        each selection's mean over its own tokens is weighted by its share of topk's number. With the scope sequence
+        the number is that of the optimizer step; if the divisor spans several steps, a step is weighted by its share of
+        the response tokens.
 
         Args:
             number: of the micro-batch.
             mask: its selected tokens, any shape. A collective under the scope micro_batch with ranks global, except for
                 the rule topk.
         """
-        if self._config.entropy_top_rule == "topk":
+        if self._config.entropy_top_rule == "topk" and not self._per_sequence:
             return self._count_of_all
-        selected = self.selected if self.mini_batch else mask.sum()
-        if self._over_ranks and not self.mini_batch:
+        selected = self.selected if self.before_step else mask.sum()
+        if self._over_ranks and not self.before_step:
             selected = self._all_reduce(selected)
         return selected * self._count_of_all / self._counts[number // self._size].clamp(min=1)
 
@@ -318,7 +358,7 @@ class StepSelection:
         Args:
             number: of the micro-batch.
             log_prob, entropy, old_log_prob, advantages, response_mask: [B, S].
-            tokens: [B, S], this micro-batch's part of `select_mini_batch`; None with the scope micro_batch.
+            tokens: [B, S], this micro-batch's part of `select_mini_batch`; None if there was none.
             options: further arguments of `policy_loss`. Their `batch_num_tokens` counts all response tokens.
 
         Returns:
@@ -335,6 +375,8 @@ class StepSelection:
                 log_prob = torch.where(tokens.mask, log_prob, tokens.log_prob)
         elif self._ratio is not None:
             mask, metrics["actor/entropy_threshold"] = self.select(entropy, response_mask)
+        if mask is not None and self._loss_mode not in SEQUENCE_MODES:
+            self.note_shares(mask, response_mask)
         by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
         if by_selected and mask is not None:
             options["batch_num_tokens"] = self.divisor(number, mask)
@@ -351,6 +393,23 @@ class StepSelection:
         )
         renamed = tokens is not None and tokens.log_prob is not None and self.old_policy
         return loss, self._weighted(metrics | loss_metrics, response_mask, renamed)
+
+    def note_shares(self, mask: Tensor, response_mask: Tensor) -> None:
+        """Keeps the lowest and the highest selected share of a response, for `share_metrics`: both masks [B, S]."""
+        tokens = (response_mask != 0).sum(-1)
+        share = mask.sum(-1) / tokens.clamp(min=1)
+        self.shares.append(torch.where(tokens > 0, torch.stack([-share, share]), -torch.inf).amax(-1))
+
+    def share_metrics(self) -> dict[str, Tensor]:
+        """The lowest and the highest share of its tokens that a response trains on, over the micro-batches so far and
+        all ranks; 0 without responses. A collective."""
+        if not self.shares:
+            return {}
+        ends = torch.stack(self.shares).amax(0)
+        if self._group is not None:
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        lowest, highest = torch.where(ends.isinf(), 0.0, ends * ends.new_tensor([-1.0, 1.0])).unbind()
+        return {LOWEST_SHARE: lowest, HIGHEST_SHARE: highest}
 
     def _weighted(self, metrics: dict[str, Tensor], response_mask: Tensor, renamed: bool) -> dict[str, Tensor]:
         tokens, weighted = response_mask.sum(), {}

@@ -239,7 +239,7 @@ def tell_about_lm_head(model: PreTrainedModel, config: DictConfig) -> None:
     if not config.actor_rollout_ref.model.use_fused_kernels:
         return
     unsupported = lm_head.unsupported_reason(model)  # on all ranks, if the model is sharded
-    needed_by = needs_all_tokens(actor) if StepSelection(actor).mini_batch else None
+    needed_by = needs_all_tokens(actor) if StepSelection(actor).before_step else None
     if distributed.rank() > 0:
         return
     if unsupported:
@@ -249,8 +249,8 @@ def tell_about_lm_head(model: PreTrainedModel, config: DictConfig) -> None:
         )
     elif needed_by:
         print(
-            "actor_rollout_ref.actor.entropy_top_scope=mini_batch: the training step runs the LM head on all response "
-            f"tokens, because {needed_by} needs them all"
+            f"actor_rollout_ref.actor.entropy_top_scope={actor.entropy_top_scope}: the training step runs the LM head "
+            f"on all response tokens, because {needed_by} needs them all"
         )
 
 
@@ -596,7 +596,7 @@ def update(
     total_steps: int,
     config: DictConfig,
 ) -> dict[str, float]:
-    """Takes the optimizer steps of a training step and returns the means of their metrics."""
+    """Takes the optimizer steps of a training step and returns the means of their metrics, of ends the extremes."""
     actor = config.actor_rollout_ref.actor
     model.train()
     learning_rate = actor.optim.lr * lr_factor(step - 1, total_steps, actor.optim)
@@ -619,9 +619,11 @@ def update(
         cause = non_finite_cause(model, mini_batch, metrics["actor/loss"], config)
         if distributed.rank() == 0:
             print(f"step {step}: optimizer step skipped, its gradient is not finite: {cause}", file=sys.stderr)
-    return {name: torch.stack(values).double().mean().item() for name, values in history.items()} | {
-        "actor/lr": learning_rate
-    }
+    joins = {"min": torch.min, "max": torch.max}
+    return {
+        name: joins.get(name.rsplit("/")[-1], torch.mean)(torch.stack(values).double()).item()
+        for name, values in history.items()
+    } | {"actor/lr": learning_rate}
 
 
 def non_finite_cause(model: PreTrainedModel, mini_batch: Experience, loss: Tensor, config: DictConfig) -> str:
@@ -707,7 +709,7 @@ def accumulate_gradients(
     step = StepSelection(actor)
     step.count_tokens(torch.stack([mask[index].sum() for index in rows]))
     tokens: list[TokenSelection | None] = [None] * len(rows)
-    if step.mini_batch:
+    if step.before_step:
         tokens = [*select_before_step(model, mini_batch, rows, step, seed, config)]
     aggregation = {
         "loss_agg_mode": actor.loss_agg_mode,
@@ -747,7 +749,8 @@ def accumulate_gradients(
         sums["actor/loss"] = loss.detach()
         for name, value in ({name: value / ranks for name, value in sums.items()} | means).items():
             metrics[name] = metrics[name] + value
-    return dict(zip(metrics, distributed.reduce(torch.stack([*metrics.values()])), strict=True))
+    reduced = distributed.reduce(torch.stack([*metrics.values()]))
+    return dict(zip(metrics, reduced, strict=True)) | step.share_metrics()
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:

@@ -55,7 +55,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (f"{ACTOR}.entropy_top_ratio", "nan", "a number above 0 and at most 1, or null"),
         (f"{ACTOR}.entropy_top_ratio", "high", "a number above 0 and at most 1, or null"),
         (f"{ACTOR}.entropy_top_rule", "top", "one of topk, threshold, quantile"),
-        (f"{ACTOR}.entropy_top_scope", "batch", "one of micro_batch, mini_batch"),
+        (f"{ACTOR}.entropy_top_scope", "batch", "one of micro_batch, mini_batch, sequence"),
         (f"{ACTOR}.entropy_top_ranks", "all", "one of local, global"),
         (f"{ACTOR}.entropy_top_normalize", "all", "one of selected, response"),
         (f"{ACTOR}.policy_loss.loss_mode", "ppo", "one of vanilla, gpg, clip_cov"),
@@ -95,6 +95,23 @@ def test_an_error_is_one_line(
     assert message.startswith("error: ") and message.count("\n") == 1
     assert key.lstrip("+").rsplit(".", 1)[-1] in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"entropy_top_scope": "sequence", "entropy_top_ranks": "global"},
+            "entropy_top_ranks=global: it must be local with entropy_top_scope sequence",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(
+    changes: dict[str, Any], expected: str, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(as_arguments(overrides | {f"{ACTOR}.{key}": value for key, value in changes.items()})) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {ACTOR}.{expected}") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("override", ["data", "data.seed", "data.seed=[", "=3", "data=3", "hydra.verbose=true"])

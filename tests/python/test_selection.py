@@ -17,8 +17,6 @@ from entropy_rl.selection import StepSelection, TokenSelection
 from entropy_rl_ext import covariance_mask, global_top_mask
 from ranks import Ranks
 
-SCOPES = ("micro_batch", "mini_batch")
-
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
@@ -65,6 +63,21 @@ def test_threshold_is_the_lowest_selected_entropy() -> None:
     assert threshold == 2.0
     _, threshold = selection.select_tokens(entropy, torch.zeros_like(mask), 0.4, "topk")
     assert threshold == 0.0
+
+
+@pytest.mark.parametrize("rule", selection.RULES)
+def test_each_row_has_its_own_share(rule: str) -> None:
+    """The rule applies to each row alone, and the threshold is the mean of the rows' over their tokens."""
+    entropy = torch.rand(4, 50, generator=torch.Generator().manual_seed(0))
+    lengths = [50, 0, 7, 31]
+    mask = torch.arange(50) < torch.tensor(lengths)[:, None]
+    selected, threshold = selection.select_tokens(entropy, mask, 0.2, rule, per_sequence=True)
+    thresholds = 0.0
+    for row, length in enumerate(lengths):
+        alone, lowest = selection.select_tokens(entropy[row], mask[row], 0.2, rule)
+        assert torch.equal(selected[row], alone)
+        thresholds += length * float(entropy[row][alone].min() if length else lowest)
+    assert threshold == pytest.approx(thresholds / sum(lengths))
 
 
 # ---- prepass
@@ -131,7 +144,7 @@ def select(config: Any, batch: dict[str, Tensor], size: int) -> tuple[StepSelect
     step = StepSelection(config)
     step.count_tokens(torch.stack([part["response_mask"].sum() for part in parts]))
     tokens: list[TokenSelection | None] = [None] * len(parts)
-    if step.mini_batch:
+    if step.before_step:
         chosen = step.select_mini_batch(**batch)
         tokens = [*chosen.split([len(part["entropy"]) for part in parts])]
     return step, tokens
@@ -149,7 +162,8 @@ def selected_weight(seed: int, **changes: Any) -> float:
 
 ALL = [
     dict(zip(("scope", "ranks", "rule", "complement"), values, strict=True))
-    for values in itertools.product(SCOPES, selection.RANKS, selection.RULES, (False, True))
+    for values in itertools.product(selection.SCOPES, selection.RANKS, selection.RULES, (False, True))
+    if values[:2] != ("sequence", "global")
 ]
 
 
@@ -177,7 +191,7 @@ def equal_divisors(scope: str, rule: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("scope", "rule"), [("micro_batch", "topk"), *(("mini_batch", rule) for rule in selection.RULES)]
+    ("scope", "rule"), [("micro_batch", "topk"), *itertools.product(("mini_batch", "sequence"), selection.RULES)]
 )
 def test_the_divisor_is_the_number_of_selected_tokens_of_all_ranks(scope: str, rule: str, four: Ranks) -> None:
     """Under topk, and under every rule if the selection is made before the step."""
@@ -207,19 +221,51 @@ def test_a_mini_batch_selects_the_same_tokens_however_it_is_split(size: int) -> 
     assert torch.equal(torch.cat([part.covariance_mask for part in tokens]), chosen)
 
 
-def test_loss_and_metrics_do_not_depend_on_the_split() -> None:
+@pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "ranks": "local"}], ids=str)
+def test_loss_and_metrics_do_not_depend_on_the_split(changes: dict[str, Any]) -> None:
     batch, results = make_batch(), []
     for size in (1, 2, 6):
-        step, tokens = select(configuration(), batch, size)
+        step, tokens = select(configuration(**changes), batch, size)
         sums: dict[str, float] = {"loss": 0.0}
         for number, (part, selected) in enumerate(zip(micro_batches(batch, size), tokens, strict=True)):
             loss, metrics = step.policy_loss(number, **part, tokens=selected, batch_num_tokens=step.response_tokens)
             for name, value in ({"loss": loss} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        results.append(sums)
+        results.append(sums | {name: value.item() for name, value in step.share_metrics().items()})
     assert results[0]["actor/entropy_threshold"] > 0 and results[0]["loss"] != 0
     for sums in results[1:]:
         assert sums == pytest.approx(results[0], rel=1e-5, abs=1e-6)
+
+
+def shares(scope: str) -> list[float]:
+    """The metrics of a step in micro-batches of one row; then the shares of this rank's responses, by counting."""
+    batch, found = make_batch(dist.get_rank()), []
+    step, tokens = select(configuration(scope=scope, ranks="local"), batch, 1)
+    for number, (part, selected) in enumerate(zip(micro_batches(batch, 1), tokens, strict=True)):
+        step.policy_loss(number, **part, tokens=selected)
+        n = int(part["response_mask"].sum())
+        if n:
+            mask = step.select(part["entropy"], part["response_mask"])[0] if selected is None else selected.mask
+            found.append(int(mask.sum()) / n)
+    metrics = step.share_metrics()
+    assert list(metrics) == ["actor/entropy_token_ratio/min", "actor/entropy_token_ratio/max"]
+    return [*(value.item() for value in metrics.values()), *found]
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_the_extreme_shares_of_a_response_cover_all_ranks(scope: str, four: Ranks) -> None:
+    of_ranks = four.run(shares, scope)
+    expected = [extreme(share for _, _, *found in of_ranks for share in found) for extreme in (min, max)]
+    assert expected[0] < expected[1]
+    for lowest, highest, *_ in of_ranks:
+        assert [lowest, highest] == pytest.approx(expected)
+
+
+def test_without_responses_the_extreme_shares_are_zero() -> None:
+    step, mask = StepSelection(configuration()), torch.zeros(2, 3, dtype=torch.bool)
+    assert step.share_metrics() == {}
+    step.note_shares(mask, mask)
+    assert [value.item() for value in step.share_metrics().values()] == [0, 0]
 
 
 def test_unselected_tokens_that_did_not_meet_the_lm_head() -> None:
@@ -243,10 +289,10 @@ def test_without_a_ratio_all_tokens_train() -> None:
     step = StepSelection(configuration(ratio=None))
     step.count_tokens(batch["response_mask"].sum()[None])
     _, metrics = step.policy_loss(0, **batch, batch_num_tokens=step.response_tokens)
-    assert not step.mini_batch and not {"actor/entropy_token_ratio", "actor/entropy_threshold"} & metrics.keys()
+    assert not step.before_step and not {"actor/entropy_token_ratio", "actor/entropy_threshold"} & metrics.keys()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", selection.SCOPES)
 @pytest.mark.parametrize("rule", selection.RULES)
 @pytest.mark.parametrize("loss_mode", ["vanilla", *selection.COVARIANCE_MODES])
 def test_the_host_waits_for_nothing(loss_mode: str, rule: str, scope: str) -> None:
@@ -255,9 +301,11 @@ def test_the_host_waits_for_nothing(loss_mode: str, rule: str, scope: str) -> No
         batch = dict.fromkeys(make_batch(), torch.rand(6, 20))
         with pytest.raises(DataDependentOutputException):
             batch["entropy"].sum().item()
-        step, tokens = select(configuration(rule=rule, scope=scope, loss_mode=loss_mode), batch, 2)
+        config = configuration(rule=rule, scope=scope, ranks="local", loss_mode=loss_mode)
+        step, tokens = select(config, batch, 2)
         for number, (part, selected) in enumerate(zip(micro_batches(batch, 2), tokens, strict=True)):
             loss, _ = step.policy_loss(number, **part, tokens=selected)
+        step.share_metrics()
     assert loss.shape == ()
 
 

@@ -76,6 +76,8 @@ def test_metrics_have_verls_names(run: Run) -> None:
         "actor/entropy_loss",
         "actor/entropy_threshold",
         "actor/entropy_token_ratio",
+        "actor/entropy_token_ratio/max",
+        "actor/entropy_token_ratio/min",
         "actor/grad_norm",
         "actor/kl_loss",
         "actor/loss",
@@ -108,6 +110,15 @@ def test_selected_share_is_the_configured_one(run: Run) -> None:
     (line,) = run()
     assert 0.2 <= line["data"]["actor/entropy_token_ratio"] < 0.2 + 1 / 8
     assert line["data"]["actor/entropy_threshold"] > 0
+
+
+def test_each_response_trains_on_its_own_share(run: Run) -> None:
+    """A response has at most 8 tokens, of which 0.2 are 1 or 2; the share of the batch is between the extremes."""
+    scope = {f"{ACTOR}.entropy_top_scope": "sequence", "trainer.total_training_steps": 2}
+    for line in run(scope):
+        lowest, highest = (line["data"][f"actor/entropy_token_ratio/{end}"] for end in ("min", "max"))
+        assert 0.2 <= lowest <= line["data"]["actor/entropy_token_ratio"] <= highest <= 1
+        assert lowest in [pytest.approx(math.ceil(n / 5) / n) for n in range(1, 9)]
 
 
 def test_without_a_ratio_nothing_is_selected(run: Run) -> None:

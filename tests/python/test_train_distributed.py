@@ -88,6 +88,7 @@ CASES = {
     "gspo": {f"{ACTOR}.policy_loss.loss_mode": "gspo"},
     "geo_mean": {f"{ACTOR}.policy_loss.loss_mode": "geo_mean"},
     "all but the top": {f"{ACTOR}.entropy_top_complement": "true"},
+    "each response": {f"{ACTOR}.entropy_top_scope": "sequence", f"{ACTOR}.entropy_top_ranks": "local"},
     "all tokens": {f"{ACTOR}.entropy_top_ratio": "null"},
 }
 
@@ -96,7 +97,8 @@ CASES = {
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_is_the_same_for_any_split(case: str, strategy: str, ranks: Ranks, overrides: Overrides) -> None:
-    """Scope mini_batch, ranks global: 16 responses at once on one rank equal 4 and 1 at a time on 2 and 4 ranks."""
+    """Scope mini_batch with ranks global, and scope sequence: 16 responses at once on one rank equal 4 and 1 at a time
+    on 2 and 4 ranks."""
     overrides |= {f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.entropy_top_ranks": "global"}
     arguments = as_arguments(overrides | {f"{ACTOR}.strategy": strategy} | CASES[case])
     gradients, metrics = step(arguments, 16)

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entropy_rl import selection
 from entropy_rl.errors import UserError, one_line
 
 LOSS_MODES = (
@@ -154,11 +155,11 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.trust_remote_code": FLAG,
     "actor_rollout_ref.model.use_fused_kernels": FLAG,
     "actor_rollout_ref.actor.entropy_top_ratio": optional(RATIO),
-    "actor_rollout_ref.actor.entropy_top_rule": one_of("topk", "threshold", "quantile"),
+    "actor_rollout_ref.actor.entropy_top_rule": one_of(*selection.RULES),
     "actor_rollout_ref.actor.entropy_top_complement": FLAG,
-    "actor_rollout_ref.actor.entropy_top_scope": one_of("micro_batch", "mini_batch"),
+    "actor_rollout_ref.actor.entropy_top_scope": one_of(*selection.SCOPES),
     "actor_rollout_ref.actor.entropy_top_source": one_of("prepass", "old_policy"),
-    "actor_rollout_ref.actor.entropy_top_ranks": one_of("local", "global"),
+    "actor_rollout_ref.actor.entropy_top_ranks": one_of(*selection.RANKS),
     "actor_rollout_ref.actor.entropy_top_normalize": one_of("selected", "response"),
     "actor_rollout_ref.actor.strategy": one_of("fsdp2", "ddp"),
     "actor_rollout_ref.actor.policy_loss.loss_mode": one_of(*LOSS_MODES),
@@ -280,6 +281,10 @@ def check(config: DictConfig) -> None:
         )
     if actor.policy_loss.loss_mode == "dro" and actor.policy_loss.dro_beta is None:
         raise ConfigError("actor_rollout_ref.actor.policy_loss.dro_beta=null: loss_mode dro needs a number above 0")
+    found = selection.contradiction(actor)
+    if found is not None:
+        key, reason = found
+        raise ConfigError(f"actor_rollout_ref.actor.{key}={_text(OmegaConf.select(actor, key))}: {reason}")
     if (config.trainer.resume_mode == "resume_path") != (config.trainer.resume_from_path is not None):
         raise ConfigError(
             f"trainer.resume_from_path={_text(config.trainer.resume_from_path)}: it must be a path with "

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from entropy_rl.integrations import SUPPORTED, is_supported
-from entropy_rl.selection import OPTIONS, Ranks, Rule, StepSelection, TokenSelection, prepass, select_tokens
+from entropy_rl.selection import (
+    OPTIONS,
+    Ranks,
+    Rule,
+    Scope,
+    StepSelection,
+    TokenSelection,
+    contradiction,
+    prepass,
+    select_tokens,
+)
 from entropy_rl_ext import linear_logprob_entropy
 
 _INSTALL = f"pip install 'trl=={SUPPORTED['trl']}.*'"
@@ -38,7 +48,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # no
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 
-Scope = Literal["micro_batch", "mini_batch"]
 Normalize = Literal["selected", "response"]
 LMHead = Literal["selected_rows", "trl"]
 CHOICES = {
@@ -49,8 +58,8 @@ CHOICES = {
     "entropy_lm_head": get_args(LMHead),
 }
 
-# The tokens over which a loss_type averages. dr_grpo and luspo do not divide by a number of tokens. Under the scope
-# mini_batch, bnpo averages over the tokens of the optimizer step.
+# The tokens over which a loss_type averages. dr_grpo and luspo do not divide by a number of tokens. If the
+# selection is made before the optimizer step, bnpo averages over the tokens of the step.
 MEAN_OVER = {
     "dapo": "batch",
     "cispo": "batch",
@@ -76,7 +85,7 @@ class EntropyGRPOConfig(GRPOConfig):
     entropy_top_rule: Rule = field(default="topk", metadata={"help": OPTIONS["entropy_top_rule"]})
     entropy_top_scope: Scope = field(
         default="micro_batch",
-        metadata={"help": OPTIONS["entropy_top_scope"] + " It costs one more forward without gradient."},
+        metadata={"help": OPTIONS["entropy_top_scope"] + " Both last ones cost one more forward without gradient."},
     )
     entropy_top_ranks: Ranks = field(default="local", metadata={"help": OPTIONS["entropy_top_ranks"]})
     entropy_top_normalize: Normalize = field(default="selected", metadata={"help": OPTIONS["entropy_top_normalize"]})
@@ -104,12 +113,16 @@ class EntropyGRPOConfig(GRPOConfig):
                 f"entropy_top_ratio is {ratio} and top_entropy_quantile is {self.top_entropy_quantile}; set one of "
                 "them: the first selects tokens by this trainer's rules, the second by TRL's own"
             )
+        found = contradiction(self)
+        if found is not None:
+            key, reason = found
+            raise ValueError(f"{key} is {getattr(self, key)!r}; {reason}")
         window = self.gradient_accumulation_steps
-        if self.entropy_top_scope == "mini_batch" and self.steps_per_generation % window:
+        if self.entropy_top_scope != "micro_batch" and self.steps_per_generation % window:
             raise ValueError(
-                f"entropy_top_scope is 'mini_batch' and steps_per_generation is {self.steps_per_generation}; it must "
-                f"be a multiple of gradient_accumulation_steps, {window}, so that the completions of an optimizer "
-                "step exist when it begins"
+                f"entropy_top_scope is {self.entropy_top_scope!r} and steps_per_generation is "
+                f"{self.steps_per_generation}; it must be a multiple of gradient_accumulation_steps, {window}, so that "
+                "the completions of an optimizer step exist when it begins"
             )
         if self.importance_sampling_level == "sequence":
             warnings.warn(
@@ -151,9 +164,9 @@ class EntropyGRPOTrainer(GRPOTrainer):
                 "TRL's own LM head, which gathers it again in the backward, computes log-probabilities and entropies",
                 stacklevel=2,
             )
-        # The selection of the optimizer step; with the scope micro_batch, of the micro-batch.
+        # The selection of the optimizer step; if none is made before it, of the micro-batch.
         self._selection: StepSelection  # set by `_begin_selection`
-        # With the scope mini_batch, for each micro-batch of the step: its part of the selection, and the prepass's
+        # If the selection is made before the step, for each of its micro-batches: its part of it, and the prepass's
         # log-probabilities and entropies, each [B, T].
         self._tokens: list[TokenSelection] = []
         self._scores: list[tuple[Tensor, Tensor]] = []
@@ -161,21 +174,22 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._bonus_correction: Tensor | float = 0.0
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
+        self._shares: list[Tensor] = []  # those of StepSelection, over the step
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.entropy_top_ratio is None:
             return super()._compute_loss(model, inputs)
-        mini_batch, loss_type = self._is_mini_batch_scope(), self.loss_type
-        if not mini_batch or self._position() == 0:
+        before_step, loss_type = self._selects_before_step(), self.loss_type
+        if not before_step or self._position() == 0:
             self._begin_selection(inputs)
         self._loss_inputs, entropy_coef = inputs, self._applied_entropy_coef()
-        if mini_batch and loss_type == "bnpo":  # dapo is the same loss, and takes its divisor as an input
+        if before_step and loss_type == "bnpo":  # dapo is the same loss, and takes its divisor as an input
             self.loss_type, inputs = "dapo", inputs | {"num_items_in_batch": self._num_items_of_bnpo()}
         try:
             loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
             self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
-        if mini_batch and self._position() == self.args.gradient_accumulation_steps - 1:
+        if before_step and self._position() == self.args.gradient_accumulation_steps - 1:
             self._join_metrics()
         return loss
 
@@ -195,9 +209,11 @@ class EntropyGRPOTrainer(GRPOTrainer):
         args, inputs = self.args, self._loss_inputs
         if inputs is None:
             ratio = max(1 - threshold, sys.float_info.min)
-            return select_tokens(entropies, mask, ratio, args.entropy_top_rule, args.entropy_top_ranks)[0]
+            alone = args.entropy_top_scope == "sequence"
+            rule, ranks = args.entropy_top_rule, args.entropy_top_ranks
+            return select_tokens(entropies, mask, ratio, rule, ranks, per_sequence=alone)[0]
         selection = self._selection
-        if selection.mini_batch:
+        if selection.before_step:
             selected, lowest = self._tokens[self._position()].mask, selection.threshold
             if self._entropy_bonus_enabled:
                 self._bonus_correction = self._correct_bonus(entropies, selected)
@@ -216,8 +232,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     # ---- The selection
 
-    def _is_mini_batch_scope(self) -> bool:
-        return self.model.training and self.args.entropy_top_scope == "mini_batch"  # evaluation has no optimizer steps
+    def _selects_before_step(self) -> bool:
+        return self.model.training and self.args.entropy_top_scope != "micro_batch"  # evaluation has no optimizer steps
 
     def _position(self) -> int:
         """The number of this micro-batch in its optimizer step."""
@@ -228,14 +244,14 @@ class EntropyGRPOTrainer(GRPOTrainer):
         return self._step % self.args.steps_per_generation if self.model.training else 0
 
     def _begin_selection(self, inputs: dict[str, Any]) -> None:
-        """Counts the tokens of the generation, which `num_items_in_batch` spans. With the scope mini_batch it also
-        selects the tokens of the optimizer step that begins."""
+        """Counts the tokens of the generation, which `num_items_in_batch` spans. Unless the scope is
+        micro_batch it also selects the tokens of the optimizer step that begins."""
         args = self.args
-        selection = self._selection = StepSelection(args, scope=None if self.model.training else "micro_batch")
+        selection = self._selection = StepSelection(args, in_micro_batches=not self.model.training)
         micro_batches = self._buffered_inputs if self.model.training else [inputs]
         tokens = torch.stack([_loss_mask(micro_batch).sum() for micro_batch in micro_batches])
         selection.count_tokens(tokens, args.gradient_accumulation_steps)
-        if not selection.mini_batch:
+        if not selection.before_step:
             return
         micro_batches = micro_batches[self._number() :][: args.gradient_accumulation_steps]
         with (
@@ -269,7 +285,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         match MEAN_OVER.get(self.args.loss_type):
             case "sequence":
                 return mask.sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp(min=1)
-            case "micro_batch" if selection.mini_batch:
+            case "micro_batch" if selection.before_step:
                 return selection.competing_tokens(number).clamp(min=1) / selection.competing_selected.clamp(min=1)
             case "micro_batch":
                 return mask.sum() / selected.sum().clamp(min=1)
@@ -304,6 +320,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
     # ---- Metrics
 
     def _log_selection(self, selected: Tensor, mask: Tensor, lowest: Tensor) -> None:
+        self._selection.note_shares(selected, mask)
+        self._shares.append(self._selection.shares[-1])
         tokens = mask.sum()
         sums = torch.stack([selected.sum(), tokens, lowest * tokens]).double()
         self._selected_tokens = sums if self._selected_tokens is None else self._selected_tokens + sums
@@ -311,9 +329,11 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if mode == "train" and not self.accelerator.sync_gradients:
             return
         selected, tokens, threshold = self.accelerator.reduce(self._selected_tokens, reduction="sum").tolist()
-        self._selected_tokens = None
-        self._metrics[mode]["entropy_token_ratio"].append(selected / max(tokens, 1))
-        self._metrics[mode]["entropy_threshold"].append(threshold / max(tokens, 1))
+        self._selection.shares, self._shares, self._selected_tokens = self._shares, [], None
+        shares = {name.removeprefix("actor/"): share.item() for name, share in self._selection.share_metrics().items()}
+        logged = {"entropy_token_ratio": selected / max(tokens, 1), "entropy_threshold": threshold / max(tokens, 1)}
+        for name, value in (logged | shares).items():
+            self._metrics[mode][name].append(value)
 
     def _join_metrics(self) -> None:
         """Replaces TRL's metrics of the micro-batches by those of the step. TRL would log their unweighted mean."""
@@ -376,7 +396,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         log-probabilities and entropies, each [N]. None outside the loss, or if other tokens may have a gradient."""
         inputs, args = self._loss_inputs, self.args
         others_train = self.beta != 0 or self._entropy_bonus_enabled or args.importance_sampling_level != "token"
-        if inputs is None or not self._is_mini_batch_scope() or others_train:
+        if inputs is None or not self._selects_before_step() or others_train:
             return None
         position, completion = self._position(), inputs["completion_mask"] != 0
         log_prob, entropy = self._scores[position]

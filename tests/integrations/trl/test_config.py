@@ -21,9 +21,16 @@ from grpo import SETTINGS
         ({"entropy_top_ratio": 1.5}, "entropy_top_ratio is 1.5"),
         ({"entropy_top_ratio": float("nan")}, "entropy_top_ratio is nan"),
         ({"entropy_top_rule": "best"}, "entropy_top_rule is 'best'; it must be one of topk, threshold, quantile"),
-        ({"entropy_top_scope": "batch"}, "entropy_top_scope is 'batch'; it must be one of micro_batch, mini_batch"),
+        (
+            {"entropy_top_scope": "batch"},
+            "entropy_top_scope is 'batch'; it must be one of micro_batch, mini_batch, sequence",
+        ),
         ({"entropy_top_ranks": "all"}, "entropy_top_ranks is 'all'; it must be one of local, global"),
         ({"entropy_top_normalize": "all"}, "entropy_top_normalize is 'all'; it must be one of selected, response"),
+        (
+            {"entropy_top_ratio": 0.2, "entropy_top_scope": "sequence", "entropy_top_ranks": "global"},
+            "entropy_top_ranks is 'global'; it must be local with entropy_top_scope sequence",
+        ),
         ({"entropy_lm_head": "liger"}, "entropy_lm_head is 'liger'; it must be one of "),
         (
             {"entropy_top_ratio": 0.2, "top_entropy_quantile": 0.3},

@@ -93,7 +93,9 @@ def test_reproduces_it_beside_other_options(trainer: Callable[..., GRPOTrainer],
         scale = max(1.0, largest(expected))
         assert_same_step(actual, expected, rtol=1e-6, atol=1e-6 * scale)
         logged = {
-            name: value for name, value in actual[2].items() if name not in ("entropy_token_ratio", "entropy_threshold")
+            name: value
+            for name, value in actual[2].items()
+            if not name.startswith(("entropy_token_ratio", "entropy_threshold"))
         }
         assert logged == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in expected[2].items()}
 
@@ -230,6 +232,30 @@ def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer]
             # Relative to the largest gradient, which the penalty, far from its minimum, makes 10 and more.
             assert_same_step(step, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
             assert_same_metrics(step, expected)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_each_completion_has_its_own_share(trainer: Callable[..., GRPOTrainer], loss_type: str) -> None:
+    """The selected tokens are each row's own top share, in training and in evaluation, for any split."""
+    batch, settings = make_batch(), {"entropy_top_ratio": 0.3, "entropy_top_scope": "sequence", "loss_type": loss_type}
+    steps, seen = [], []
+    for n in (1, 2, 4):
+        ours = trainer(gradient_accumulation_steps=n, per_device_train_batch_size=8 // n, **settings)
+        select = ours.get_high_entropy_mask
+        ours.get_high_entropy_mask = lambda entropy, *rest, select=select: (
+            seen.append((entropy, select(entropy, *rest))) or seen[-1][1]
+        )
+        steps.append(optimizer_step(ours, batch, n))
+    entropy, weight = seen[0]
+    mask = batch["completion_mask"]
+    expected = torch.stack([global_top_mask(row, inside, 0.3) for row, inside in zip(entropy, mask, strict=True)])
+    assert torch.equal(weight > 0, expected)
+    shares = (expected.sum(1) / mask.sum(1)).tolist()
+    assert steps[0][2]["entropy_token_ratio/min"] == [pytest.approx(min(shares))]
+    assert steps[0][2]["entropy_token_ratio/max"] == [pytest.approx(max(shares))]
+    for step in steps[1:]:
+        assert_same_step(step, steps[0], rtol=1e-5, atol=1e-6)
+        assert_same_metrics(step, steps[0])
 
 
 def test_metrics_of_single_tokens_do_not_depend_on_the_split(trainer: Callable[..., GRPOTrainer]) -> None:

@@ -25,7 +25,7 @@ def results(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_a_step_does_not_depend_on_the_number_of_ranks(
     results: dict[str, Any], trainer: Callable[..., GRPOTrainer], settings: dict[str, Any]
 ) -> None:
-    step = optimizer_step(trainer(entropy_top_ratio=0.2, **settings, **MINI_BATCH), make_batch())
+    step = optimizer_step(trainer(entropy_top_ratio=0.2, **MINI_BATCH | settings), make_batch())
     for micro_batches in (1, 2):
         two = results["steps"][str(settings), micro_batches]
         assert_same_step(two, step, rtol=1e-5, atol=1e-6 * max(1.0, largest(step)))

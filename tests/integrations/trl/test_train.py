@@ -30,7 +30,8 @@ def logged(trainer: GRPOTrainer, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("scope", "checkpointing"), [("micro_batch", False), ("mini_batch", False), ("mini_batch", True)]
+    ("scope", "checkpointing"),
+    [("micro_batch", False), ("mini_batch", False), ("mini_batch", True), ("sequence", False)],
 )
 def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str, checkpointing: bool) -> None:
     run = trainer(
@@ -52,6 +53,9 @@ def test_trains_and_evaluates(trainer: Callable[..., GRPOTrainer], scope: str, c
         ratios, thresholds = (logged(run, f"{prefix}entropy_{name}") for name in ("token_ratio", "threshold"))
         assert len(ratios) == len(thresholds) == times
         assert all(0.2 <= ratio < 0.3 for ratio in ratios) and all(threshold > 0 for threshold in thresholds)
+        lowest, highest = (logged(run, f"{prefix}entropy_token_ratio/{end}") for end in ("min", "max"))
+        for shares in zip(lowest, ratios, highest, strict=True):
+            assert list(shares) == sorted(shares) and (scope != "sequence" or shares[0] >= 0.2)
 
 
 def test_without_a_ratio_a_run_is_trls_bit_for_bit(trainer: Callable[..., GRPOTrainer]) -> None:

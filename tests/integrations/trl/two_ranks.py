@@ -39,6 +39,9 @@ STEPS: list[dict[str, Any]] = [
     {"loss_type": "dr_grpo", "entropy_coef": 0.1},
     {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
     {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"entropy_top_scope": "sequence", "entropy_top_ranks": "local"},
+    {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "entropy_top_rule": "quantile"},
+    {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "loss_type": "grpo"},
 ]
 # Settings of a step in which each rank selects from its own tokens. It is the mean of the steps of the ranks by
 # themselves.
@@ -104,7 +107,7 @@ def compared_steps(trainer: Trainer, batch: dict[str, Tensor]) -> dict[tuple[str
     for n in (1, 2):
         split = {"gradient_accumulation_steps": n, "per_device_train_batch_size": 4 // n}
         for settings in STEPS:
-            some = trainer(entropy_top_ratio=0.2, **settings, **split, **MINI_BATCH)
+            some = trainer(entropy_top_ratio=0.2, **split, **MINI_BATCH | settings)
             steps[str(settings), n] = averaged(some, optimizer_step(some, batch, n))
         some = trainer(entropy_top_ratio=0.2, **split, **APART)
         steps["apart", n] = averaged(some, optimizer_step(some, batch, n))

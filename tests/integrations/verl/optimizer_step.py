@@ -17,6 +17,7 @@ SEED = 3
 
 MINI_BATCH = {"actor.entropy_top_scope": "mini_batch", "actor.entropy_top_ranks": "global"}
 OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
+SEQUENCE = {"actor.entropy_top_scope": "sequence"}
 FUSED = {"model.use_fused_kernels": True}
 
 REMOVE_PADDING = {"model.use_remove_padding": True}
@@ -57,10 +58,13 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mini-batch-weights": (MINI_BATCH | {"weights": True}, (1, 4)),
     "mini-batch-remove-padding": (MINI_BATCH | REMOVE_PADDING | {"weights": True}, (2, 0)),
     "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),
+    "sequence": (SEQUENCE, (1, 2, 4, 0)),
+    "sequence-quantile": (SEQUENCE | {"actor.entropy_top_rule": "quantile"}, (1, 4)),
     "old-policy": (OLD_POLICY, (1, 2, 4)),
     "fused": (FUSED, (2,)),
     "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, (2,)),
     "fused-mini-batch": (FUSED | MINI_BATCH, (2,)),
+    "fused-sequence": (FUSED | SEQUENCE | {"actor.entropy_top_source": "old_policy"}, (2,)),
     "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, (2,)),
     "fused-old-policy": (FUSED | OLD_POLICY, (1, 2, 4)),
     **{

@@ -68,7 +68,7 @@ def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> Non
         ("entropy_top_ratio", "True", "above 0 and at most 1, or null"),
         ("entropy_top_ratio", "20%", "above 0 and at most 1, or null"),
         ("entropy_top_rule", "top", "one of topk, threshold, quantile"),
-        ("entropy_top_scope", "sequence", "one of micro_batch, mini_batch"),
+        ("entropy_top_scope", "batch", "one of micro_batch, mini_batch, sequence"),
         ("entropy_top_source", "rollout", "one of prepass, old_policy"),
         ("entropy_top_ranks", "all", "one of local, global"),
         ("entropy_top_normalize", "tokens", "one of selected, response"),
@@ -79,6 +79,13 @@ def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> Non
 def test_a_wrong_value_names_what_is_allowed(key: str, value: str, allowed: str) -> None:
     overrides = [f"{RATIO}=0.2", MICRO_BATCH, f"actor_rollout_ref.actor.{key}={value}"]
     with pytest.raises(Exception, match=re.escape(f"actor_rollout_ref.actor.{key}={value}") + f".*{allowed}"):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+def test_keys_that_contradict_each_other_are_refused() -> None:
+    keys = ("entropy_top_scope=sequence", "entropy_top_ranks=global")
+    overrides = [f"{RATIO}=0.2", MICRO_BATCH, *(f"actor_rollout_ref.actor.{key}" for key in keys)]
+    with pytest.raises(Exception, match="entropy_top_ranks=global: it must be local with entropy_top_scope sequence"):
         omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
 
 

@@ -56,6 +56,8 @@ def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pyte
 
 def competitors(micro_batches: list[list[list[int]]], case: dict[str, Any]) -> list[list[int]]:
     """The rows whose tokens compete with each other, from the micro-batches of each rank."""
+    if case.get("actor.entropy_top_scope") == "sequence":
+        return [[index] for of_rank in micro_batches for rows in of_rank for index in rows]
     if case.get("actor.entropy_top_scope") == "mini_batch":
         micro_batches = [[[index for rows in of_rank for index in rows]] for of_rank in micro_batches]
     if case.get("actor.entropy_top_ranks") == "global":
@@ -177,7 +179,11 @@ def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selectio
     mask = torch.cat([rows[index]["mask"] for index in indices])
     n = int(mask.sum())
     k = max(1, int(n * RATIO + 0.9999))
-    threshold = torch.cat([score[index] for index in indices])[mask].sort(descending=True).values[k - 1]
+    competing = torch.cat([score[index] for index in indices])[mask]
+    threshold = competing.sort(descending=True).values[k - 1]
+    if case.get("actor.entropy_top_rule") == "quantile":
+        kept = competing >= competing.quantile(1 - RATIO)
+        k, threshold = int(kept.sum()), competing[kept].min()
     by_covariance: dict[int, Tensor] = {}
     if case.get("actor.policy_loss.loss_mode") in optimizer_step.COVARIANCE_MODES:
         known = {
@@ -246,6 +252,12 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
         "actor/entropy_token_ratio": selected_tokens / response_tokens,
         "actor/entropy_threshold": thresholds / response_tokens,
     }
+    shares = [
+        int(chosen.sum()) / int(rows[index]["mask"].sum())
+        for selection in selections
+        for index, chosen in selection.masks.items()
+    ]
+    metrics |= {f"actor/entropy_token_ratio/{end.__name__}": end(shares) for end in (min, max)}
     metrics |= {name: torch.cat(values).mean().item() for name, values in means.items()}
     if not only_selected:
         metrics["actor/entropy_loss"] = entropy.item()

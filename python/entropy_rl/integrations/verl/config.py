@@ -8,6 +8,7 @@ import verl.workers.config as verl
 
 from entropy_rl.config import LOSS_MODES, RULES, ConfigError, one_of
 from entropy_rl.integrations.verl import loss, plugin
+from entropy_rl.selection import contradiction
 
 _PREFIX = "actor_rollout_ref.actor."
 _RULES = {
@@ -42,6 +43,10 @@ class _EntropyTop:
                 stacklevel=2,
             )
             return
+        found = contradiction(self)
+        if found is not None:
+            key, reason = found
+            raise ConfigError(f"{_PREFIX}{key}={getattr(self, key)}: {reason}")
         plugin.require()
         from entropy_rl.integrations.verl import engine
 
@@ -58,7 +63,7 @@ class McoreActorConfig(_EntropyTop, verl.McoreActorConfig):
     """For actor_rollout_ref.actor.strategy megatron."""
 
     def __post_init__(self) -> None:
-        if self.entropy_top_ratio is not None and self.entropy_top_scope == "mini_batch":
+        if self.entropy_top_ratio is not None and self.entropy_top_scope != "micro_batch":
             # Only the last stage of a pipeline would see the entropies of a prepass.
             _check("entropy_top_source", self.entropy_top_source, one_of("old_policy"))
         super().__post_init__()

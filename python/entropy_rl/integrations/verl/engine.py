@@ -78,7 +78,7 @@ def _with_numbers(prepare_micro_batches: Callable[..., Any]) -> Callable[..., An
 
 
 def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds a StepSelection to the batch of an optimizer step and, with the scope mini_batch, makes the selection.
+    """Adds a StepSelection to the batch of an optimizer step and, unless the scope is micro_batch, makes the selection.
 
     The selection of each token is in fields of the batch, of which verl gives each micro-batch its rows.
     """
@@ -87,7 +87,7 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
         config = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and loss.applies(config):
             step = StepSelection(config, self.get_data_parallel_group())
-            if step.mini_batch:
+            if step.before_step:
                 # The loss of a distillation reads all tokens.
                 only_selected = loss_function.func is loss.ppo_loss and loss.only_selected(config)
                 forward = functools.partial(forward_backward_batch, self, data, None, forward_only=True)
@@ -104,7 +104,7 @@ def _select_mini_batch(
     mask = data["response_mask"]  # [B, S], nested or padded
     log_prob, entropy = _old_policy(data) if step.old_policy else _prepass(data, forward)
     batch = (log_prob, entropy, mask, data["old_log_probs"], data["advantages"])
-    log_prob, entropy, response_mask, old_log_prob, advantages = (_values(x).to(get_device_id()) for x in batch)
+    log_prob, entropy, response_mask, old_log_prob, advantages = (_padded(x).to(get_device_id()) for x in batch)
     tokens = step.select_mini_batch(
         log_prob,
         entropy,
@@ -118,7 +118,7 @@ def _select_mini_batch(
         value = getattr(tokens, name)
         if value is not None:
             value = value.to(mask.device, _values(mask).dtype if value.dtype == torch.bool else None)
-            data[key] = torch.nested.nested_tensor_from_jagged(value, mask.offsets()) if mask.is_nested else value
+            data[key] = _nested(value, mask.offsets()) if mask.is_nested else value
 
 
 def _old_policy(data: TensorDict) -> tuple[Tensor, Tensor]:
@@ -147,6 +147,16 @@ def _prepass(data: TensorDict, forward: Callable[[], Any]) -> tuple[Tensor, Tens
 
 def _values(tensor: Tensor) -> Tensor:
     return tensor.values() if tensor.is_nested else tensor
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    return tensor.to_padded_tensor(0) if tensor.is_nested else tensor
+
+
+def _nested(padded: Tensor, offsets: Tensor) -> Tensor:
+    """The inverse of `_padded`: [B, S] and [B + 1] to a nested tensor."""
+    inside = torch.arange(padded.shape[1], device=offsets.device) < offsets.diff()[:, None]
+    return torch.nested.nested_tensor_from_jagged(padded[inside], offsets)
 
 
 def _with_logprob_entropy(prepare_model_outputs: Callable[..., Any]) -> Callable[..., Any]:

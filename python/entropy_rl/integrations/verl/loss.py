@@ -11,7 +11,14 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils import losses
 from verl.workers.utils.padding import no_padding_2_padding
 
-from entropy_rl.selection import SEQUENCE_MODES, StepSelection, TokenSelection, needs_all_tokens
+from entropy_rl.selection import (
+    HIGHEST_SHARE,
+    LOWEST_SHARE,
+    SEQUENCE_MODES,
+    StepSelection,
+    TokenSelection,
+    needs_all_tokens,
+)
 from entropy_rl_ext import aggregate, kl_loss
 
 verl_ppo_loss = losses.ppo_loss
@@ -19,7 +26,8 @@ verl_ppo_loss = losses.ppo_loss
 # Fields that `engine` adds to a micro-batch: the optimizer step's StepSelection, and the number of the micro-batch.
 STEP = "entropy_top_step"
 NUMBER = "entropy_top_micro_batch"
-# With the scope mini_batch, its part of the TokenSelection: one field per tensor, [B, S] as response_mask.
+# If the selection is made before the step, its part of the TokenSelection: one field per tensor, [B, S] as
+# response_mask.
 TOKENS = {field.name: f"entropy_top_{field.name}" for field in fields(TokenSelection)}
 
 
@@ -31,7 +39,7 @@ def applies(config: Any) -> bool:
 def only_selected(config: Any) -> bool:
     """Whether the training step can run the LM head on the selected tokens only."""
     return (
-        config.entropy_top_scope == "mini_batch"
+        config.entropy_top_scope != "micro_batch"
         and config.entropy_top_kernel == "entropy_rl"
         and config.use_fused_kernels
         and config.strategy in ("fsdp", "fsdp2")
@@ -90,7 +98,11 @@ def ppo_loss(
     )
     # verl adds up over micro-batches and averages over ranks.
     sums = {"actor/pg_loss": loss} | {name: value * ranks for name, value in means.items()}
-    metrics = {}
+    lowest, highest = step.shares[-1].unbind()
+    metrics = {
+        LOWEST_SHARE: Metric(aggregation=AggregationType.MIN, value=-lowest),
+        HIGHEST_SHARE: Metric(aggregation=AggregationType.MAX, value=highest),
+    }
     if tokens is None or tokens.log_prob is None:  # the entropies of all tokens are there
         sums["actor/entropy_loss"] = bonus = aggregate(entropy, response_mask, **aggregation)
         if config.entropy_coeff != 0:
@@ -105,7 +117,7 @@ def ppo_loss(
 
 
 def _tokens(data: TensorDict) -> TokenSelection | None:
-    """The micro-batch's part of the step's selection; None with the scope micro_batch."""
+    """The micro-batch's part of the step's selection; None if there was none before the step."""
     if TOKENS["mask"] not in data:
         return None
     tokens = TokenSelection(**{name: data.get(key, None) for name, key in TOKENS.items()})
