@@ -27,10 +27,11 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import entropy_rl.config
-from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained
+from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained, progress
 from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
 from entropy_rl.logs import Logs
+from entropy_rl.report.rollouts import Rollout, make_rollouts
 from entropy_rl.rewards import Scorer
 from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass
 from entropy_rl.tasks import Problem, load_tasks
@@ -127,18 +128,21 @@ def run(config: DictConfig, device: torch.device) -> None:
     def validated() -> dict[str, float]:
         return validate(training.model, training.tokenizer, training.validation, training.scorer, config)
 
-    with contextlib.closing(Logs(directory, trainer.logger, training.first_step, last_step, active=first_rank)) as logs:
+    with contextlib.closing(Logs(directory, config, training.first_step, last_step, active=first_rank)) as logs:
         if trainer.val_before_train and training.validation and training.first_step == 0:
-            logs.write(0, validated())
+            with progress.doing("testing"):
+                logs.write(0, validated())
         for step in range(training.first_step + 1, last_step + 1):
             timer = Timer()
-            metrics, tokens = train_step(training, step, timer, config)
+            metrics, tokens = train_step(training, step, timer, logs, config)
             last = step == last_step
             if training.validation and (last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)):
                 with timer.phase("testing"):
                     metrics |= validated()
             # Logged before the checkpoint: a run that resumes from it has logged all of its steps.
             logs.write(step, metrics | timer.metrics(tokens))
+            if metrics["critic/advantages/max"] == metrics["critic/advantages/min"] == 0:
+                logs.warn("no advantage", nothing_to_learn(step, metrics))
             if is_due(step, last_step, trainer.save_freq):
                 keep = trainer.max_actor_ckpt_to_keep
                 state = (training.model, training.tokenizer, training.optimizer)
@@ -147,7 +151,9 @@ def run(config: DictConfig, device: torch.device) -> None:
         print(f"metrics, curves and checkpoints: {directory.resolve()}")
 
 
-def train_step(training: Training, step: int, timer: "Timer", config: DictConfig) -> tuple[dict[str, float], int]:
+def train_step(
+    training: Training, step: int, timer: "Timer", logs: Logs, config: DictConfig
+) -> tuple[dict[str, float], int]:
     """Samples, scores and updates. Returns the metrics, and how many tokens the batch has over all ranks."""
     model, rollout, device = training.model, config.actor_rollout_ref.rollout, training.model.device
     chosen = share_of_rank(batch_of_step(training.examples, step, config.data), config)
@@ -172,6 +178,10 @@ def train_step(training: Training, step: int, timer: "Timer", config: DictConfig
     with timer.phase("update_actor"):
         experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy)
         updated = update(model, training.optimizer, experience, step, training.total_steps, config)
+    every = config.trainer.log_samples_freq
+    if is_due(step, training.total_steps, every) or (every > 0 and step == training.first_step + 1):
+        shown = rewards.argsort(stable=True)[[0, -1]].unique()  # of this rank: the lowest and the highest reward
+        logs.samples(step, rollouts(training.tokenizer, experience, group, rewards, shown, step))
 
     steps_per_epoch = len(training.examples) // config.data.train_batch_size
     metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
@@ -229,7 +239,7 @@ def set_up(config: DictConfig, directory: Path, device: torch.device) -> Trainin
 
 
 def is_due(step: int, total_steps: int, every: int) -> bool:
-    """Whether to save after a step: after every so many steps and after the last one; never if `every` is -1."""
+    """Whether to save or to show samples after a step: after every so many and after the last; never if it is -1."""
     return every > 0 and (step == total_steps or step % every == 0)
 
 
@@ -385,7 +395,7 @@ def generate(
     limit, at_a_time = config.data.max_response_length, config.actor_rollout_ref.rollout.max_num_seqs
     end = torch.tensor(pretrained.end_of_text_ids(model, tokenizer), device=model.device)
     parts = []
-    for begin in range(0, len(prompts), at_a_time):
+    for begin in progress.track(range(0, len(prompts), at_a_time), "part"):
         padded = [
             [tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt)
             for prompt in prompts[begin : begin + at_a_time]
@@ -431,7 +441,7 @@ def _generate(
     open_rows = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     new, cache, response_mask = tokens, None, []
-    for _ in range(limit):
+    for _ in progress.track(range(limit), "token"):
         output = model(
             input_ids=new,
             attention_mask=attention_mask,
@@ -503,7 +513,7 @@ def validate(
     scored: list[tuple[str, float]] = []
     with distributed.unsharded(model) as unsharded_model:
         generator = torch.Generator(unsharded_model.device).manual_seed(seed)
-        for begin in range(0, len(own), size):
+        for begin in progress.track(range(0, len(own), size), "batch"):
             group = [example for example in own[begin : begin + size] for _ in range(sampling.n)]
             batch = generate(unsharded_model, tokenizer, [prompt for _, prompt in group], config, sampling, generator)
             rewards, _ = score(tokenizer, batch, [problem for problem, _ in group], scorer)
@@ -584,8 +594,9 @@ def compute_log_prob(model: PreTrainedModel, batch: Batch, config: DictConfig) -
         or len(batch.tokens)
     )
     rows = torch.arange(len(batch.tokens), device=batch.tokens.device).split(size)
-    log_prob, entropy = zip(*(log_prob_and_entropy(model, batch.rows(index), config) for index in rows), strict=True)
-    return torch.cat(log_prob), torch.cat(entropy)
+    scored = [log_prob_and_entropy(model, batch.rows(index), config) for index in progress.track(rows, "micro-batch")]
+    log_prob, entropy = map(torch.cat, zip(*scored, strict=True))
+    return log_prob, entropy
 
 
 def update(
@@ -605,7 +616,8 @@ def update(
 
     generator = torch.Generator().manual_seed(distributed.seed_of_rank(actor.data_loader_seed * 1_000_003 + step))
     history: dict[str, list[Tensor]] = defaultdict(list)
-    for mini_batch in mini_batches(experience, generator, config):
+    for rows in progress.track(mini_batches(len(experience.advantages), generator, config), "optimizer step"):
+        mini_batch = experience.rows(rows.to(experience.advantages.device))
         optimizer.zero_grad()
         metrics = accumulate_gradients(model, mini_batch, generator, config)
         grad_norm = distributed.full_norm(
@@ -649,19 +661,20 @@ def non_finite_cause(model: PreTrainedModel, mini_batch: Experience, loss: Tenso
     return "; ".join([*wrong, *([] if loss.isfinite() else ["loss"])])
 
 
-def mini_batches(experience: Experience, generator: torch.Generator, config: DictConfig) -> Iterator[Experience]:
-    """Yields what each optimizer step learns from, in order or with actor.shuffle at random: all responses to a problem
-    are in the same mini-batch.
+def mini_batches(responses: int, generator: torch.Generator, config: DictConfig) -> list[Tensor]:
+    """The rows of each optimizer step, in order or with actor.shuffle at random: all responses to a problem are in the
+    same mini-batch.
 
     Each rank shuffles its own problems, so that with actor.shuffle the mini-batches depend on the number of ranks.
     """
     actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
-    device = experience.advantages.device
-    rows = torch.arange(len(experience.advantages)).view(-1, n)
+    rows = torch.arange(responses).view(-1, n)
+    found = []
     for _ in range(actor.ppo_epochs):
         order = torch.randperm(len(rows), generator=generator) if actor.shuffle else torch.arange(len(rows))
-        for groups in order.split(actor.ppo_mini_batch_size // distributed.size()):
-            yield experience.rows(rows[groups].flatten().to(device))
+        groups = order.split(actor.ppo_mini_batch_size // distributed.size())
+        found += [rows[group].flatten() for group in groups]
+    return found
 
 
 def select_before_step(
@@ -719,7 +732,8 @@ def accumulate_gradients(
         "dp_size": ranks,
     }
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
-    for number, (index, selected) in enumerate(zip(rows, tokens, strict=True)):
+    parts = [*zip(rows, tokens, strict=True)]
+    for number, (index, selected) in enumerate(progress.track(parts, "micro-batch")):
         micro = mini_batch.rows(index)
         response_mask = micro.batch.response_mask
         distributed.reduces_gradients(model, number == len(rows) - 1)
@@ -772,6 +786,33 @@ def autocast(device: torch.device, config: DictConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+# ---- Responses that are shown or written
+
+
+def rollouts(
+    tokenizer: PreTrainedTokenizerBase,
+    experience: Experience,
+    group: Sequence[Example],
+    rewards: Tensor,
+    rows: Tensor,
+    step: int,
+) -> list[Rollout]:
+    """Some of the responses of this rank, whose problems are `group` and whose rewards are [B]."""
+    chosen, experience = [group[row] for row in rows.tolist()], experience.rows(rows)
+    return make_rollouts(
+        tokenizer,
+        [prompt for _, prompt in chosen],
+        experience.batch.responses,
+        experience.batch.response_mask,
+        step=step,
+        scores=rewards[rows],
+        advantages=experience.advantages,
+        entropies=experience.old_entropy,
+        log_probs=experience.old_log_prob,
+        data_sources=[problem.data_source for problem, _ in chosen],
+    )
+
+
 # ---- Metrics, under verl's names
 
 
@@ -784,11 +825,16 @@ def batch_metrics(
     config: DictConfig,
 ) -> dict[str, float]:
     """Metrics of the batch of a training step, over all ranks."""
-    actor, mask = config.actor_rollout_ref.actor, batch.response_mask
+    actor, mask, n = config.actor_rollout_ref.actor, batch.response_mask, config.actor_rollout_ref.rollout.n
     length = mask.sum(-1).float()
+    zero_std = {}
+    if n > 1:
+        groups = rewards.view(-1, n)
+        zero_std["critic/rewards/zero_std_ratio"] = (groups == groups[:, :1]).all(-1).float()
     values = {
         "critic/score": rewards,
         "critic/rewards": rewards,
+        **zero_std,
         "critic/advantages": advantage[mask],
         "response_length": length,
         "prompt_length": batch.attention_mask.sum(-1) - length,
@@ -815,6 +861,17 @@ def batch_metrics(
     return metrics
 
 
+def nothing_to_learn(step: int, metrics: dict[str, float]) -> str:
+    """The warning for a step whose advantages are all 0."""
+    lowest, highest = metrics["critic/rewards/min"], metrics["critic/rewards/max"]
+    return (
+        f"step {step}: the policy gradient is 0, because the responses to each problem have the same reward (the "
+        f"rewards are {lowest:g} to {highest:g}). A step learns from problems that some responses solve and others do "
+        "not. Look at the samples, and check the prompts, the reward and data.max_response_length; "
+        "critic/rewards/zero_std_ratio is the share of such problems"
+    )
+
+
 class Timer:
     """The seconds that each phase of a training step takes."""
 
@@ -825,7 +882,8 @@ class Timer:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with progress.doing(name):
+            yield
         self._seconds[name] = time.perf_counter() - start
 
     def metrics(self, tokens: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("data.reasoning_gym.name", "chain_sum", "exactly one of the two must be set"),
         ("data.train_batch_size", 32, "at most the number of training problems, 16"),
         ("data.max_prompt_length", 3, "a prompt has 7 tokens"),
-        ("trainer.logger", "[wandb]", "each one of console, file, tensorboard"),
+        ("trainer.logger", "[clearml]", "each one of console, file, tensorboard, wandb, mlflow"),
+        ("trainer.log_samples_freq", 0, "-1, or an integer of at least 1"),
         ("trainer.resume_mode", "resume_path", "trainer.resume_from_path=null: it must be a path"),
         ("trainer.default_local_dir", "/proc/run", "trainer.default_local_dir=/proc/run: it cannot be created"),
         ("trainer.n_gpus_per_node", 8, "torchrun started 1 processes"),
@@ -112,6 +114,25 @@ def test_keys_that_contradict_each_other(
     assert train.main(as_arguments(overrides | {f"{ACTOR}.{key}": value for key, value in changes.items()})) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {ACTOR}.{expected}") and message.count("\n") == 1
+
+
+def test_all_unknown_keys_are_named_at_once(overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a command line of verl with keys that this trainer does not have."""
+    unknown = {"trainer.critic_warmup": 0, "actor_rollout_ref.rollout.gpu_memory_utilization": 0.4}
+    assert train.main(as_arguments(overrides | unknown)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert all(f"there is no key '{key}'" in message for key in unknown)
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed(
+    package: str, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("entropy_rl.config.find_spec", lambda name: None if name == package else find_spec(name))
+    assert train.main(as_arguments(overrides | {"trainer.logger": f"[file,{package}]"})) == 2
+    message = capsys.readouterr().err
+    assert message == f"error: trainer.logger={package}: the package is not installed; pip install {package}\n"
 
 
 @pytest.mark.parametrize("override", ["data", "data.seed", "data.seed=[", "=3", "data=3", "hydra.verbose=true"])

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_rl import config as configuration
 from entropy_rl import lm_head, selection, train
+from entropy_rl.report.rollouts import read_rollouts
 from entropy_rl.tasks import Problem, load_tasks
 from training import ACTOR, as_arguments
 
@@ -174,6 +176,55 @@ def test_other_settings_train(run: Run) -> None:
         }
     )
     assert [line["data"]["actor/lr"] for line in lines] == [0.0, 1e-3]
+
+
+def test_problems_without_spread_are_counted(model: Any, config: Any) -> None:
+    """Four problems with two responses each: the rewards of two problems do not differ."""
+    config.actor_rollout_ref.rollout.n = 2
+    experience = random_experience(model, config)
+    rewards = torch.tensor([0.1, 0.1, 0.0, 1.0, 0.5, 0.25, 0.0, 0.0])
+    advantage = train.compute_advantages(rewards, experience.batch.response_mask, config)
+    metrics = train.batch_metrics(experience.batch, rewards, {}, advantage, experience.old_entropy, config)
+    assert metrics["critic/rewards/zero_std_ratio"] == 0.5
+    config.actor_rollout_ref.rollout.n = 1
+    metrics = train.batch_metrics(experience.batch, rewards, {}, advantage, experience.old_entropy, config)
+    assert "critic/rewards/zero_std_ratio" not in metrics
+
+
+def test_a_run_that_cannot_learn_says_so_and_shows_samples(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """math-verify gives every random response the reward 0."""
+    lines = run(
+        {
+            "reward.custom_reward_function.path": "null",
+            "trainer.total_training_steps": 2,
+            "trainer.logger": "[console,file]",
+        }
+    )
+    for line in lines:
+        assert line["data"]["critic/rewards/zero_std_ratio"] == 1 and line["data"]["actor/grad_norm"] == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("warning: step 1: the policy gradient is 0") == 1 and "warning: step 2" not in shown.err
+    for step in (1, 2):  # the first and the last
+        assert shown.out.count(f"step {step}, a response with reward 0 to: ") == 2
+        assert len((tmp_path / f"run/samples/{step}.jsonl").read_text().splitlines()) == 2
+    saved = OmegaConf.load(tmp_path / "run/config.yaml")
+    assert saved.actor_rollout_ref.actor.entropy_top_ratio == 0.2 and saved.data.shuffle is True
+
+
+def test_samples_are_those_with_the_lowest_and_the_highest_reward(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = run({"trainer.total_training_steps": 3, "trainer.log_samples_freq": 2})
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["1.jsonl", "2.jsonl", "3.jsonl"]
+    for line in lines:
+        rows = [row for row in read_rollouts(tmp_path / "run/samples") if row.step == line["step"]]
+        ends = [line["data"][f"critic/rewards/{end}"] for end in ("min", "max")]
+        assert sorted(row.score for row in rows if row.score is not None) == pytest.approx(ends)
+    assert "warning" not in capsys.readouterr().err
+    run({"trainer.log_samples_freq": -1, "trainer.default_local_dir": tmp_path / "silent"})
+    assert not (tmp_path / "silent/samples").exists()
 
 
 def test_learns_what_is_rewarded(run: Run) -> None:

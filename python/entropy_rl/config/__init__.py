@@ -6,6 +6,7 @@ An error raises `ConfigError`, whose one line names the key, its value and what 
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ KL_TYPES = tuple(
     for straight_through in ("", "+")
 )
 ADV_ESTIMATORS = ("grpo", "rloo", "gpg", "reinforce_plus_plus")
-LOGGERS = ("console", "file", "tensorboard")
+LOGGERS = ("console", "file", "tensorboard", "wandb", "mlflow")
+TRACKERS = LOGGERS[2:]  # each is a package of that name
 
 
 class ConfigError(UserError):
@@ -223,6 +225,7 @@ RULES: dict[str, Rule] = {
     "trainer.max_actor_ckpt_to_keep": optional(integer(1)),
     "trainer.default_local_dir": TEXT,
     "trainer.logger": list_of(one_of(*LOGGERS)),
+    "trainer.log_samples_freq": either(MINUS_ONE, integer(1)),
     "trainer.project_name": TEXT,
     "trainer.experiment_name": TEXT,
     "trainer.device": one_of("auto", "cuda", "cpu"),
@@ -237,8 +240,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: a key does not exist, a value is not allowed, or keys contradict each other.
     """
-    for override in overrides:
-        _check_key(override)
+    check_keys(overrides)
     try:
         with initialize_config_dir(str(Path(__file__).parent), version_base="1.3"):
             config = compose("train", overrides=list(overrides))
@@ -290,19 +292,25 @@ def check(config: DictConfig) -> None:
             f"trainer.resume_from_path={_text(config.trainer.resume_from_path)}: it must be a path with "
             f"trainer.resume_mode=resume_path, and null otherwise; resume_mode is {config.trainer.resume_mode}"
         )
+    for package in TRACKERS:
+        if package in config.trainer.logger and find_spec(package) is None:
+            raise ConfigError(f"trainer.logger={package}: the package is not installed; pip install {package}")
 
 
-def _check_key(override: str) -> None:
-    """Checks that the key exists. Hydra names an unknown key in several lines, and accepts one that begins with +."""
-    try:
-        key = OverridesParser.create().parse_override(override).key_or_group
-    except HydraException:
-        raise ConfigError(f"{override}: an override must read key=value") from None
-    inside_table = any(rule is TABLE and key.startswith(table + ".") for table, rule in RULES.items())
-    if key not in RULES and not inside_table:
+def check_keys(overrides: Sequence[str]) -> None:
+    """Checks that the keys exist. Hydra names an unknown key in several lines, and accepts one that begins with +."""
+    unknown = []
+    for override in overrides:
+        try:
+            key = OverridesParser.create().parse_override(override).key_or_group
+        except HydraException:
+            raise ConfigError(f"{override}: an override must read key=value") from None
+        if key in RULES or any(rule is TABLE and key.startswith(table + ".") for table, rule in RULES.items()):
+            continue
         close = difflib.get_close_matches(key, RULES, n=3, cutoff=0.5)
-        nearest = f"; nearest: {', '.join(close)}" if close else ""
-        raise ConfigError(f"{override}: there is no key '{key}'{nearest}; --help lists all keys")
+        unknown.append(f"{override}: there is no key '{key}'" + (f"; nearest: {', '.join(close)}" if close else ""))
+    if unknown:
+        raise ConfigError(" | ".join([*unknown, "--help lists all keys"]))
 
 
 def _text(value: Any) -> str:

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.measure import Measurement
 from entropy_rl.report.rollouts import Rollout
+from entropy_rl.report.tokens import token_text
 
 LOG_PROB_STEP = 1 / 2000  # nats; 65535 steps reach a probability of 6e-15 and stand for every lower one
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 # How the common chat templates begin a user's message, and what can follow it. The last form of each is that of a
 # text without special tokens, as verl writes its prompts.
@@ -202,27 +202,6 @@ def _scale(entropy: Tensor) -> float:
 def _means(entropy: Tensor, lengths: Sequence[int]) -> list[float | None]:
     means = [float(part.mean()) for part in entropy.split(list(lengths))]
     return [round(mean, 4) if math.isfinite(mean) else None for mean in means]
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text that a token adds after another token, or its bytes in hexadecimal if it is a part of a character."""
-    before = tokenizer.decode([token])
-    text = tokenizer.decode([token, token])
-    # A token may lose its leading space when it is decoded alone, but not after another token.
-    text = text[len(before) :] if text.startswith(before) else before
-    if REPLACEMENT in text:
-        return f"⟨{_hexadecimal(tokenizer.convert_ids_to_tokens(token))}⟩"
-    return text
-
-
-def _hexadecimal(token: str) -> str:
-    """The bytes of a token like <0xE4> or of byte-level BPE, which has a printable character for each byte."""
-    if token.startswith("<0x"):
-        return token[3:-1].lower()
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in printable)}
-    return bytes(alphabet[c] for c in token).hex(" ") if set(token) <= alphabet.keys() else token
 
 
 def _number_in(used: Tensor, tokens: Tensor) -> Tensor:

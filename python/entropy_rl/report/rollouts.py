@@ -8,12 +8,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from entropy_rl.errors import UserError, one_line
+from entropy_rl.report.tokens import token_text
 
 FLOATS = ("entropies", "log_probs")
 PER_TOKEN = ("tokens", "token_ids", "selected", *FLOATS)
@@ -35,6 +39,72 @@ class Rollout:
     advantage: float | None = None
     data_source: str | None = None
     uid: str | None = None  # the same for the responses of one prompt in one step
+
+
+def make_rollouts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    responses: Tensor,
+    response_mask: Tensor,
+    *,
+    step: int,
+    scores: Tensor,
+    advantages: Tensor | None = None,
+    entropies: Tensor | None = None,
+    log_probs: Tensor | None = None,
+    selected: Tensor | None = None,
+    data_sources: Sequence[str] | None = None,
+) -> list[Rollout]:
+    """The rollouts of a batch.
+
+    Args:
+        tokenizer: the model's.
+        prompts: B lists of token ids.
+        responses: [B, S] token ids.
+        response_mask: [B, S], nonzero = response token.
+        step: the training step.
+        scores: [B], the rewards.
+        advantages: [B, S]; a response gets the mean of its tokens.
+        entropies, log_probs: [B, S], nats.
+        selected: [B, S], nonzero = the policy gradient uses the token.
+        data_sources: B names.
+    """
+    mask, texts = response_mask.bool().cpu(), _Texts(tokenizer)
+    rollouts = []
+    for row, (prompt, inside, score) in enumerate(zip(prompts, mask, scores.tolist(), strict=True)):
+
+        def of(values: Tensor, row: int = row, inside: Tensor = inside) -> Tensor:
+            return values[row].cpu()[inside]
+
+        ids = of(responses).tolist()
+        rollouts.append(
+            Rollout(
+                input=tokenizer.decode(list(prompt)),
+                output=tokenizer.decode(ids, skip_special_tokens=True),
+                score=score,
+                step=step,
+                tokens=[texts[token] for token in ids],
+                token_ids=ids,
+                entropies=None if entropies is None else of(entropies).tolist(),
+                log_probs=None if log_probs is None else of(log_probs).tolist(),
+                selected=None if selected is None else of(selected).int().tolist(),
+                advantage=None if advantages is None else of(advantages).double().mean().item(),
+                data_source=None if data_sources is None else data_sources[row],
+            )
+        )
+    return rollouts
+
+
+class _Texts(dict[int, str]):
+    """The text of each token, found once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = token_text(self._tokenizer, token)
+        return text
 
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.measure import Measurement
-from entropy_rl.report.page import LOG_PROB_STEP, MeasuredModel, last_user_message, token_text, write_page
+from entropy_rl.report.page import LOG_PROB_STEP, MeasuredModel, last_user_message, write_page
+from entropy_rl.report.tokens import token_text
 
 
 def byte_level() -> PreTrainedTokenizerBase:
