@@ -58,6 +58,7 @@ help:
 # What the builds of the package and of the gtests need.
 .venv/build-tools: constraints.txt
 	[ -d .venv ] || $(PYTHON) -m venv .venv
+	@echo "Installing PyTorch and the build tools into .venv: a minute, and the download"
 	$(BIN)/pip install -q torch setuptools ninja pybind11 cmake
 	touch $@
 
@@ -65,6 +66,7 @@ help:
 # because pip would hide its progress; pip then finds everything compiled.
 .venv/libraries: .venv/build-tools $(SOURCES) pyproject.toml
 	$(BIN)/python setup.py build_ext --inplace
+	@echo "Installing what the trainer and the tests need: a minute, and the download"
 	$(BIN)/pip install -q --no-build-isolation -e '.[train,test,lint]'
 	touch $@
 

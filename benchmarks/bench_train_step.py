@@ -1,7 +1,7 @@
 """A step of the trainer on a small Qwen3: old log-probabilities and one optimizer step, with our head and a plain one.
 
 Sampling is left out because it is the same for both. In the first model the LM head has the share of the parameters
-that it has in Qwen3-0.6B; the second is the demo's, with its batch (python/entropy_rl/demo.py).
+that it has in Qwen3-0.6B; in the second, a larger form of the demo's (python/entropy_rl/demo.py), it has hardly any.
 """
 
 from collections.abc import Iterator

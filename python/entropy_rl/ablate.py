@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             tasks.load_tasks(config.load(left[0].overrides))  # an error in the files stops here, before anything starts
     else:
         for seed in sorted({planned.seed for planned in left}):
-            _prepare_demo(output / f"seed_{seed}", seed, arguments.warmup_steps)
+            _prepare_demo(output / f"seed_{seed}", seed, arguments.warmup_steps or demo.WARMUP_STEPS)
     _run_all(left, arguments.jobs)
 
     results = [_read_result(planned.result_path()) for planned in runs]
@@ -126,7 +126,11 @@ def _own_task(arguments: argparse.Namespace) -> bool:
 def _shared_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {"task": "the command line's", "steps": arguments.steps, "overrides": arguments.overrides}
     if not _own_task(arguments):
-        settings |= {"task": "demo", "steps": arguments.steps or demo.STEPS, "warmup_steps": arguments.warmup_steps}
+        settings |= {
+            "task": "demo",
+            "steps": arguments.steps or demo.STEPS,
+            "warmup_steps": arguments.warmup_steps or demo.WARMUP_STEPS,
+        }
     return settings
 
 

@@ -181,9 +181,7 @@ def _add_ablate(ablate: argparse.ArgumentParser) -> None:
     ablate.add_argument("--arms", type=_arms, default=ARMS, metavar="ARM,ARM", help=f"any of {','.join(ARMS)}")
     ablate.add_argument("--seeds", type=_count, default=3, metavar="N", help="run the seeds 0 to N - 1 (3)")
     ablate.add_argument("--steps", type=_count, metavar="N", help="training steps (120 for the demo's task)")
-    ablate.add_argument(
-        "--warmup-steps", type=_count, default=1500, metavar="N", help="warm-up steps of the demo's model (1500)"
-    )
+    ablate.add_argument("--warmup-steps", type=_count, metavar="N", help="warm-up steps of the demo's model (900)")
     ablate.add_argument("--jobs", type=_count, default=1, metavar="N", help="number of runs at a time (1)")
     ablate.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the trainer")
 

@@ -39,12 +39,12 @@ def test_the_tokenizer_has_a_token_for_each_word() -> None:
 
 
 def test_the_pages_have_the_figures_of_the_committed_runs() -> None:
-    """README.md and docs/training.md, from benchmarks/results/demo."""
+    """README.md and docs/demo.md, from benchmarks/results/demo."""
     root = Path(__file__).parents[2]
     runs = [json.loads(path.read_text()) for path in sorted((root / "benchmarks/results/demo").glob("*.json"))]
     before, after = ([run["held_out_accuracy"][place] for run in runs] for place in (0, -1))
     rise = f"rises from {sum(before) / len(runs):.1%} to {sum(after) / len(runs):.1%}".replace("%", " %")
     assert rise in " ".join((root / "README.md").read_text().split())
-    page = (root / "docs/training.md").read_text()
+    page = (root / "docs/demo.md").read_text()
     for run, first, last in zip(runs, before, after, strict=True):
         assert f"| {run['seed']} | {first:.1%} | {last:.1%} | {100 * (last - first):+.1f} |".replace("%", " %") in page
