@@ -160,9 +160,7 @@ def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_wandb_gets_the_configuration_and_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     run = SimpleNamespace(log=lambda data, step: calls.append((step, data)), finish=lambda: calls.append("finish"))
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: calls.append(arguments) or run)
-    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: calls.append(arguments) or run))
     config = settings("wandb")
     logs = Logs(tmp_path, config, 0, 1)
     logs.write(1, metrics(1))
@@ -201,5 +199,5 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: 
         raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
-    with pytest.raises(UserError, match="trainer.logger=wandb: it does not start: no API key configured"):
+    with pytest.raises(UserError, match=r"trainer\.logger=wandb: it does not start: no API key configured"):
         Logs(tmp_path, settings("wandb"), 0, 1)
