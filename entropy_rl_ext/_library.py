@@ -21,7 +21,8 @@ def _cpu_library() -> Path:
     path = _find("_cpu")
     if path is None:
         raise ImportError(
-            f"entropy_rl_ext is not built: no _cpu library in {_HERE}. Install it with `pip install --no-build-isolation -e .`"
+            f"entropy_rl_ext is not built: no _cpu library in {_HERE}. "
+            "Install it with `pip install --no-build-isolation -e .`"
         )
     return path
 
