@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
 import entropy_rl_ext
+from documentation import PAGES
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -54,6 +56,20 @@ def test_version_is_that_of_the_changelog() -> None:
     newest = re.search(r"^## \[(\d\S*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert version and newest
     assert entropy_rl_ext.__version__ == version[1] == newest[1]
+
+
+@pytest.mark.parametrize("package", ["verl", "trl"])
+def test_versions_of_other_trainers_are_those_of_the_extras(package: str) -> None:
+    """pyproject.toml has the range. What the tests install and what the pages name lies in it."""
+    [requirement] = map(Requirement, extra(package))
+    folders = (ROOT / "tests/integrations" / package, ROOT / "benchmarks")
+    for path in (folder / "requirements.txt" for folder in folders):
+        assert requirement.specifier.contains(pinned(path.read_text().splitlines())[package]), path
+    for page in PAGES:
+        for version in re.findall(
+            rf"(?<!copy of )\b{package}(?: |==)(\d+\.\d+(?:\.\d+)?)", page.read_text(), flags=re.IGNORECASE
+        ):
+            assert requirement.specifier.contains(version), f"{page.name} names {package} {version}"
 
 
 def test_every_target_of_make_is_described() -> None:

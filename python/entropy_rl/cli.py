@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
+from entropy_rl import extras
 from entropy_rl.errors import UserError, one_line
 
 DESCRIPTION = """\
@@ -78,13 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("entropy_rl"):
-            raise
-        print(
-            f"error: {parsed.command} needs {error.name}, which is not installed; install it with: "
-            "pip install --no-build-isolation -e '.[train]' in a clone of the package",
-            file=sys.stderr,
-        )
+        print(extras.missing_package(f"entropy-rl {parsed.command}", error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

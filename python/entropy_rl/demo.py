@@ -6,11 +6,17 @@ Creates a Qwen3 with 0.6 million parameters, warms it up on traces whose arithme
 target, trains it with `python -m entropy_rl.train`, and shows the effect on problems that it has never seen.
 """
 
+import sys
+
+from entropy_rl import extras
+
+if __name__ == "__main__":  # before the imports below, because their packages may be missing
+    sys.exit(extras.run_module("entropy_rl.demo"))
+
 import argparse
 import json
 import math
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -284,7 +290,3 @@ def logged(metrics: Path, name: str) -> list[float]:
     """The values of a metric in the order of the steps."""
     lines = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
     return [line[name] for line in lines if name in line]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

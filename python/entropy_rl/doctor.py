@@ -5,18 +5,16 @@ import glob
 import inspect
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from entropy_rl.integrations import SUPPORTED, is_supported
+from entropy_rl.extras import DISTRIBUTION, install, installed_version, lacking, package_of, requirements
+from entropy_rl.integrations import install_tested, untested
 
-DISTRIBUTION = "entropy-rl-ext"
 REINSTALL = "pip install --no-build-isolation -e . in a clone of the package"
 
 
@@ -301,37 +299,15 @@ def check_training() -> Iterator[Finding]:
     if installed_version(DISTRIBUTION) is None:
         yield Finding("off", "entropy_rl.train", "not checked, because this package is not installed")
         return
-    wanted = [
-        name.split(";")[0].strip()
-        for name in requires(DISTRIBUTION) or ()
-        if "extra == 'train'" in name.replace('"', "'")
-    ]
-    fix = "pip install --no-build-isolation -e '.[train]' in a clone of the package"
-    missing = [text for requirement in wanted if (text := _lacking(requirement))]
-    if all(installed_version(_name_of(requirement)) is None for requirement in wanted):
-        yield Finding("off", "entropy_rl.train", f"not installed: {fix}")
+    wanted = requirements("train")
+    missing = [text for requirement in wanted if (text := lacking(requirement))]
+    if all(installed_version(package_of(requirement)) is None for requirement in wanted):
+        yield Finding("off", "entropy_rl.train", f"not installed: {install('train')}")
     elif missing:
-        fix += ", or train with verl or TRL, which do not need it"
+        fix = f"{install('train')}, or train with verl or TRL, which do not need it"
         yield Finding("off", "entropy_rl.train", f"lacks {', '.join(missing)}: {fix}")
     else:
-        yield Finding("ok", "entropy_rl.train", f"transformers {version('transformers')}")
-
-
-def _name_of(requirement: str) -> str:
-    return re.split(r"[<>=!~ ]", requirement)[0]
-
-
-def _lacking(requirement: str) -> str | None:
-    """None if a requirement such as transformers>=5.5.3,<6 is met, otherwise what is wrong with it."""
-    installed = installed_version(_name_of(requirement))
-    if installed is None:
-        return requirement
-    try:
-        from packaging.requirements import Requirement
-    except ModuleNotFoundError:  # nothing that torch requires brings it
-        return None
-    met = Requirement(requirement).specifier.contains(installed, prereleases=True)
-    return None if met else f"{requirement} ({installed} is installed)"
+        yield Finding("ok", "entropy_rl.train", f"transformers {installed_version('transformers')}")
 
 
 # These programs run in separate processes, because the imports are slow, change global state and can fail in any way.
@@ -365,18 +341,16 @@ def check_integrations() -> Iterator[Finding]:
         installed = installed_version(package)
         if installed is None:
             yield Finding("off", name, "not installed")
-        elif not is_supported(package, installed):
-            text = f"{installed}; {SUPPORTED[package]} is supported"
-            yield Finding("wrong", name, text, f"pip install '{package}=={SUPPORTED[package]}.*'")
         elif _module_is_missing(f"entropy_rl.integrations.{package}"):
             yield Finding("wrong", name, f"{installed}; this installation lacks its integration", REINSTALL)
         elif (failure := _run(program)) is None:
-            yield Finding("ok", name, f"{installed}; {active}")
+            yield Finding("ok", name, "; ".join(filter(None, (installed, active, untested(package)))))
         elif package == "verl" and plugins != "auto" and "entropy_rl" not in plugins.split(","):
             fix = "unset VERL_USE_EXTERNAL_PLUGINS, or name entropy_rl in it"
             yield Finding("wrong", name, f"{installed}; {failure}: VERL_USE_EXTERNAL_PLUGINS={plugins}", fix)
         else:
-            yield Finding("wrong", name, f"{installed}; {failure}", REINSTALL)
+            fix = REINSTALL if untested(package) is None else install_tested(package)
+            yield Finding("wrong", name, f"{installed}; {failure}", fix)
 
 
 def _module_is_missing(name: str) -> bool:
@@ -396,13 +370,6 @@ def _run(program: str) -> str | None:
         return "the check took more than five minutes"
     lines = result.stderr.strip().splitlines()
     return None if result.returncode == 0 else lines[-1] if lines else f"exit status {result.returncode}"
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 CHECKS: dict[str, tuple[Callable[[], Iterator[Finding]], ...]] = {

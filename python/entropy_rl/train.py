@@ -10,9 +10,15 @@ computes the log-probabilities of the responses under the current policy and the
 every key.
 """
 
+import sys
+
+from entropy_rl import extras
+
+if __name__ == "__main__":  # before the imports below, because their packages may be missing
+    sys.exit(extras.run_module("entropy_rl.train"))
+
 import contextlib
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -893,7 +899,3 @@ class Timer:
             "perf/time_per_step": step,
             "perf/throughput": tokens / step,
         }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

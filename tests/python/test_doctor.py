@@ -14,11 +14,17 @@ import pytest
 import torch
 
 import entropy_rl_ext.reference
-from entropy_rl import cli, doctor
+from entropy_rl import cli, doctor, extras
 
 
 def findings(check: Callable[[], Any]) -> dict[str, doctor.Finding]:
     return {finding.name: finding for finding in check()}
+
+
+def install(monkeypatch: pytest.MonkeyPatch, version: Callable[[str], str | None]) -> None:
+    """Makes `version` of a distribution's name the installed version."""
+    monkeypatch.setattr(extras, "installed_version", version)
+    monkeypatch.setattr(doctor, "installed_version", version)
 
 
 def test_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,34 +145,41 @@ def test_instruction_set(simd: str, state: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are optional: nothing is wrong without them."""
-    own = doctor.installed_version(doctor.DISTRIBUTION)
-    monkeypatch.setattr(doctor, "installed_version", lambda name: own if name == doctor.DISTRIBUTION else None)
+    own = extras.installed_version(extras.DISTRIBUTION)
+    install(monkeypatch, lambda name: own if name == extras.DISTRIBUTION else None)
     states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
     assert states == ["off", "off", "off"]
 
 
 def test_packages_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.installed_version
-    monkeypatch.setattr(doctor, "installed_version", lambda name: "4.57.1" if name == "transformers" else real(name))
+    real = extras.installed_version
+    install(monkeypatch, lambda name: "4.57.1" if name == "transformers" else real(name))
     (found,) = doctor.check_training()
     assert found.state == "off" and re.search(r"lacks transformers\S+ \(4.57.1 is installed\): pip install", found.text)
 
 
 def test_an_integration_that_is_not_really_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_version", lambda name: {"verl": "0.9.1", "trl": "1.16.0"}[name])
+    install(monkeypatch, {"verl": "0.9.1", "trl": "1.16.0"}.get)
     monkeypatch.setattr(doctor, "_module_is_missing", lambda _: False)
     monkeypatch.setattr(doctor, "VERL", "raise RuntimeError('its loss could not be installed')")
     monkeypatch.setattr(doctor, "TRL", "pass")
     found = findings(doctor.check_integrations)
     assert (found["verl"].state, found["TRL"].state) == ("wrong", "ok")
-    assert found["verl"].text == "0.9.1; RuntimeError: its loss could not be installed" and found["verl"].fix
+    assert found["verl"].text == "0.9.1; RuntimeError: its loss could not be installed"
+    assert found["verl"].fix == doctor.REINSTALL
 
 
 def test_an_integration_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_version", lambda name: {"verl": "0.8.0", "trl": "2.1"}[name])
+    """One that works is untested, and one that does not is replaced by a version that the tests run."""
+    install(monkeypatch, {"verl": "0.10.0", "trl": "1.17.0"}.get)
+    monkeypatch.setattr(extras, "requirements", lambda extra: {"verl": ["verl==0.9.*"], "trl": ["trl==1.16.*"]}[extra])
+    monkeypatch.setattr(doctor, "VERL", "raise RuntimeError('verl 0.10.0 has no ppo_loss')")
+    monkeypatch.setattr(doctor, "TRL", "pass")
     found = findings(doctor.check_integrations)
-    assert found["verl"] == ("wrong", "verl", "0.8.0; 0.9 is supported", "pip install 'verl==0.9.*'")
-    assert found["TRL"] == ("wrong", "TRL", "2.1; 1.16 is supported", "pip install 'trl==1.16.*'")
+    untested = "entropy-rl-ext is tested with trl==1.16.* (1.17.0 is installed)"
+    assert found["TRL"] == ("ok", "TRL", f"1.17.0; EntropyGRPOTrainer can be imported; {untested}", "")
+    failure = "0.10.0; RuntimeError: verl 0.10.0 has no ppo_loss"
+    assert found["verl"] == ("wrong", "verl", failure, "pip install 'verl==0.9.*'")
 
 
 def in_its_own_process(**environment: str) -> tuple[int, str]:
@@ -210,8 +223,8 @@ def test_a_package_found_on_the_search_path_alone(monkeypatch: pytest.MonkeyPatc
     def nothing(name: str) -> Any:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "version", nothing)
-    monkeypatch.setattr(doctor, "requires", nothing)
+    monkeypatch.setattr(extras, "version", nothing)
+    monkeypatch.setattr(extras, "requires", nothing)
     assert findings(doctor.check_library)["installed as"].state == "off"
     states = [finding.state for check in (doctor.check_training, doctor.check_integrations) for finding in check()]
     assert states == ["off", "off", "off"]

@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from entropy_rl.integrations import SUPPORTED, is_supported
+from entropy_rl.extras import installed_version
+from entropy_rl.integrations import install_tested, missing_hook, warn_if_untested
 from entropy_rl.selection import (
     OPTIONS,
     Ranks,
@@ -33,15 +34,42 @@ from entropy_rl.selection import (
 )
 from entropy_rl_ext import linear_logprob_entropy
 
-_INSTALL = f"pip install 'trl=={SUPPORTED['trl']}.*'"
-try:
-    import trl
-except ImportError as error:
-    raise ImportError(f"entropy_rl.integrations.trl needs TRL {SUPPORTED['trl']}: {_INSTALL}") from error
-if not is_supported("trl", trl.__version__):
-    raise ImportError(
-        f"trl {trl.__version__} is installed; entropy_rl.integrations.trl supports TRL {SUPPORTED['trl']}: {_INSTALL}"
-    )
+# What this module replaces or calls in TRL, beside its documented functions.
+HOOKS = {
+    "trl:GRPOTrainer._compute_loss": "self, model, inputs",
+    "trl:GRPOTrainer.get_high_entropy_mask": "self, entropies, mask, threshold",
+    "trl:GRPOTrainer._get_per_token_logps_and_entropies": (
+        "self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, ..."
+    ),
+    "trl:GRPOConfig": (
+        "..., top_entropy_quantile, steps_per_generation, gradient_accumulation_steps, importance_sampling_level, "
+        "loss_type, beta, entropy_coef, use_adaptive_entropy, entropy_target"
+    ),
+    "trl.trainer.utils:_ChunkedLogProbFunction.forward": (
+        "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs"
+    ),
+    "trl.trainer.utils:_use_triton": "device",
+    "trl.models.utils:disable_gradient_checkpointing": "model, gradient_checkpointing_kwargs",
+}
+# The attributes of a trainer that this module reads.
+ATTRIBUTES = (
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "loss_type",
+    "_entropy_bonus_enabled",
+    "_last_world_entropy",
+    "_step",
+    "_buffered_inputs",
+    "_metrics",
+)
+
+if installed_version("trl") is None:
+    raise ImportError(f"entropy_rl.integrations.trl needs TRL, which is not installed: {install_tested('trl')}")
+_missing = missing_hook("trl", HOOKS)
+if _missing is not None:
+    raise ImportError(_missing)
+warn_if_untested("trl")
 
 import trl.trainer.utils  # noqa: E402
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
@@ -154,6 +182,11 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if not isinstance(args, EntropyGRPOConfig):
             raise TypeError(f"args is {type(args).__name__}; an EntropyGRPOConfig was expected")
         super().__init__(model, reward_funcs, args, *rest, **named)
+        missing = [name for name in ATTRIBUTES if not hasattr(self, name)]
+        if missing:
+            raise ImportError(
+                f"GRPOTrainer of trl {trl.__version__} lacks {', '.join(missing)}: {install_tested('trl')}"
+            )
         if args.entropy_top_ratio is not None:
             self.top_entropy_quantile = 0.0  # below 1, TRL's loss asks for the mask
         self._lm_head_is_ours = args.entropy_top_ratio is not None and args.entropy_lm_head == "selected_rows"

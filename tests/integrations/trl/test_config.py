@@ -1,17 +1,21 @@
 """The values that the configuration accepts, and its errors and warnings."""
 
 import importlib.util
+import operator
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
+from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 import entropy_rl.integrations.trl as integration
+from entropy_rl import extras
 from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
-from grpo import SETTINGS
+from grpo import PROMPTS, SETTINGS, share_of_digits
 
 
 @pytest.mark.parametrize(
@@ -62,12 +66,51 @@ def test_the_trainer_needs_its_configuration(model_path: Path, tmp_path: Path) -
         EntropyGRPOTrainer(str(model_path), args=GRPOConfig(output_dir=str(tmp_path), **SETTINGS))
 
 
-@pytest.mark.parametrize("version", ["1.15.2", "1.17.0.dev0", "2.0.0"])
-def test_other_versions_of_trl_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl, "__version__", version)
+def import_again() -> Any:
     spec = importlib.util.spec_from_file_location("another", integration.__file__)
-    with pytest.raises(ImportError, match=rf"trl {version} is installed; .* supports TRL 1.16: pip install"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["another"] = module  # where dataclasses look up types
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["another"]
+    return module
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL says that it is 1.17."""
+    real = extras.installed_version
+    monkeypatch.setattr(extras, "installed_version", lambda name: "1.17.0" if name == "trl" else real(name))
+    monkeypatch.setattr(extras, "requirements", lambda extra: ["trl==1.16.*"])
+
+
+def test_a_newer_trl_with_every_hook_works(newer: None, model_path: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"tested with trl==1.16.\* \(1.17.0 is installed\)"):
+        module = import_again()
+    settings = SETTINGS | {"entropy_top_ratio": 0.2, "max_steps": 1}
+    args = module.EntropyGRPOConfig(output_dir=str(tmp_path), **settings)
+    data = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = module.EntropyGRPOTrainer(str(model_path), share_of_digits, args, train_dataset=data)
+    assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize("hook", integration.HOOKS)
+def test_a_trl_without_a_hook_is_refused(hook: str, newer: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, path = hook.partition(":")
+    owner, _, name = path.rpartition(".")
+    monkeypatch.setattr(operator.attrgetter(owner)(sys.modules[module]) if owner else sys.modules[module], name, None)
+    message = f"trl 1.17.0 has no {module}.{path}, which entropy-rl-ext needs: pip install 'trl==1.16.*'"
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
+        import_again()
+
+
+def test_a_trainer_without_an_attribute_is_refused(
+    trainer: Callable[..., GRPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integration, "ATTRIBUTES", (*integration.ATTRIBUTES, "_gone"))
+    with pytest.raises(ImportError, match=r"GRPOTrainer of trl .* lacks _gone: pip install"):
+        trainer(entropy_top_ratio=0.2)
 
 
 def test_the_command_line_has_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """The entropy_top_* keys compose, and user errors stop the driver before anything starts."""
 
+import importlib
 import json
+import operator
 import os
 import re
 import subprocess
@@ -13,7 +15,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
-from entropy_rl.integrations.verl import plugin
+from entropy_rl import extras
+from entropy_rl.integrations.verl import hooks, plugin
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipe").rglob("*.sh"))
 RATIO = "actor_rollout_ref.actor.entropy_top_ratio"
@@ -134,12 +137,37 @@ def test_a_plugin_that_failed_stops_the_run_with_its_reason(monkeypatch: pytest.
     omega_conf_to_dataclass(composed(MICRO_BATCH).actor_rollout_ref.actor)
 
 
-def test_another_version_of_verl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"verl": "0.8.0", "entropy-rl-ext": "1.0"}
-    monkeypatch.setattr(plugin, "version", versions.__getitem__)
-    assert plugin.unsupported_reason() == "entropy-rl-ext 1.0 supports verl 0.9.x; verl 0.8.0 is installed"
-    versions["verl"] = "0.9.7"
-    assert plugin.unsupported_reason() is None
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl says that it is 0.10."""
+    real = extras.installed_version
+    monkeypatch.setattr(extras, "installed_version", lambda name: "0.10.0" if name == "verl" else real(name))
+    monkeypatch.setattr(extras, "requirements", lambda extra: ["verl==0.9.*"])
+
+
+def test_a_newer_verl_with_every_hook_works(newer: None) -> None:
+    with pytest.warns(UserWarning, match=r"tested with verl==0.9.\* \(0.10.0 is installed\)"):
+        actor = omega_conf_to_dataclass(composed(f"{RATIO}=0.2", MICRO_BATCH).actor_rollout_ref.actor)
+    assert actor.entropy_top_ratio == 0.2
+
+
+@pytest.mark.parametrize("hook", [*hooks.LOSS, *hooks.engines()])
+def test_a_verl_without_a_hook_is_refused(
+    hook: str, newer: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one of the loss the keys do not exist. Without one of the engines a configuration with a ratio fails."""
+    module, _, path = hook.partition(":")
+    owner, _, name = path.rpartition(".")
+    imported = importlib.import_module(module)
+    monkeypatch.setattr(operator.attrgetter(owner)(imported) if owner else imported, name, None)
+    message = f"verl 0.10.0 has no {module}.{path}, which entropy-rl-ext needs: pip install 'verl==0.9.*'"
+    if hook in hooks.LOSS:
+        with pytest.raises(ConfigCompositionException, match="entropy_top_ratio"):
+            composed(f"{RATIO}=0.2", MICRO_BATCH)
+        assert f"{message}: actor_rollout_ref.actor.entropy_top_* are not available\n" in capsys.readouterr().err
+    else:
+        with pytest.raises(Exception, match=re.escape(message)):
+            omega_conf_to_dataclass(composed(f"{RATIO}=0.2", MICRO_BATCH).actor_rollout_ref.actor)
 
 
 def test_sequence_level_losses_accept_the_ratio_and_say_that_they_do_not_apply_it() -> None:

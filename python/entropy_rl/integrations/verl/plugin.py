@@ -6,9 +6,9 @@ raises: it stores the reason in `failure`, and `require` raises it when `entropy
 
 import os
 import sys
-from importlib.metadata import version
 
-from entropy_rl.integrations import SUPPORTED, is_supported
+from entropy_rl.integrations import missing_hook, warn_if_untested
+from entropy_rl.integrations.verl import hooks
 
 # Modules that bind ppo_loss by name when they are imported.
 _USERS = ("verl.workers.utils.losses", "verl.workers.engine_workers", "verl.trainer.distillation.losses")
@@ -17,18 +17,13 @@ failure: str | None = None
 
 
 def unsupported_reason() -> str | None:
-    """Why this package does not support the installed verl; None if it does."""
-    installed = version("verl")
-    if is_supported("verl", installed):
-        return None
-    return (
-        f"entropy-rl-ext {version('entropy-rl-ext')} supports verl {SUPPORTED['verl']}.x; verl {installed} is installed"
-    )
+    """Why this package does not work with the installed verl; None if it does."""
+    return missing_hook("verl", hooks.LOSS)
 
 
 def require() -> None:
-    """Raises RuntimeError if verl would not call this package's loss in this process."""
-    reason = failure or unsupported_reason()
+    """Raises RuntimeError if verl would not call this package's loss in this process. Warns if verl is untested."""
+    reason = failure or missing_hook("verl", hooks.engines())
     if reason is None:
         from entropy_rl.integrations.verl.loss import ppo_loss
 
@@ -43,14 +38,15 @@ def require() -> None:
         raise RuntimeError(
             f"actor_rollout_ref.actor.entropy_top_ratio is set, but its loss could not be installed: {reason}"
         )
+    warn_if_untested("verl")
 
 
 def _install() -> None:
     global failure
-    failure = unsupported_reason()
-    if failure is not None:
-        return
     try:
+        failure = unsupported_reason()
+        if failure is not None:
+            return
         from verl.workers.utils import losses
 
         from entropy_rl.integrations.verl.loss import ppo_loss

@@ -1,0 +1,48 @@
+"""What this package replaces or calls in verl, beside its documented functions (`entropy_rl.integrations.Hooks`)."""
+
+import sys
+
+_ACTOR = (
+    "..., strategy, policy_loss, loss_agg_mode, loss_scale_factor, entropy_coeff, use_kl_loss, kl_loss_coef, "
+    "kl_loss_type, use_fused_kernels"
+)
+# The configurations and the loss.
+LOSS = {
+    "verl.workers.config:FSDPActorConfig": _ACTOR,
+    "verl.workers.config:McoreActorConfig": _ACTOR,
+    "verl.workers.utils.losses:ppo_loss": "config, model_output, data, dp_group",
+    "verl.workers.utils.padding:no_padding_2_padding": "tensor, data",
+    "verl.workers.utils.padding:response_from_nested": "tensor, response_mask",
+    "verl.utils.tensordict_utils:get_non_tensor_data": "data, key, default",
+    "verl.utils.tensordict_utils:assign_non_tensor": "tensor_dict, ...",
+    "verl.utils.metric:Metric.from_dict": "data, aggregation",
+}
+_HEAD = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
+_KERNEL = {
+    f"{_HEAD}.prepare_model_outputs": "self, output, output_args, micro_batch, ...",
+    f"{_HEAD}.forward_step": "self, micro_batch, ...",
+    f"{_HEAD}._gather_and_unpad_packed": "self, tensor, pad_size",
+    "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward": (
+        "self, hidden_states, vocab_weights, input_ids, temperature"
+    ),
+    "verl.utils.kernel.linear_cross_entropy:LinearCrossEntropy.forward": (
+        "ctx, hidden, weight, labels, temperature, reduction, dist_process_group"
+    ),
+}
+
+
+def engines() -> dict[str, str]:
+    """Hooks of the FSDP engine, and of the Megatron engine if verl has imported it."""
+    hooks = _engine("fsdp", "FSDPEngine") | _KERNEL
+    if "verl.workers.engine.megatron.transformer_impl" in sys.modules:
+        hooks |= _engine("megatron", "MegatronEngine")
+    return hooks
+
+
+def _engine(package: str, name: str) -> dict[str, str]:
+    module = f"verl.workers.engine.{package}.transformer_impl"
+    return {
+        f"{module}:prepare_micro_batches": "data, dp_group, ...",
+        f"{module}:{name}.forward_backward_batch": "self, data, loss_function, forward_only",
+        f"{module}:{name}.get_data_parallel_group": "self",
+    }
