@@ -93,7 +93,7 @@ def covariance_mask(
         clipped = -advantage * ratio.clamp(1 - low, 1 + high) > -advantage * ratio
         eligible = inside & ~clipped & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
         place = inside.flatten().cumsum(0).view(inside.shape) - 1 + counts[: ranks.own].sum()
-        values, share = _random_numbers(first_seed, place), clip_cov_ratio
+        values, share = random_numbers(first_seed, place), clip_cov_ratio
     k = (n * share).long().clamp(min=1)
     chosen, _ = select_over_ranks(values, eligible, lambda _: (k, None), "topk", ranks)
     return chosen
@@ -115,7 +115,7 @@ def _totals(
     return counts[:-1], counts[-1], (sums / n).to(log_p.dtype)
 
 
-def _random_numbers(seed: Tensor, place: Tensor) -> Tensor:
+def random_numbers(seed: Tensor, place: Tensor) -> Tensor:
     """A random integer in [0, 2^53) for each place, as float64."""
     return ((_splitmix64(_splitmix64(seed) + place) >> 11) & (2**53 - 1)).double()
 

@@ -7,7 +7,6 @@ answers in processes of their own, several at a time and each answer under a tim
 import contextlib
 import faulthandler
 import functools
-import importlib.util
 import logging
 import math
 import os
@@ -23,10 +22,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
-from entropy_rl.errors import UserError, check_file, one_line
+from entropy_rl.errors import UserError, one_line
+from entropy_rl.functions import import_function, what_it_raised
 
 if TYPE_CHECKING:
     from entropy_rl.tasks import Problem
@@ -197,7 +196,9 @@ class CustomFunction:
 
     def load(self) -> RewardFunction:
         """Raises UserError if there is no such function."""
-        function = self._import()
+        key = "reward.custom_reward_function"
+        names = {"path_key": f"{key}.path={self.path}", "name_key": self.name}
+        function = import_function(self.path, self.function, "entropy_rl_custom_reward", **names)
 
         def score(data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
             try:
@@ -205,34 +206,10 @@ class CustomFunction:
                     data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info
                 )
             except Exception as error:
-                frame = error.__traceback__
-                while frame is not None and frame.tb_next is not None:
-                    frame = frame.tb_next
-                place = "" if frame is None else f" in {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
-                raise RewardError(f"it raised {type(error).__name__}{place}: {one_line(error)}") from None
+                raise RewardError(what_it_raised(error)) from None
             return _number_of(result)
 
         return score
-
-    def _import(self) -> Callable[..., Any]:
-        key = "reward.custom_reward_function"
-        file = Path(self.path).expanduser()
-        check_file(f"{key}.path={self.path}", file, "a Python file")
-        spec = importlib.util.spec_from_file_location("entropy_rl_custom_reward", file)
-        if spec is None or spec.loader is None:
-            raise UserError(f"{key}.path={self.path}: a Python file, its name ending in .py, was expected")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise UserError(
-                f"{key}.path={self.path}: it cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-        function = getattr(module, self.function, None)
-        if not callable(function):
-            raise UserError(f"{key}.name={self.function}: {self.path} has no function of this name")
-        return function
 
 
 def _number_of(result: Any) -> float:

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_rl.scores import names_function, random_scores, token_function, token_scores
 from entropy_rl_ext import covariance_mask, global_top_mask, policy_loss
 from entropy_rl_ext.ops.global_top_mask import top_k_count
 
@@ -50,6 +51,9 @@ LOWEST_SHARE, HIGHEST_SHARE = "actor/entropy_token_ratio/min", "actor/entropy_to
 OPTIONS = {
     "entropy_top_ratio": "Share of the response tokens that carry the policy gradient, those of highest entropy, in "
     "(0, 1]. None (null in YAML): all tokens train, and this package changes nothing.",
+    "entropy_top_score": "What ranks the tokens. entropy: the entropy of the policy. surprisal: -log p of the token. "
+    "random: a random number, the control experiment. FILE.py:function: a function of (log_prob, entropy, advantages, "
+    "response_mask), each [B, S], that returns [B, S].",
     "entropy_top_rule": "Which tokens count as highest. topk: exactly k = max(1, int(n * ratio + 0.9999)) of n tokens. "
     "threshold: also all tokens that tie with the k-th. quantile: all tokens at or above the (1 - ratio) quantile, as "
     "in TRL.",
@@ -154,13 +158,20 @@ def needs_all_tokens(actor: Any) -> str | None:
 
 
 def contradiction(config: Any) -> tuple[str, str] | None:
-    """A key among the `entropy_top_*` keys whose value makes no sense beside the others, and why; None if there is
+    """A key among this package's keys whose value makes no sense beside the others, and why; None if there is
     none. Without a ratio they have no effect, so none contradicts another."""
     if config.entropy_top_ratio is None:
         return None
     if config.entropy_top_scope == "sequence" and config.entropy_top_ranks == "global":
         return "entropy_top_ranks", "it must be local with entropy_top_scope sequence: a response is on one rank"
     return None
+
+
+def load_functions(config: Any) -> None:
+    """Imports the functions that the keys name. Raises UserError if there is no such function."""
+    score = getattr(config, "entropy_top_score", "entropy")
+    if config.entropy_top_ratio is not None and names_function(score):
+        token_function("entropy_top_score", score)
 
 
 def movement_metrics(loss_mode: str | None) -> set[str]:
@@ -201,9 +212,11 @@ class StepSelection:
 
     before_step: bool  # whether the selection is made before the first micro-batch: the scopes mini_batch and sequence
     old_policy: bool  # whether that selection uses the entropies of the old policy
+    draws: bool  # whether it needs a seed
+    threshold_name: str  # of the metric: the lowest score that the rule keeps
     tokens: Tensor  # [ranks, micro-batches] int64: response tokens
     response_tokens: Tensor  # []: their sum
-    # Of `select_mini_batch`, all []: the lowest entropy that the rule kept; how many tokens train, of those that
+    # Of `select_mini_batch`, all []: the lowest score that the rule kept; how many tokens train, of those that
     # competed with this rank's and of all ranks.
     threshold: Tensor
     competing_selected: Tensor
@@ -213,7 +226,7 @@ class StepSelection:
         """
         Args:
             config: an actor configuration with verl's keys, or any object with the `entropy_top_*` keys alone. The keys
-                source and complement may be missing.
+                score, source and complement may be missing.
             group: the ranks that share the step; None is the default group.
             in_micro_batches: select in each micro-batch, whatever the scope: for a loss outside an optimizer step.
         """
@@ -223,6 +236,9 @@ class StepSelection:
         self._complement = getattr(config, "entropy_top_complement", False)
         self._over_ranks = config.entropy_top_ranks == "global"
         self._per_sequence = config.entropy_top_scope == "sequence"
+        self._score = getattr(config, "entropy_top_score", "entropy")
+        self.draws = self._ratio is not None and self._score == "random"
+        self.threshold_name = f"actor/{'entropy' if self._score == 'entropy' else 'score'}_threshold"
         selects = self._ratio is not None and not in_micro_batches
         self.before_step = selects and config.entropy_top_scope != "micro_batch"
         self.old_policy = getattr(config, "entropy_top_source", "prepass") == "old_policy"
@@ -231,7 +247,9 @@ class StepSelection:
         # [2] of each micro-batch so far: the lowest share of a response, negated, and the highest; -inf without any.
         self.shares: list[Tensor] = []
 
-    def count_tokens(self, micro_batch_tokens: Tensor, micro_batches_per_step: int | None = None) -> None:
+    def count_tokens(
+        self, micro_batch_tokens: Tensor, micro_batches_per_step: int | None = None, *, seed: int = 0
+    ) -> None:
         """Exchanges the numbers of response tokens, from which the divisor follows. A collective.
 
         Args:
@@ -239,20 +257,20 @@ class StepSelection:
                 give as many.
             micro_batches_per_step: if the selection is made before the step, how many of them form an optimizer step,
                 if the divisor spans several steps; None: all of them.
+            seed: of the score random, if selections are made in micro-batches; the first rank's is used.
         """
-        tokens = [micro_batch_tokens]
-        if self._group is not None:
-            tokens = [torch.empty_like(micro_batch_tokens) for _ in range(dist.get_world_size(self._group))]
-            dist.all_gather(tokens, micro_batch_tokens, group=self._group)
-        self.tokens = torch.stack(tokens)
+        gathered = self._gather(torch.cat([micro_batch_tokens, micro_batch_tokens.new_full((1,), seed)]))
+        self.tokens, self._seed = gathered[:, :-1], gathered[0, -1]
         self.response_tokens = self.tokens.sum()
         if self._ratio is None:
             return
+        before_own = self.tokens[: self._own_rank()].sum()
+        self._before = before_own + micro_batch_tokens.cumsum(0) - micro_batch_tokens  # [micro-batches]
         self._size = (micro_batches_per_step or len(micro_batch_tokens)) if self.before_step else 1
         competing = self.tokens.unflatten(1, (-1, self._size)).sum(-1)  # [ranks, selections]
         if self._over_ranks:
             competing = competing.sum(0, keepdim=True)
-        own = 0 if self._over_ranks or self._group is None else dist.get_rank(self._group)
+        own = 0 if self._over_ranks else self._own_rank()
         self._competing = competing[own]
         # The rows' own counts would be needed to know topk's number of each.
         counts = (
@@ -268,11 +286,19 @@ class StepSelection:
         """[]: how many response tokens compete with those of micro-batch `number`, its own included."""
         return self._competing[number // self._size]
 
-    def select(self, entropy: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`select_tokens` with the options of the configuration."""
+    def score(
+        self, number: int, log_prob: Tensor, entropy: Tensor, advantages: Tensor | None, response_mask: Tensor
+    ) -> Tensor:
+        """[B, S]: what ranks the tokens of micro-batch `number`."""
+        if self.draws:
+            return random_scores(self._seed, response_mask, self._before[number])
+        return token_scores(self._score, log_prob.detach(), entropy.detach(), advantages, response_mask)
+
+    def select(self, scores: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`select_tokens` by any score, with the options of the configuration."""
         config = self._config
         return select_tokens(
-            entropy,
+            scores,
             response_mask,
             self._ratio,
             config.entropy_top_rule,
@@ -297,12 +323,19 @@ class StepSelection:
 
         Args:
             log_prob, entropy: [B, S], of the policy before the step.
-            response_mask, old_log_prob, advantages: the same shape. Only the loss modes clip_cov and kl_cov need the
-                last two: they choose tokens by covariance, here from the whole mini-batch too.
-            seed: of clip_cov's draw.
+            response_mask, old_log_prob, advantages: the same shape. The loss modes clip_cov and kl_cov need the last
+                two: they choose tokens by covariance, here from the whole mini-batch too. A score of the user's may
+                need the advantages.
+            seed: of clip_cov's draw and of the score random; the first rank's is used.
             only_selected: whether the step will run the LM head on the selected tokens only.
         """
-        mask, self.threshold = self.select(entropy, response_mask)
+        if self.draws:
+            tokens = (response_mask != 0).sum()
+            gathered = self._gather(torch.stack([tokens, tokens.new_full((), seed)]))
+            scores = random_scores(gathered[0, 1], response_mask, gathered[: self._own_rank(), 0].sum())
+        else:
+            scores = token_scores(self._score, log_prob.detach(), entropy.detach(), advantages, response_mask)
+        mask, self.threshold = self.select(scores, response_mask)
         own = mask.sum()
         self.selected = self._all_reduce(own)
         self.competing_selected = self.selected if self._over_ranks else own
@@ -370,11 +403,12 @@ class StepSelection:
         metrics, chosen = {}, None
         mask = None if tokens is None else tokens.mask
         if tokens is not None:
-            metrics["actor/entropy_threshold"], chosen = self.threshold, tokens.covariance_mask
+            metrics[self.threshold_name], chosen = self.threshold, tokens.covariance_mask
             if tokens.log_prob is not None:  # the unselected tokens enter the metrics, not the loss
                 log_prob = torch.where(tokens.mask, log_prob, tokens.log_prob)
         elif self._ratio is not None:
-            mask, metrics["actor/entropy_threshold"] = self.select(entropy, response_mask)
+            scores = self.score(number, log_prob, entropy, advantages, response_mask)
+            mask, metrics[self.threshold_name] = self.select(scores, response_mask)
         if mask is not None and self._loss_mode not in SEQUENCE_MODES:
             self.note_shares(mask, response_mask)
         by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
@@ -420,6 +454,17 @@ class StepSelection:
                 name, total = f"{name}_selected", self.selected
             weighted[name] = value * tokens / total.clamp(min=1)
         return weighted
+
+    def _own_rank(self) -> int:
+        return 0 if self._group is None else dist.get_rank(self._group)
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """[n] of each rank to [ranks, n]."""
+        if self._group is None:
+            return own[None]
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(gathered, own, group=self._group)
+        return torch.stack(gathered)
 
     def _all_reduce(self, value: Tensor) -> Tensor:
         if self._group is None:

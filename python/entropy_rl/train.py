@@ -726,7 +726,7 @@ def accumulate_gradients(
     seed = int(torch.randint(2**62, (), generator=generator))  # one draw per step, however it is split
     rows = torch.arange(len(mask), device=mask.device).split(actor.ppo_micro_batch_size_per_gpu or len(mask))
     step = StepSelection(actor)
-    step.count_tokens(torch.stack([mask[index].sum() for index in rows]))
+    step.count_tokens(torch.stack([mask[index].sum() for index in rows]), seed=seed)
     tokens: list[TokenSelection | None] = [None] * len(rows)
     if step.before_step:
         tokens = [*select_before_step(model, mini_batch, rows, step, seed, config)]

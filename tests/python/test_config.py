@@ -55,6 +55,8 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (f"{ACTOR}.entropy_top_ratio", 1.5, "a number above 0 and at most 1, or null"),
         (f"{ACTOR}.entropy_top_ratio", "nan", "a number above 0 and at most 1, or null"),
         (f"{ACTOR}.entropy_top_ratio", "high", "a number above 0 and at most 1, or null"),
+        (f"{ACTOR}.entropy_top_score", "logits", "one of entropy, surprisal, random, or FILE.py:function"),
+        (f"{ACTOR}.entropy_top_score", "/nowhere/mine.py:f", "mine.py:f: there is no such file"),
         (f"{ACTOR}.entropy_top_rule", "top", "one of topk, threshold, quantile"),
         (f"{ACTOR}.entropy_top_scope", "batch", "one of micro_batch, mini_batch, sequence"),
         (f"{ACTOR}.entropy_top_ranks", "all", "one of local, global"),

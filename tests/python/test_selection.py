@@ -17,6 +17,8 @@ from entropy_rl.selection import StepSelection, TokenSelection
 from entropy_rl_ext import covariance_mask, global_top_mask
 from ranks import Ranks
 
+SEED = 5
+
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
@@ -142,10 +144,10 @@ def select(config: Any, batch: dict[str, Tensor], size: int) -> tuple[StepSelect
     """The selection of a step in micro-batches of so many rows, and the part of each."""
     parts = micro_batches(batch, size)
     step = StepSelection(config)
-    step.count_tokens(torch.stack([part["response_mask"].sum() for part in parts]))
+    step.count_tokens(torch.stack([part["response_mask"].sum() for part in parts]), seed=SEED)
     tokens: list[TokenSelection | None] = [None] * len(parts)
     if step.before_step:
-        chosen = step.select_mini_batch(**batch)
+        chosen = step.select_mini_batch(**batch, seed=SEED)
         tokens = [*chosen.split([len(part["entropy"]) for part in parts])]
     return step, tokens
 
@@ -268,6 +270,49 @@ def test_without_responses_the_extreme_shares_are_zero() -> None:
     assert [value.item() for value in step.share_metrics().values()] == [0, 0]
 
 
+def random_masks(scope: str, size: int, rows: int) -> list[bool]:
+    """The tokens of `rows` rows of this rank's share that the score random selects, response by response."""
+    whole = make_batch(rows=8)
+    begin = dist.get_rank() * rows if dist.is_initialized() else 0
+    batch = {name: value[begin : begin + rows] for name, value in whole.items()}
+    ranks = "local" if scope == "sequence" else "global"
+    step, tokens = select(configuration(scope=scope, ranks=ranks, score="random"), batch, size)
+    masks = []
+    for number, (part, selected) in enumerate(zip(micro_batches(batch, size), tokens, strict=True)):
+        if selected is None:
+            drawn = step.score(number, *(part[name] for name in ("log_prob", "entropy", "advantages", "response_mask")))
+            masks.append(drawn > 0.7)  # the competing tokens depend on the split, the random numbers do not
+        else:
+            masks.append(selected.mask)
+        masks[-1] = masks[-1] & part["response_mask"]
+    return torch.cat(masks).tolist()
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_random_numbers_do_not_depend_on_the_split(scope: str, four: Ranks) -> None:
+    expected = random_masks(scope, 8, 8)
+    assert 0.2 < torch.tensor(expected)[make_batch(rows=8)["response_mask"]].float().mean() < 0.45
+    assert random_masks(scope, 2, 8) == expected
+    for size in (2, 1):
+        assert [mask for masks in four.run(random_masks, scope, size, 2) for mask in masks] == expected
+
+
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_surprisal_selects_the_least_probable_tokens(scope: str) -> None:
+    batch = make_batch()
+    step, (tokens,) = select(configuration(scope=scope, ranks="local", score="surprisal"), batch, 6)
+    _, metrics = step.policy_loss(0, **batch, tokens=tokens)
+    name = "sequence" if scope == "sequence" else "batch"
+    mask = global_top_mask(-batch["log_prob"], batch["response_mask"], 0.3, scope=name)
+    entropies = global_top_mask(batch["entropy"], batch["response_mask"], 0.3, scope=name)
+    assert not torch.equal(mask, entropies)
+    assert tokens is None or torch.equal(tokens.mask, mask)
+    assert metrics["actor/entropy_token_ratio"] == pytest.approx(float(mask.sum() / batch["response_mask"].sum()))
+    assert "actor/entropy_threshold" not in metrics
+    if scope != "sequence":
+        torch.testing.assert_close(metrics["actor/score_threshold"], -batch["log_prob"][mask].max())
+
+
 def test_unselected_tokens_that_did_not_meet_the_lm_head() -> None:
     """Their log-probabilities before the step enter the metrics. Under old_policy they say nothing about how far the
     policy has moved: the metrics of that cover the selected tokens only, and their names say so."""
@@ -312,4 +357,4 @@ def test_the_host_waits_for_nothing(loss_mode: str, rule: str, scope: str) -> No
 def test_the_options_are_documented() -> None:
     """One text for each entropy_top_* key of the configuration."""
     documented = {key.removeprefix("entropy_top_") for key in selection.OPTIONS}
-    assert documented == {"ratio", "rule", "scope", "source", "ranks", "normalize", "complement"}
+    assert documented == {"ratio", "score", "rule", "scope", "source", "ranks", "normalize", "complement"}

@@ -123,6 +123,18 @@ def test_each_response_trains_on_its_own_share(run: Run) -> None:
         assert lowest in [pytest.approx(math.ceil(n / 5) / n) for n in range(1, 9)]
 
 
+def test_a_random_control_has_as_many_tokens(run: Run, tmp_path: Path) -> None:
+    """Two runs of a seed select the same tokens, and another seed selects others."""
+    losses = []
+    for number, seed in enumerate((1, 1, 2)):
+        changes = {f"{ACTOR}.entropy_top_score": "random", f"{ACTOR}.data_loader_seed": seed}
+        (line,) = run(changes | {"trainer.default_local_dir": tmp_path / str(number)})
+        assert 0.2 <= line["data"]["actor/entropy_token_ratio"] < 0.2 + 1 / 8
+        assert "actor/entropy_threshold" not in line["data"] and 0 < line["data"]["actor/score_threshold"] < 1
+        losses.append(line["data"]["actor/grad_norm"])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_without_a_ratio_nothing_is_selected(run: Run) -> None:
     (line,) = run({f"{ACTOR}.entropy_top_ratio": "null"})
     assert not {"actor/entropy_token_ratio", "actor/entropy_threshold"} & line["data"].keys()

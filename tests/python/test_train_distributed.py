@@ -88,6 +88,9 @@ CASES = {
     "gspo": {f"{ACTOR}.policy_loss.loss_mode": "gspo"},
     "geo_mean": {f"{ACTOR}.policy_loss.loss_mode": "geo_mean"},
     "all but the top": {f"{ACTOR}.entropy_top_complement": "true"},
+    "surprisal": {f"{ACTOR}.entropy_top_score": "surprisal"},
+    "random": {f"{ACTOR}.entropy_top_score": "random"},
+    "a function": {f"{ACTOR}.entropy_top_score": f"{Path(__file__).with_name('training.py')}:entropy_times_advantage"},
     "each response": {f"{ACTOR}.entropy_top_scope": "sequence", f"{ACTOR}.entropy_top_ranks": "local"},
     "all tokens": {f"{ACTOR}.entropy_top_ratio": "null"},
 }

@@ -5,7 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 ACTOR = "actor_rollout_ref.actor"
+
+
+def entropy_times_advantage(log_prob: Tensor, entropy: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """A score of a user's."""
+    return entropy * advantages.abs()
 
 
 def as_arguments(overrides: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from entropy_rl import selection
 from entropy_rl.errors import UserError, one_line
+from entropy_rl.scores import FUNCTION, SCORES, names_function
 
 LOSS_MODES = (
     "vanilla",
@@ -124,6 +125,7 @@ FILES = optional(Rule("a path or a list of paths", lambda value: TEXT.holds(valu
 RATIO = number(above=0, at_most=1)
 SEED = integer(0, 2**32 - 1)
 MINUS_ONE = Rule("-1", lambda value: _is_integer(value) and value == -1)
+FUNCTION_OF_A_FILE = Rule(FUNCTION, names_function)
 ONE = Rule("1", lambda value: _is_integer(value) and value == 1)
 
 RULES: dict[str, Rule] = {
@@ -157,6 +159,7 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.model.trust_remote_code": FLAG,
     "actor_rollout_ref.model.use_fused_kernels": FLAG,
     "actor_rollout_ref.actor.entropy_top_ratio": optional(RATIO),
+    "actor_rollout_ref.actor.entropy_top_score": either(one_of(*SCORES), FUNCTION_OF_A_FILE),
     "actor_rollout_ref.actor.entropy_top_rule": one_of(*selection.RULES),
     "actor_rollout_ref.actor.entropy_top_complement": FLAG,
     "actor_rollout_ref.actor.entropy_top_scope": one_of(*selection.SCOPES),
@@ -287,6 +290,7 @@ def check(config: DictConfig) -> None:
     if found is not None:
         key, reason = found
         raise ConfigError(f"actor_rollout_ref.actor.{key}={_text(OmegaConf.select(actor, key))}: {reason}")
+    selection.load_functions(actor)
     if (config.trainer.resume_mode == "resume_path") != (config.trainer.resume_from_path is not None):
         raise ConfigError(
             f"trainer.resume_from_path={_text(config.trainer.resume_from_path)}: it must be a path with "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from entropy_rl.extras import installed_version
 from entropy_rl.integrations import install_tested, missing_hook, warn_if_untested
+from entropy_rl.scores import FUNCTION, SCORES, names_function
 from entropy_rl.selection import (
     OPTIONS,
     Ranks,
@@ -29,6 +30,7 @@ from entropy_rl.selection import (
     StepSelection,
     TokenSelection,
     contradiction,
+    load_functions,
     prepass,
     select_tokens,
 )
@@ -110,6 +112,7 @@ class EntropyGRPOConfig(GRPOConfig):
     """
 
     entropy_top_ratio: float | None = field(default=None, metadata={"help": OPTIONS["entropy_top_ratio"]})
+    entropy_top_score: str = field(default="entropy", metadata={"help": OPTIONS["entropy_top_score"]})
     entropy_top_rule: Rule = field(default="topk", metadata={"help": OPTIONS["entropy_top_rule"]})
     entropy_top_scope: Scope = field(
         default="micro_batch",
@@ -131,6 +134,9 @@ class EntropyGRPOConfig(GRPOConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        score = self.entropy_top_score
+        if score not in SCORES and not names_function(score):
+            raise ValueError(f"entropy_top_score is {score!r}; it must be one of {', '.join((*SCORES, FUNCTION))}")
         ratio = self.entropy_top_ratio
         if ratio is None:
             return
@@ -145,6 +151,7 @@ class EntropyGRPOConfig(GRPOConfig):
         if found is not None:
             key, reason = found
             raise ValueError(f"{key} is {getattr(self, key)!r}; {reason}")
+        load_functions(self)
         window = self.gradient_accumulation_steps
         if self.entropy_top_scope != "micro_batch" and self.steps_per_generation % window:
             raise ValueError(
@@ -205,6 +212,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._scores: list[tuple[Tensor, Tensor]] = []
         # State while the loss of a micro-batch is computed: its inputs, and what corrects the entropy bonus, [].
         self._loss_inputs: dict[str, Any] | None = None
+        self._log_prob: Tensor | None = None  # [B, T], of the policy that trains
         self._bonus_correction: Tensor | float = 0.0
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
         self._shares: list[Tensor] = []  # those of StepSelection, over the step
@@ -221,7 +229,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         try:
             loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
-            self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
+            self._loss_inputs, self._log_prob, self._bonus_correction, self.loss_type = None, None, 0.0, loss_type
         if before_step and self._position() == self.args.gradient_accumulation_steps - 1:
             self._join_metrics()
         return loss
@@ -251,17 +259,21 @@ class EntropyGRPOTrainer(GRPOTrainer):
             if self._entropy_bonus_enabled:
                 self._bonus_correction = self._correct_bonus(entropies, selected)
         else:
-            selected, lowest = selection.select(entropies, mask)
+            assert self._log_prob is not None
+            advantages = _advantages(inputs, mask)
+            scores = selection.score(self._number(), self._log_prob, entropies, advantages, mask)
+            selected, lowest = selection.select(scores, mask)
         self._log_selection(selected, mask, lowest)
         if args.entropy_top_normalize == "response":
             return selected
         return selected * self._normalization(selected, mask, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._lm_head_is_ours:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        with _lm_head(self._score):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with _lm_head(self._score) if self._lm_head_is_ours else contextlib.nullcontext():
+            log_probs, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._loss_inputs is not None:
+            self._log_prob = log_probs.detach()
+        return log_probs, *others
 
     # ---- The selection
 
@@ -283,7 +295,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
         selection = self._selection = StepSelection(args, in_micro_batches=not self.model.training)
         micro_batches = self._buffered_inputs if self.model.training else [inputs]
         tokens = torch.stack([_loss_mask(micro_batch).sum() for micro_batch in micro_batches])
-        selection.count_tokens(tokens, args.gradient_accumulation_steps)
+        seed = args.seed * 1_000_003 + self.state.global_step
+        selection.count_tokens(tokens, args.gradient_accumulation_steps, seed=seed)
         if not selection.before_step:
             return
         micro_batches = micro_batches[self._number() :][: args.gradient_accumulation_steps]
@@ -294,8 +307,10 @@ class EntropyGRPOTrainer(GRPOTrainer):
             self._scores = [self._log_probs_and_entropies(micro_batch) for micro_batch in micro_batches]
         log_prob, entropy = map(torch.cat, zip(*self._scores, strict=True))
         mask = torch.cat([_loss_mask(micro_batch) for micro_batch in micro_batches])
+        advantages = torch.cat([_advantages(micro_batch, _loss_mask(micro_batch)) for micro_batch in micro_batches])
         rows = [len(scores) for scores, _ in self._scores]
-        self._tokens = selection.select_mini_batch(log_prob, entropy, mask).split(rows)
+        tokens_of_step = selection.select_mini_batch(log_prob, entropy, mask, advantages=advantages, seed=seed)
+        self._tokens = tokens_of_step.split(rows)
 
     def _log_probs_and_entropies(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         # `inputs` also holds images and the like, under the names of the method's parameters.
@@ -364,7 +379,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
         selected, tokens, threshold = self.accelerator.reduce(self._selected_tokens, reduction="sum").tolist()
         self._selection.shares, self._shares, self._selected_tokens = self._shares, [], None
         shares = {name.removeprefix("actor/"): share.item() for name, share in self._selection.share_metrics().items()}
-        logged = {"entropy_token_ratio": selected / max(tokens, 1), "entropy_threshold": threshold / max(tokens, 1)}
+        threshold_name = self._selection.threshold_name.removeprefix("actor/")
+        logged = {"entropy_token_ratio": selected / max(tokens, 1), threshold_name: threshold / max(tokens, 1)}
         for name, value in (logged | shares).items():
             self._metrics[mode][name].append(value)
 
@@ -453,6 +469,12 @@ def _lm_head(score: Any) -> Iterator[None]:
         yield
     finally:
         vars(module).update(originals)
+
+
+def _advantages(inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """[B, T]: the advantage of each token."""
+    advantages: Tensor = inputs["advantages"]
+    return advantages if advantages.dim() == 2 else advantages[:, None].expand(mask.shape)
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -24,6 +24,11 @@ from grpo import PROMPTS, SETTINGS, share_of_digits
         ({"entropy_top_ratio": 0.0}, "entropy_top_ratio is 0.0; it must be above 0 and at most 1, or None"),
         ({"entropy_top_ratio": 1.5}, "entropy_top_ratio is 1.5"),
         ({"entropy_top_ratio": float("nan")}, "entropy_top_ratio is nan"),
+        (
+            {"entropy_top_score": "logits"},
+            "entropy_top_score is 'logits'; it must be one of entropy, surprisal, random, FILE.py:function",
+        ),
+        ({"entropy_top_ratio": 0.2, "entropy_top_score": "/nowhere/a.py:f"}, "/nowhere/a.py:f: there is no such file"),
         ({"entropy_top_rule": "best"}, "entropy_top_rule is 'best'; it must be one of topk, threshold, quantile"),
         (
             {"entropy_top_scope": "batch"},

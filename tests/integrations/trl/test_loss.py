@@ -207,6 +207,8 @@ def test_selected_is_response_times_their_share(trainer: Callable[..., GRPOTrain
         {"loss_type": "bnpo", "beta": 0.1, "entropy_coef": 0.1, "entropy_top_rule": "quantile"},
         {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
         {"loss_type": "bnpo", "entropy_top_ranks": "local"},
+        {"entropy_top_score": "surprisal"},
+        {"entropy_top_score": "random", "loss_type": "grpo"},
         {"loss_type": "bnpo", "delta": 1.5},
         {"loss_type": "bnpo", "off_policy_mask_threshold": 0.5},
     ],
@@ -232,6 +234,26 @@ def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer]
             # Relative to the largest gradient, which the penalty, far from its minimum, makes 10 and more.
             assert_same_step(step, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
             assert_same_metrics(step, expected)
+
+
+def test_surprisal_selects_the_least_probable_tokens(trainer: Callable[..., GRPOTrainer]) -> None:
+    """On policy the loss of a token is minus its advantage, so the loss shows which tokens are selected."""
+    batch = without(make_batch(), "old_per_token_logps")
+    by_score = {}
+    for score in ("surprisal", "entropy"):
+        ours = trainer(entropy_top_ratio=0.3, entropy_top_score=score)
+        loss, _, metrics = optimizer_step(ours, batch)
+        by_score[score] = loss
+        assert (f"{'score' if score == 'surprisal' else 'entropy'}_threshold") in metrics
+    mask, length = batch["completion_mask"], batch["completion_ids"].shape[1]
+    logits = ours.model(
+        input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        attention_mask=torch.cat([batch["prompt_mask"], mask], 1),
+    ).logits[:, -length - 1 : -1]
+    surprisal = -logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0].detach()
+    selected = global_top_mask(surprisal, mask, 0.3)
+    torch.testing.assert_close(by_score["surprisal"], -(selected * batch["advantages"][:, None]).sum() / selected.sum())
+    assert (by_score["surprisal"] - by_score["entropy"]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -39,6 +39,10 @@ STEPS: list[dict[str, Any]] = [
     {"loss_type": "dr_grpo", "entropy_coef": 0.1},
     {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.1},
     {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"entropy_top_score": "surprisal"},
+    {"entropy_top_score": "random"},
+    {"entropy_top_score": "random", "loss_type": "grpo", "entropy_top_rule": "quantile"},
+    {"entropy_top_score": f"{__file__}:entropy_times_advantage"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "entropy_top_rule": "quantile"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "loss_type": "grpo"},
@@ -46,6 +50,11 @@ STEPS: list[dict[str, Any]] = [
 # Settings of a step in which each rank selects from its own tokens. It is the mean of the steps of the ranks by
 # themselves.
 APART = {"entropy_top_scope": "mini_batch", "loss_type": "bnpo", "beta": 0.1, "entropy_coef": 0.1}
+
+
+def entropy_times_advantage(log_prob: Tensor, entropy: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """A score of a user's."""
+    return entropy * advantages.abs()
 
 
 class EmptyRankTrainer(EntropyGRPOTrainer):

@@ -60,6 +60,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),
     "sequence": (SEQUENCE, (1, 2, 4, 0)),
     "sequence-quantile": (SEQUENCE | {"actor.entropy_top_rule": "quantile"}, (1, 4)),
+    "surprisal": ({"actor.entropy_top_score": "surprisal"}, (2,)),
+    "random": ({"actor.entropy_top_score": "random"}, (2,)),
+    "mini-batch-surprisal": (MINI_BATCH | {"actor.entropy_top_score": "surprisal"}, (1, 4)),
+    "mini-batch-random": (MINI_BATCH | {"actor.entropy_top_score": "random"}, (1, 2, 4)),
+    "mini-batch-function": (MINI_BATCH | {"actor.entropy_top_score": f"{__file__}:entropy_times_advantage"}, (1, 4)),
+    "fused-random": (FUSED | OLD_POLICY | {"actor.entropy_top_score": "random"}, (2,)),
     "old-policy": (OLD_POLICY, (1, 2, 4)),
     "fused": (FUSED, (2,)),
     "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, (2,)),
@@ -84,11 +90,16 @@ NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"actor._target_": "verl.workers.config.FSDPActorConfig"}
         | {
             f"~actor.entropy_top_{key}": None
-            for key in ("ratio", "rule", "scope", "source", "ranks", "normalize", "kernel")
+            for key in ("ratio", "score", "rule", "scope", "source", "ranks", "normalize", "kernel")
         },
         (2,),
     ),
 }
+
+
+def entropy_times_advantage(log_prob: Any, entropy: Any, advantages: Any, response_mask: Any) -> Any:
+    """A score of a user's."""
+    return entropy * advantages.abs()
 
 
 def rows() -> list[dict[str, torch.Tensor]]:

@@ -70,6 +70,7 @@ def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> Non
         ("entropy_top_ratio", "nan", "above 0 and at most 1, or null"),
         ("entropy_top_ratio", "True", "above 0 and at most 1, or null"),
         ("entropy_top_ratio", "20%", "above 0 and at most 1, or null"),
+        ("entropy_top_score", "logits", "one of entropy, surprisal, random, or FILE.py:function"),
         ("entropy_top_rule", "top", "one of topk, threshold, quantile"),
         ("entropy_top_scope", "batch", "one of micro_batch, mini_batch, sequence"),
         ("entropy_top_source", "rollout", "one of prepass, old_policy"),

@@ -16,6 +16,7 @@ from optimizer_step import CASES, TEMPERATURE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from entropy_rl.scores import random_scores
 from entropy_rl_ext import covariance_mask
 
 RATIO = 0.2
@@ -169,13 +170,31 @@ class Selection:
     threshold: float
 
 
+def scores(policy: Policy, case: dict[str, Any]) -> list[Tensor]:
+    """What ranks the tokens of each row."""
+    rows, old_policy = optimizer_step.rows(), case.get("actor.entropy_top_source") == "old_policy"
+    entropy = [
+        row["old_entropy"].double() if old_policy else known.entropy.detach()
+        for row, known in zip(rows, policy.rows, strict=True)
+    ]
+    match case.get("actor.entropy_top_score", "entropy").rpartition(":")[-1]:
+        case "surprisal":
+            return [-known.log_prob.detach() for known in policy.rows]
+        case "random":  # the draw is the package's own; tests/python tests it
+            torch.manual_seed(optimizer_step.SEED)
+            mask = torch.cat([row["mask"] for row in rows])
+            drawn = random_scores(torch.randint(2**62, ()), mask, torch.tensor(0))
+            return list(drawn.split([len(row["mask"]) for row in rows]))
+        case "entropy_times_advantage":
+            return [values * row["advantage"].double().abs() for values, row in zip(entropy, rows, strict=True)]
+        case _:
+            return entropy
+
+
 def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selection:
     rows = {index: row for index, row in enumerate(optimizer_step.rows()) if index in indices}
     old_policy = case.get("actor.entropy_top_source") == "old_policy"
-    score = {
-        index: row["old_entropy"].double() if old_policy else policy.rows[index].entropy.detach()
-        for index, row in rows.items()
-    }
+    score = scores(policy, case)
     mask = torch.cat([rows[index]["mask"] for index in indices])
     n = int(mask.sum())
     k = max(1, int(n * RATIO + 0.9999))
@@ -241,6 +260,7 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
     if mode == "sapo":
         divisor = optimizer_step.ROWS
     policy_loss = torch.stack(losses).sum() / divisor
+    threshold = "score" if "actor.entropy_top_score" in case else "entropy"
     entropy, penalty = torch.stack(bonus).sum() / divisor_of_all, torch.stack(kl).sum() / divisor_of_all
     loss = policy_loss - case.get("actor.entropy_coeff", 0) * entropy
     if case.get("actor.use_kl_loss"):
@@ -250,7 +270,7 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
     metrics = {
         "actor/pg_loss": policy_loss.item(),
         "actor/entropy_token_ratio": selected_tokens / response_tokens,
-        "actor/entropy_threshold": thresholds / response_tokens,
+        f"actor/{threshold}_threshold": thresholds / response_tokens,
     }
     shares = [
         int(chosen.sum()) / int(rows[index]["mask"].sum())

@@ -8,12 +8,12 @@ import verl.workers.config as verl
 
 from entropy_rl.config import LOSS_MODES, RULES, ConfigError, one_of
 from entropy_rl.integrations.verl import loss, plugin
-from entropy_rl.selection import contradiction
+from entropy_rl.selection import contradiction, load_functions
 
 _PREFIX = "actor_rollout_ref.actor."
 _RULES = {
     f"entropy_top_{key}": RULES[f"{_PREFIX}entropy_top_{key}"]
-    for key in ("ratio", "rule", "scope", "source", "ranks", "normalize")
+    for key in ("ratio", "score", "rule", "scope", "source", "ranks", "normalize")
 } | {"entropy_top_kernel": one_of("entropy_rl", "verl")}
 
 
@@ -22,6 +22,7 @@ class _EntropyTop:
     """The keys of conf/actor/entropy_top.yaml. `entropy_rl.selection.OPTIONS` documents them."""
 
     entropy_top_ratio: float | None = None
+    entropy_top_score: str = "entropy"
     entropy_top_rule: str = "topk"
     entropy_top_scope: str = "micro_batch"
     entropy_top_source: str = "prepass"
@@ -47,6 +48,7 @@ class _EntropyTop:
         if found is not None:
             key, reason = found
             raise ConfigError(f"{_PREFIX}{key}={getattr(self, key)}: {reason}")
+        load_functions(self)
         plugin.require()
         from entropy_rl.integrations.verl import engine
 

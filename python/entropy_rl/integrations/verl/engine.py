@@ -69,7 +69,8 @@ def _with_numbers(prepare_micro_batches: Callable[..., Any]) -> Callable[..., An
         if step is not None:
             # verl gives every rank the same number of micro-batches.
             counts = [_values(micro_batch["response_mask"]).bool().sum() for micro_batch in micro_batches]
-            step.count_tokens(torch.stack(counts).to(get_device_id()))
+            seed = _seed() if step.draws and not step.before_step else 0
+            step.count_tokens(torch.stack(counts).to(get_device_id()), seed=seed)
             for number, micro_batch in enumerate(micro_batches):
                 tu.assign_non_tensor(micro_batch, **{loss.NUMBER: number}, calculate_entropy=True)
         return micro_batches, indices
@@ -111,7 +112,7 @@ def _select_mini_batch(
         response_mask,
         old_log_prob=old_log_prob,
         advantages=advantages,
-        seed=int(torch.randint(2**62, ())) if config.policy_loss.loss_mode == "clip_cov" else 0,
+        seed=_seed() if step.draws or config.policy_loss.loss_mode == "clip_cov" else 0,
         only_selected=only_selected,
     )
     for name, key in loss.TOKENS.items():
@@ -143,6 +144,10 @@ def _prepass(data: TensorDict, forward: Callable[[], Any]) -> tuple[Tensor, Tens
         for name in ("log_probs", "entropy")
     )
     return log_prob, entropy
+
+
+def _seed() -> int:
+    return int(torch.randint(2**62, ()))
 
 
 def _values(tensor: Tensor) -> Tensor:
