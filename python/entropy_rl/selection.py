@@ -180,6 +180,7 @@ class StepSelection:
     threshold: Tensor
     competing_selected: Tensor
     selected: Tensor
+    trained: Tensor | None  # [B, S] bool, of the last `policy_loss`: the tokens with a gradient; None: all of them
 
     def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, scope: str | None = None) -> None:
         """
@@ -335,6 +336,7 @@ class StepSelection:
                 log_prob = torch.where(tokens.mask, log_prob, tokens.log_prob)
         elif self._ratio is not None:
             mask, metrics["actor/entropy_threshold"] = self.select(entropy, response_mask)
+        self.trained = None if self._loss_mode in SEQUENCE_MODES else mask
         by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
         if by_selected and mask is not None:
             options["batch_num_tokens"] = self.divisor(number, mask)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entropy_rl.errors import UserError
-from entropy_rl.logs import Logs
+from entropy_rl.logs import Histogram, Logs
 from entropy_rl.report.rollouts import Rollout, read_rollouts
 from training import read_metrics
 
@@ -148,6 +148,18 @@ def test_samples_are_written_where_metrics_are(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "samples").exists() and capsys.readouterr().out == ""
 
 
+def test_histograms_go_to_tensorboard(tmp_path: Path) -> None:
+    values = Histogram(end=2.0, counts=[3.0, 1.0], total=2.5, squares=2.25)
+    for loggers in (("tensorboard",), ("file",)):
+        logs = Logs(tmp_path, settings(*loggers), 0, 1)
+        logs.histogram(1, "actor/entropy", values)
+        logs.close()
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Histograms("actor/entropy")
+    found = event.histogram_value
+    assert (event.step, found.min, found.max, found.num, found.sum, found.sum_squares) == (1, 0, 2, 4, 2.5, 2.25)
+    assert (found.bucket_limit, found.bucket) == ([1, 2], [3, 1])
+
+
 def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = Logs(tmp_path, settings("file"), 0, 3)
     for step in (1, 2):
@@ -160,9 +172,7 @@ def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_wandb_gets_the_configuration_and_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     run = SimpleNamespace(log=lambda data, step: calls.append((step, data)), finish=lambda: calls.append("finish"))
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: calls.append(arguments) or run)
-    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **arguments: calls.append(arguments) or run))
     config = settings("wandb")
     logs = Logs(tmp_path, config, 0, 1)
     logs.write(1, metrics(1))
@@ -201,5 +211,5 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: 
         raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
-    with pytest.raises(UserError, match="trainer.logger=wandb: it does not start: no API key configured"):
+    with pytest.raises(UserError, match=r"trainer\.logger=wandb: it does not start: no API key configured"):
         Logs(tmp_path, settings("wandb"), 0, 1)
