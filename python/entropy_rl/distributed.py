@@ -78,6 +78,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_first(value: Any) -> list[Any]:
+    """The values of all ranks in their order, on rank 0; the other ranks get an empty list. Takes what pickle does."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def from_first(value: Any) -> Any:
     """The value of rank 0, on every rank."""
     return gather(value)[0]

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,16 @@ _CURVES = (
 _PROMPT_LENGTH, _RESPONSE_LENGTH = 400, 1200
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """Numbers of at least 0, counted in bins of equal width."""
+
+    end: float  # of the last bin; the first begins at 0
+    counts: list[float]
+    total: float  # of the numbers
+    squares: float  # the total of their squares
+
+
 class Tracker(Protocol):
     """A library that keeps metrics. It writes to its own place, or to a server."""
 
@@ -68,6 +79,20 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         # A run that resumes after a kill does not log the steps before its checkpoint again.
         self._writer.flush()
+
+    def histogram(self, step: int, name: str, values: Histogram) -> None:
+        bins = len(values.counts)
+        self._writer.add_histogram_raw(
+            name,
+            min=0.0,
+            max=values.end,
+            num=sum(values.counts),
+            sum=values.total,
+            sum_squares=values.squares,
+            bucket_limits=[values.end * (i + 1) / bins for i in range(bins)],
+            bucket_counts=values.counts,
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()
@@ -190,6 +215,13 @@ class Logs:
         if self._file:
             (self._directory / "samples").mkdir(exist_ok=True)
             write_rollouts(self._directory / "samples" / f"{step}.jsonl", rollouts)
+
+    def histogram(self, step: int, name: str, values: Histogram) -> None:
+        """Writes a histogram to TensorBoard, if the run logs to it."""
+        if self._active:
+            for tracker in self._trackers:
+                if isinstance(tracker, TensorBoard):
+                    tracker.histogram(step, name, values)
 
     def warn(self, kind: str, text: str) -> None:
         """Prints a warning to stderr, whatever the loggers are; of each kind only the first one."""

@@ -221,6 +221,7 @@ class StepSelection:
     threshold: Tensor
     competing_selected: Tensor
     selected: Tensor
+    trained: Tensor | None  # [B, S] bool, of the last `policy_loss`: the tokens with a gradient; None: all of them
 
     def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, in_micro_batches: bool = False) -> None:
         """
@@ -409,8 +410,9 @@ class StepSelection:
         elif self._ratio is not None:
             scores = self.score(number, log_prob, entropy, advantages, response_mask)
             mask, metrics[self.threshold_name] = self.select(scores, response_mask)
-        if mask is not None and self._loss_mode not in SEQUENCE_MODES:
-            self.note_shares(mask, response_mask)
+        self.trained = None if self._loss_mode in SEQUENCE_MODES else mask
+        if self.trained is not None:
+            self.note_shares(self.trained, response_mask)
         by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
         if by_selected and mask is not None:
             options["batch_num_tokens"] = self.divisor(number, mask)

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports below, because their packages m
     sys.exit(extras.run_module("entropy_rl.train"))
 
 import contextlib
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -36,10 +37,10 @@ import entropy_rl.config
 from entropy_rl import advantages, checkpoint, distributed, lm_head, pretrained, progress
 from entropy_rl.config import ConfigError
 from entropy_rl.errors import UserError, one_line
-from entropy_rl.logs import Logs
-from entropy_rl.report.rollouts import Rollout, make_rollouts
+from entropy_rl.logs import Histogram, Logs
+from entropy_rl.report.rollouts import Rollout, make_rollouts, write_rollouts
 from entropy_rl.rewards import Scorer
-from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass
+from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass, select_tokens
 from entropy_rl.tasks import Problem, load_tasks
 from entropy_rl_ext import aggregate, kl_loss, logprob_entropy
 
@@ -71,6 +72,7 @@ class Experience:
     old_log_prob: Tensor  # [B, S]
     ref_log_prob: Tensor | None  # [B, S], with use_kl_loss
     old_entropy: Tensor  # [B, S]
+    trained: Tensor | None = None  # [B, S] bool: the tokens that the last update used; None: not asked for
 
     def rows(self, index: Tensor) -> "Experience":
         return Experience(
@@ -79,6 +81,7 @@ class Experience:
             self.old_log_prob[index],
             None if self.ref_log_prob is None else self.ref_log_prob[index],
             self.old_entropy[index],
+            None if self.trained is None else self.trained[index],
         )
 
 
@@ -182,12 +185,23 @@ def train_step(
     with timer.phase("adv"):
         advantage = compute_advantages(rewards, batch.response_mask, config)
     with timer.phase("update_actor"):
-        experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy)
+        trained = None if config.actor_rollout_ref.actor.entropy_top_ratio is None else batch.response_mask.clone()
+        experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy, trained)
         updated = update(model, training.optimizer, experience, step, training.total_steps, config)
+    if config.trainer.rollout_data_dir is not None:
+        with timer.phase("dump_rollout_generations"):
+            own = rollouts(training.tokenizer, experience, group, rewards, torch.arange(len(rewards)), step)
+            of_ranks = distributed.gather_on_first(own)
+            if distributed.rank() == 0:
+                path = Path(config.trainer.rollout_data_dir).expanduser() / f"{step}.jsonl"
+                write_rollouts(path, itertools.chain(*of_ranks))
     every = config.trainer.log_samples_freq
     if is_due(step, training.total_steps, every) or (every > 0 and step == training.first_step + 1):
         shown = rewards.argsort(stable=True)[[0, -1]].unique()  # of this rank: the lowest and the highest reward
         logs.samples(step, rollouts(training.tokenizer, experience, group, rewards, shown, step))
+
+    if "tensorboard" in config.trainer.logger:
+        logs.histogram(step, "actor/entropy", entropy_histogram(entropy, batch.response_mask))
 
     steps_per_epoch = len(training.examples) // config.data.train_batch_size
     metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
@@ -206,6 +220,8 @@ def set_up(config: DictConfig, directory: Path, device: torch.device) -> Trainin
     if resumed:
         checkpoint.verify(resumed, settings.path, trust_remote_code=settings.trust_remote_code)
     problems, validation_problems, scorer = load_tasks(config)
+    if config.trainer.rollout_data_dir is not None:
+        distributed.on_first(lambda: make_directory(config.trainer.rollout_data_dir))
     tokenizer = load_tokenizer(settings)
     examples = encode(tokenizer, problems, config)
     validation = encode(tokenizer, validation_problems, config)
@@ -298,6 +314,13 @@ def check_ranks(config: DictConfig) -> None:
             f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro}: it must divide ppo_mini_batch_size * "
             f"rollout.n / processes = {responses}"
         )
+
+
+def make_directory(path: str) -> None:
+    try:
+        Path(path).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"trainer.rollout_data_dir={path}: it cannot be created: {error.strerror}") from None
 
 
 def find_checkpoint(trainer: DictConfig, directory: Path) -> Path | None:
@@ -623,7 +646,8 @@ def update(
     generator = torch.Generator().manual_seed(distributed.seed_of_rank(actor.data_loader_seed * 1_000_003 + step))
     history: dict[str, list[Tensor]] = defaultdict(list)
     for rows in progress.track(mini_batches(len(experience.advantages), generator, config), "optimizer step"):
-        mini_batch = experience.rows(rows.to(experience.advantages.device))
+        rows = rows.to(experience.advantages.device)
+        mini_batch = experience.rows(rows)
         optimizer.zero_grad()
         metrics = accumulate_gradients(model, mini_batch, generator, config)
         grad_norm = distributed.full_norm(
@@ -631,6 +655,8 @@ def update(
         )
         for name, value in (metrics | {"actor/grad_norm": grad_norm}).items():
             history[name].append(value)
+        if experience.trained is not None and mini_batch.trained is not None:
+            experience.trained[rows] = mini_batch.trained
         if grad_norm.isfinite():
             optimizer.step()
             continue
@@ -752,6 +778,8 @@ def accumulate_gradients(
         )
         batch = (log_prob, entropy, micro.old_log_prob, micro.advantages, response_mask)
         loss, means = step.policy_loss(number, *batch, tokens=selected, seed=seed + number, **aggregation)
+        if mini_batch.trained is not None and step.trained is not None:
+            mini_batch.trained[index] = step.trained
         if actor.policy_loss.loss_mode == "geo_mean":  # it ignores the divisors and averages over the rows it is given
             loss = loss * (len(index) / len(mask))
         sums = {"actor/pg_loss": loss.detach()}
@@ -815,6 +843,7 @@ def rollouts(
         advantages=experience.advantages,
         entropies=experience.old_entropy,
         log_probs=experience.old_log_prob,
+        selected=experience.trained,
         data_sources=[problem.data_source for problem, _ in chosen],
     )
 
@@ -859,12 +888,24 @@ def batch_metrics(
         global_batch_size=len(mask) * distributed.size(),
     )
     metrics = {"actor/entropy": distributed.reduce(mean_entropy).item()}
+    for percent in (50, 80, 95, 99):
+        _, lowest = select_tokens(entropy, mask, (100 - percent) / 100, ranks="global")
+        metrics[f"actor/entropy_p{percent}"] = lowest.item()
     for name, (total, count), (highest, lowest) in zip(values, sums.tolist(), ends.tolist(), strict=True):
         if name.endswith("_ratio"):
             metrics[name] = total / count
         else:
             metrics |= {f"{name}/mean": total / count, f"{name}/max": highest, f"{name}/min": -lowest}
     return metrics
+
+
+def entropy_histogram(entropy: Tensor, mask: Tensor) -> Histogram:
+    """Of the finite entropies of the response tokens, [B, S], over all ranks."""
+    values = entropy[mask & entropy.isfinite()].double()
+    highest = distributed.reduce(values.max() if len(values) else values.sum(), torch.distributed.ReduceOp.MAX).item()
+    counts = distributed.reduce(values.histc(64, 0, highest or 1.0))  # histc needs another upper end than 0
+    total, squares = distributed.reduce(torch.stack([values.sum(), (values**2).sum()])).tolist()
+    return Histogram(highest or 1.0, counts.tolist(), total, squares)
 
 
 def nothing_to_learn(step: int, metrics: dict[str, float]) -> str:

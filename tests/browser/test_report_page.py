@@ -476,3 +476,49 @@ def test_large_page_stays_responsive(tmp_path: Path, browser: WebDriver) -> None
     assert not browser.find_elements(By.CSS_SELECTOR, ".chunk:last-child article")
     first = browser.find_element(By.CSS_SELECTOR, "#c0 .block:last-child")
     assert first.size["height"] > 0 and not first.find_elements(By.CLASS_NAME, "t")
+
+
+def test_ten_thousand_responses_stay_responsive(tmp_path: Path, browser: WebDriver) -> None:
+    """Five steps with 2,000 responses of 100 tokens each: the first paint, another step, another share, and a filter.
+
+    Of each act the faster of two, with loose bounds, because the test shares its machine; work for every response of
+    the run would exceed them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rollouts, length = [], 100
+    for step in range(1, 6):
+        entropies = torch.rand(2000, length, generator=generator) ** 4 * 3
+        words = torch.randint(2, len(WORDS), (2000, length), generator=generator).tolist()
+        for row, entropy in enumerate(entropies.tolist()):
+            tokens = [WORDS[word] for word in words[row]]
+            flags = [1 if value > 1.2 else 0 for value in entropy]
+            prompt, reward = f"<|im_start|>user\nproblem {row // 8}<|im_end|>\n", float(row % 8 == 0)
+            rollouts.append(
+                Rollout(prompt, "".join(tokens), reward, step, tokens, entropies=entropy, selected=flags, advantage=0.5)
+            )
+    path = tmp_path / "page.html"
+    write_rollout_page(path, rollouts, title="a run")
+    open_page(browser, path)
+    paint = browser.execute_script("return performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert paint < 3000, f"first paint after {paint:.0f} ms"
+    assert browser.execute_script("return document.querySelectorAll('.t').length") < 10_000
+
+    script = """
+      const [act, done] = arguments, start = performance.now();
+      Promise.resolve(new Function(act)()).then(() =>
+        requestAnimationFrame(() => setTimeout(() => done(performance.now() - start))));
+    """
+    acts = {
+        "another step": ["return entropyReport.showStep(4)", "return entropyReport.showStep(1)"],
+        "another share": ["entropyReport.setRatio(0.1)", "entropyReport.setRatio(0.5)"],
+        "a filter": [
+            f"const low = document.getElementById('reward-low'); low.value = {low};"
+            "low.dispatchEvent(new Event('input', {bubbles: true}))"
+            for low in ("0.5", "''")
+        ],
+    }
+    times = {name: min(browser.execute_async_script(script, act) for act in of_act) for name, of_act in acts.items()}
+    print(f"first paint {paint:.0f} ms, " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in times.items()))
+    assert max(times.values()) < 1000, times
+    assert browser.find_element(By.ID, "listed").text == "2,000 completions"
+    assert browser.get_log("browser") == []

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entropy_rl.errors import UserError
-from entropy_rl.logs import Logs
+from entropy_rl.logs import Histogram, Logs
 from entropy_rl.report.rollouts import Rollout, read_rollouts
 from training import read_metrics
 
@@ -146,6 +146,18 @@ def test_samples_are_written_where_metrics_are(tmp_path: Path, capsys: pytest.Ca
     logs.samples(1, [Rollout(PROMPT, " 2", 1.0, 1, [" 2"])])
     logs.close()
     assert not (tmp_path / "samples").exists() and capsys.readouterr().out == ""
+
+
+def test_histograms_go_to_tensorboard(tmp_path: Path) -> None:
+    values = Histogram(end=2.0, counts=[3.0, 1.0], total=2.5, squares=2.25)
+    for loggers in (("tensorboard",), ("file",)):
+        logs = Logs(tmp_path, settings(*loggers), 0, 1)
+        logs.histogram(1, "actor/entropy", values)
+        logs.close()
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Histograms("actor/entropy")
+    found = event.histogram_value
+    assert (event.step, found.min, found.max, found.num, found.sum, found.sum_squares) == (1, 0, 2, 4, 2.5, 2.25)
+    assert (found.bucket_limit, found.bucket) == ([1, 2], [3, 1])
 
 
 def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,6 +225,86 @@ def test_a_run_that_cannot_learn_says_so_and_shows_samples(
     assert saved.actor_rollout_ref.actor.entropy_top_ratio == 0.2 and saved.data.shuffle is True
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {f"{ACTOR}.entropy_top_scope": "mini_batch", f"{ACTOR}.shuffle": "true"},
+        {f"{ACTOR}.ppo_epochs": 2, f"{ACTOR}.entropy_top_ratio": 0.5},
+        {f"{ACTOR}.entropy_top_ratio": "null"},
+        {f"{ACTOR}.policy_loss.loss_mode": "gspo"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:entropy_mask is not applied")
+def test_responses_are_written(change: Overrides, run: Run, tokenizer: Any, tmp_path: Path) -> None:
+    """Those of every step, for `entropy-rl inspect`: what was sampled, its rewards, and the tokens that trained."""
+    directory = tmp_path / "rollouts"
+    settings = {f"{ACTOR}.ppo_mini_batch_size": 4, "trainer.total_training_steps": 2}
+    lines = run({"trainer.rollout_data_dir": directory, **settings, **change})
+    written = read_rollouts(directory)
+    for line in lines:
+        rows, data = [row for row in written if row.step == line["step"]], line["data"]
+        lengths = [len(row.tokens) for row in rows]
+        assert len(rows) == 16 and [row.input for row in rows[:4]] == [rows[0].input] * 4
+        assert sum(lengths) / 16 == pytest.approx(data["response_length/mean"])
+        assert sum(row.score or 0.0 for row in rows) / 16 == pytest.approx(data["critic/rewards/mean"])
+        entropies = torch.tensor([e for row in rows for e in row.entropies or []])
+        assert entropies.mean() == pytest.approx(data["actor/entropy"], rel=1e-5)
+        for percent in (50, 80, 95, 99):
+            k = math.ceil(len(entropies) * (100 - percent) / 100)
+            assert entropies.topk(k).values[-1] == pytest.approx(data[f"actor/entropy_p{percent}"])
+        for row in rows:
+            assert tokenizer.decode(row.token_ids, skip_special_tokens=True) == row.output
+            assert row.log_probs is not None and max(row.log_probs) < 0 and row.data_source == "sums"
+        assert sum(row.advantage or 0.0 for row in rows) == pytest.approx(0, abs=1e-4)
+        if change.get(f"{ACTOR}.entropy_top_ratio") == "null":
+            assert all(row.selected is None for row in rows)
+            continue
+        share = sum(sum(row.selected or []) for row in rows) / sum(lengths)
+        if "gspo" in change.values():
+            assert share == 1
+        elif f"{ACTOR}.ppo_epochs" not in change:  # the file has the last pass, the metric all of them
+            assert share == pytest.approx(data["actor/entropy_token_ratio"])
+
+
+def test_the_written_selection_is_that_of_the_update(run: Run, tmp_path: Path) -> None:
+    """On the first step of one optimizer step over the whole batch: the tokens of highest written entropy."""
+    changes = {
+        f"{ACTOR}.ppo_mini_batch_size": 4,
+        f"{ACTOR}.entropy_top_scope": "mini_batch",
+        f"{ACTOR}.entropy_top_source": "old_policy",
+    }
+    (line,) = run({"trainer.rollout_data_dir": tmp_path / "rollouts", **changes})
+    rows = read_rollouts(tmp_path / "rollouts")
+    pairs = [pair for row in rows for pair in zip(row.entropies or [], row.selected or [], strict=True)]
+    lowest = min(entropy for entropy, chosen in pairs if chosen)
+    assert lowest == pytest.approx(line["data"]["actor/entropy_threshold"])
+    assert all(chosen == (entropy >= lowest) for entropy, chosen in pairs) and 0 < sum(c for _, c in pairs) < len(pairs)
+
+
+def test_a_directory_for_responses_that_cannot_be_made(
+    overrides: Overrides, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(as_arguments(overrides | {"trainer.rollout_data_dir": "/proc/rollouts"})) == 2
+    assert "error: trainer.rollout_data_dir=/proc/rollouts: it cannot be created" in capsys.readouterr().err
+
+
+def test_the_entropy_histogram_counts_all_finite_values(model: Any, config: Any) -> None:
+    experience = random_experience(model, config)
+    entropy, mask = experience.old_entropy.clone(), experience.batch.response_mask
+    entropy[0, 0] = math.nan
+    values = entropy[mask][1:].double()
+    found = train.entropy_histogram(entropy, mask)
+    assert found.end == values.max().item() and sum(found.counts) == len(values)
+    assert (found.total, found.squares) == pytest.approx((values.sum().item(), (values**2).sum().item()))
+    edges = torch.linspace(0, found.end, 65, dtype=torch.float64)
+    for i in (0, 31, 63):
+        inside = (values >= edges[i]) & ((values < edges[i + 1]) | (i == 63))
+        assert found.counts[i] == inside.sum()
+    assert sum(train.entropy_histogram(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)).counts) == 0
+
+
 def test_samples_are_those_with_the_lowest_and_the_highest_reward(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

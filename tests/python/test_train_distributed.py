@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from entropy_rl import checkpoint, distributed, train
 from entropy_rl import config as configuration
+from entropy_rl.report.rollouts import read_rollouts
 from entropy_rl.selection import StepSelection, movement_metrics
 from ranks import Ranks
 from training import ACTOR, as_arguments, read_metrics, without_times
@@ -261,6 +263,37 @@ def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, 
     weights = [checkpoint.model_directory(path / "global_step_2") / "model.safetensors" for path in (whole, parts)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert without_times(read_metrics(whole)) == without_times(read_metrics(parts))
+
+
+def test_ranks_write_their_responses_together(small_run: Overrides, tmp_path: Path) -> None:
+    """Greedy runs of one and two ranks write the same responses; percentiles and histograms are those of all."""
+    directories, lines = {}, {}
+    for processes in (1, 2):
+        directories[processes] = tmp_path / f"rollouts{processes}"
+        changes = {
+            "trainer.rollout_data_dir": directories[processes],
+            "trainer.default_local_dir": tmp_path / f"run{processes}",
+            "trainer.total_training_steps": 1,
+            "trainer.logger": "[file,tensorboard]",
+            f"{ACTOR}.entropy_top_scope": "mini_batch",
+            f"{ACTOR}.entropy_top_ranks": "global",
+            "actor_rollout_ref.rollout.top_k": 1,
+        }
+        lines[processes] = run(processes, small_run | changes)[-1]["data"]
+    one, two = (sorted(read_rollouts(path), key=lambda r: (r.input, r.output)) for path in directories.values())
+    assert [(r.input, r.token_ids, r.score) for r in one] == [(r.input, r.token_ids, r.score) for r in two]
+    entropies = [[e for r in rows for e in r.entropies or []] for rows in (one, two)]
+    assert entropies[1] == pytest.approx(entropies[0], abs=1e-5)
+    for percent in (50, 80, 95, 99):
+        name = f"actor/entropy_p{percent}"
+        assert lines[2][name] == pytest.approx(lines[1][name], abs=1e-5)
+    histograms = [
+        EventAccumulator(str(tmp_path / f"run{size}/tensorboard")).Reload().Histograms("actor/entropy")[0]
+        for size in (1, 2)
+    ]
+    counts = [histogram.histogram_value for histogram in histograms]
+    assert counts[0].num == counts[1].num == len(entropies[0])
+    assert counts[1].sum == pytest.approx(counts[0].sum, rel=1e-5)
 
 
 # ---- Ranks that die

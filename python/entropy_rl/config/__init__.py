@@ -229,6 +229,7 @@ RULES: dict[str, Rule] = {
     "trainer.default_local_dir": TEXT,
     "trainer.logger": list_of(one_of(*LOGGERS)),
     "trainer.log_samples_freq": either(MINUS_ONE, integer(1)),
+    "trainer.rollout_data_dir": optional(TEXT),
     "trainer.project_name": TEXT,
     "trainer.experiment_name": TEXT,
     "trainer.device": one_of("auto", "cuda", "cpu"),

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from entropy_rl.extras import installed_version
 from entropy_rl.integrations import install_tested, missing_hook, warn_if_untested
+from entropy_rl.report.rollouts import Rollout, make_rollouts, write_rollouts
 from entropy_rl.scores import FUNCTION, SCORES, names_function
 from entropy_rl.selection import (
     OPTIONS,
@@ -74,6 +76,7 @@ if _missing is not None:
 warn_if_untested("trl")
 
 import trl.trainer.utils  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
@@ -126,6 +129,14 @@ class EntropyGRPOConfig(GRPOConfig):
             "help": "What computes log-probabilities and entropies if entropy_top_ratio is set. selected_rows: this "
             "package's op, whose backward multiplies only the tokens that have a gradient. trl: TRL's own, which "
             "multiplies all tokens."
+        },
+    )
+    rollout_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "A directory for the completions of every optimizer step, as STEP.jsonl: texts, rewards and "
+            "advantages, and for each token its id, its entropy, its log-probability and whether it was selected. "
+            "`entropy-rl inspect --rollouts` makes a page of them."
         },
     )
 
@@ -212,14 +223,27 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._scores: list[tuple[Tensor, Tensor]] = []
         # State while the loss of a micro-batch is computed: its inputs, and what corrects the entropy bonus, [].
         self._loss_inputs: dict[str, Any] | None = None
-        self._log_prob: Tensor | None = None  # [B, T], of the policy that trains
         self._bonus_correction: Tensor | float = 0.0
         self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
         self._shares: list[Tensor] = []  # those of StepSelection, over the step
+        self._recorded: dict[str, Tensor] = {}  # of the micro-batch: log_probs, entropies and selected, each [B, T]
+        # With rollout_data_dir:
+        self._rewards: Tensor  # [completions of all processes], set by `_calculate_rewards`
+        self._rollouts: list[Rollout] = []  # of the optimizer step
+        if args.rollout_data_dir is not None:
+            Path(args.rollout_data_dir).mkdir(parents=True, exist_ok=True)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._recorded = {}
         if self.args.entropy_top_ratio is None:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+        else:
+            loss = self._selected_loss(model, inputs)
+        if self.args.rollout_data_dir is not None and self.model.training:
+            self._record(inputs)
+        return loss
+
+    def _selected_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         before_step, loss_type = self._selects_before_step(), self.loss_type
         if not before_step or self._position() == 0:
             self._begin_selection(inputs)
@@ -229,7 +253,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         try:
             loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
-            self._loss_inputs, self._log_prob, self._bonus_correction, self.loss_type = None, None, 0.0, loss_type
+            self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
         if before_step and self._position() == self.args.gradient_accumulation_steps - 1:
             self._join_metrics()
         return loss
@@ -259,21 +283,58 @@ class EntropyGRPOTrainer(GRPOTrainer):
             if self._entropy_bonus_enabled:
                 self._bonus_correction = self._correct_bonus(entropies, selected)
         else:
-            assert self._log_prob is not None
-            advantages = _advantages(inputs, mask)
-            scores = selection.score(self._number(), self._log_prob, entropies, advantages, mask)
+            log_probs, advantages = self._recorded["log_probs"], _advantages(inputs, mask)
+            scores = selection.score(self._number(), log_probs, entropies, advantages, mask)
             selected, lowest = selection.select(scores, mask)
         self._log_selection(selected, mask, lowest)
+        self._recorded["selected"] = selected
         if args.entropy_top_normalize == "response":
             return selected
         return selected * self._normalization(selected, mask, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         with _lm_head(self._score) if self._lm_head_is_ours else contextlib.nullcontext():
-            log_probs, *others = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
-            self._log_prob = log_probs.detach()
-        return log_probs, *others
+            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if kwargs.get("compute_entropy"):
+            self._recorded |= {"log_probs": found[0].detach(), "entropies": found[1].detach()}
+        return found
+
+    # ---- The completions of a step, for rollout_data_dir
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)  # [completions of all processes, functions]
+        weighted = rewards * self.reward_weights.to(rewards.device)
+        self._rewards = weighted.nansum(-1).masked_fill(rewards.isnan().all(-1), torch.nan)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.args.rollout_data_dir is not None:
+            output["rewards"] = self._rewards.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        return output
+
+    def _record(self, inputs: dict[str, Any]) -> None:
+        """Keeps the completions of a micro-batch, and writes those of the optimizer step after its last one."""
+        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        prompts = zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)
+        step = self.state.global_step + 1
+        self._rollouts += make_rollouts(
+            getattr(self.processing_class, "tokenizer", self.processing_class),
+            [ids[inside].tolist() for ids, inside in prompts],
+            inputs["completion_ids"],
+            mask,
+            step=step,
+            scores=inputs["rewards"],
+            advantages=(advantages[:, None] if advantages.ndim == 1 else advantages).expand_as(mask),
+            entropies=self._recorded.get("entropies"),
+            log_probs=self._recorded.get("log_probs"),
+            selected=self._recorded.get("selected"),
+        )
+        if not self.accelerator.sync_gradients:
+            return
+        rollouts, self._rollouts = gather_object(self._rollouts), []
+        if self.accelerator.is_main_process:
+            write_rollouts(Path(self.args.rollout_data_dir) / f"{step}.jsonl", rollouts)
 
     # ---- The selection
 

@@ -69,26 +69,28 @@ def make_rollouts(
         selected: [B, S], nonzero = the policy gradient uses the token.
         data_sources: B names.
     """
-    mask, texts = response_mask.bool().cpu(), _Texts(tokenizer)
+    texts, mask = _Texts(tokenizer), response_mask.bool().cpu()
+    lengths = mask.sum(-1).tolist()
+
+    def per_row(values: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(lengths) if values is None else values.detach().cpu()[mask].split(lengths)
+
+    columns = map(per_row, (responses, advantages, entropies, log_probs, selected))
     rollouts = []
-    for row, (prompt, inside, score) in enumerate(zip(prompts, mask, scores.tolist(), strict=True)):
-
-        def of(values: Tensor, row: int = row, inside: Tensor = inside) -> Tensor:
-            return values[row].cpu()[inside]
-
-        ids = of(responses).tolist()
+    for row, (ids, advantage, entropy, log_prob, chosen) in enumerate(zip(*columns, strict=True)):
+        assert ids is not None
         rollouts.append(
             Rollout(
-                input=tokenizer.decode(list(prompt)),
+                input=tokenizer.decode(list(prompts[row])),
                 output=tokenizer.decode(ids, skip_special_tokens=True),
-                score=score,
+                score=scores[row].item(),
                 step=step,
-                tokens=[texts[token] for token in ids],
-                token_ids=ids,
-                entropies=None if entropies is None else of(entropies).tolist(),
-                log_probs=None if log_probs is None else of(log_probs).tolist(),
-                selected=None if selected is None else of(selected).int().tolist(),
-                advantage=None if advantages is None else of(advantages).double().mean().item(),
+                tokens=[texts[token] for token in ids.tolist()],
+                token_ids=ids.tolist(),
+                entropies=None if entropy is None else entropy.tolist(),
+                log_probs=None if log_prob is None else log_prob.tolist(),
+                selected=None if chosen is None else (chosen != 0).int().tolist(),
+                advantage=None if advantage is None else advantage.double().mean().item(),
                 data_source=None if data_sources is None else data_sources[row],
             )
         )

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from entropy_rl.report.rollouts import read_rollouts
+from grpo import PROMPTS, share_of_digits
+
 
 def weights(trainer: GRPOTrainer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -110,6 +113,51 @@ def test_a_run_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer],
         torch.testing.assert_close(weights(run), expected, rtol=1e-5, atol=1e-6)
     assert len(logged(runs[0], "reward")) == 2 and len(logged(runs[0], "entropy_threshold")) == 4
     assert min(logged(runs[0], "grad_norm")) > 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"entropy_top_scope": "mini_batch", "loss_type": "grpo"}], ids=str)
+def test_completions_are_written(trainer: Callable[..., GRPOTrainer], settings: dict[str, Any], tmp_path: Path) -> None:
+    """Those of every optimizer step, for `entropy-rl inspect`, with what TRL logs of them."""
+    run = trained(
+        trainer(
+            entropy_top_ratio=0.2,
+            rollout_data_dir=str(tmp_path / "rollouts"),
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=4,
+            max_steps=2,
+            **settings,
+        )
+    )
+    written = read_rollouts(tmp_path / "rollouts")
+    for step, (reward, entropy, ratio) in enumerate(
+        zip(*(logged(run, name) for name in ("reward", "entropy", "entropy_token_ratio")), strict=True), start=1
+    ):
+        rows = [row for row in written if row.step == step]
+        assert len(rows) == 8 and {row.input for row in rows} <= set(PROMPTS)
+        assert sum(row.score or 0.0 for row in rows) / 8 == pytest.approx(reward)
+        for row in rows:
+            assert row.score == pytest.approx(share_of_digits([row.output])[0])
+            assert (row.advantage or 0.0) == pytest.approx(
+                advantage_in_group(row.score, [r.score for r in rows if r.input == row.input]), abs=1e-3
+            )
+        pairs = [pair for row in rows for pair in zip(row.entropies or [], row.selected or [], strict=True)]
+        assert sum(chosen for _, chosen in pairs) / len(pairs) == pytest.approx(ratio)
+        if settings:  # with micro_batch TRL logs the mean over micro-batches
+            assert sum(e for e, _ in pairs) / len(pairs) == pytest.approx(entropy, rel=1e-4)
+            lowest = min(e for e, chosen in pairs if chosen)
+            assert all(chosen == (e >= lowest) for e, chosen in pairs)
+    assert len(written) == 16
+
+
+def advantage_in_group(score: float, scores: list[float]) -> float:
+    group = torch.tensor(scores)
+    return ((score - group.mean()) / (group.std() + 1e-4)).item()
+
+
+def test_completions_are_written_without_a_ratio(trainer: Callable[..., GRPOTrainer], tmp_path: Path) -> None:
+    trained(trainer(rollout_data_dir=str(tmp_path / "rollouts"), max_steps=1))
+    rows = read_rollouts(tmp_path / "rollouts")
+    assert len(rows) == 8 and all(row.selected is None and row.entropies and row.log_probs for row in rows)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo"])

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from test_page import column, read_data
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from entropy_rl import cli
 from entropy_rl.errors import UserError
-from entropy_rl.report.rollouts import Rollout, read_rollouts, write_rollouts
+from entropy_rl.report.rollouts import Rollout, make_rollouts, read_rollouts, write_rollouts
 
 PROMPT = "<|im_start|>user\n1 + 1 =<|im_end|>\n<|im_start|>assistant\n"
 
@@ -42,6 +44,39 @@ def make_steps(directory: Path) -> list[Rollout]:
     for each in rollouts:
         write_rollouts(directory / f"{each.step}.jsonl", [each])
     return rollouts
+
+
+def test_rollouts_of_a_batch() -> None:
+    """Only the tokens of the response; a padded row, and a token that is a part of a character."""
+    alphabet = {word: i for i, word in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False)
+    first, second = [*fast.encode("春"), 0], fast.encode("ab")
+    responses = torch.tensor([first, [*second, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    values = torch.arange(8.0).view(2, 4)
+    found = make_rollouts(
+        fast,
+        [fast.encode("1+1"), fast.encode("2+2")],
+        responses,
+        mask,
+        step=3,
+        scores=torch.tensor([0.0, 1.0]),
+        advantages=-values,
+        entropies=values,
+        log_probs=values - 9,
+        selected=values > 4,
+        data_sources=["sums", "more"],
+    )
+    shown = ["⟨e6⟩", "⟨98⟩", "⟨a5⟩", "<eos>"]
+    assert found == [
+        Rollout("1+1", "春", 0.0, 3, shown, first, [0, 1, 2, 3], [-9, -8, -7, -6], [0] * 4, -1.5, "sums"),
+        Rollout("2+2", "ab", 1.0, 3, ["a", "b"], second, [4, 5], [-5, -4], [0, 1], -4.5, "more"),
+    ]
+    bare = make_rollouts(fast, [[1], [2]], responses, mask, step=3, scores=torch.zeros(2))
+    assert bare[1] == Rollout(fast.decode([2]), "ab", 0.0, 3, ["a", "b"], second)
 
 
 def float32(values: list[float] | None) -> list[float]:
