@@ -1,3 +1,4 @@
+#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -156,6 +157,17 @@ Tensor global_top_mask_forward(const Tensor& entropy, const Tensor& response_mas
 
 // ---- Steps for values that several processes hold ----
 
+// The sum of counts, each 0 or above; an error if they are not, or if int64 cannot hold it.
+int64_t sum_of_counts(const char* name, const int64_t* counts, int64_t size) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    check(counts[i] >= 0 && counts[i] <= std::numeric_limits<int64_t>::max() - total, name, "[", i,
+          "] is ", counts[i], "; it must be 0 or above, and the sum of ", name, " below 2^63");
+    total += counts[i];
+  }
+  return total;
+}
+
 Tensor new_number(const Tensor& like, ScalarType dtype) {
   return torch::stable::new_empty(like, {}, dtype);
 }
@@ -190,7 +202,7 @@ std::tuple<Tensor, Tensor> global_top_mask_key(const Tensor& counts, std::option
   const int64_t* count = const_data<int64_t>(in.counts);
   Tensor found = new_number(in.counts, ScalarType::Long);
   Tensor k_left = new_number(in.counts, ScalarType::Long);
-  const int64_t total = std::accumulate(count, count + in.digits, int64_t{0});
+  const int64_t total = sum_of_counts("counts", count, in.digits);
   int64_t left = std::min(*const_data<int64_t>(k), total);
   uint64_t bits = ~uint64_t{0};
   if (left <= 0) {
@@ -236,8 +248,9 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
     ProcessCut<Key> cut = cut_at<Key>(found);
     if (ties) {
       const Tensor all = torch::stable::contiguous(*ties);
-      const int64_t* own = const_data<int64_t>(all) + process;
-      cut = cut_ties<Key>(found, std::accumulate(own - process, own, int64_t{0}), *own);
+      const int64_t* of_process = const_data<int64_t>(all);
+      sum_of_counts("ties", of_process, all.numel());
+      cut = cut_ties<Key>(found, sum_of_counts("ties", of_process, process), of_process[process]);
     } else if (next_key) {
       const Key next = unsigned_key<Key>(*const_data<signed_key_t<Key>>(next_key));
       cut = cut_quantile(found, next, *const_data<double>(weight));

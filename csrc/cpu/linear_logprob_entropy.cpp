@@ -44,7 +44,7 @@ struct Tiles {
       const int64_t stride = in.tile.stride(0);
       VocabState* states = mutable_data<VocabState>(state);
       for_each_row(in.rows, in.width, [&](int64_t row) {
-        fold_row(tile + row * stride, in.width, targets[row] - in.vocab_start,
+        fold_row(tile + row * stride, in.width, column_of_target(targets[row], in.vocab_start),
                  1.0 / temperature_of<Acc>(in, row), transform, token_statistics, &states[row]);
       });
     });
@@ -102,8 +102,8 @@ struct Tiles {
                                       static_cast<Acc>(1.0 / temperature_of<Acc>(in, row)),
                                       grad_log_prob ? grad_log_prob[row] : Acc(0),
                                       grad_entropy ? grad_entropy[row] : Acc(0)};
-        gradient_row(tile + row * stride, in.width, targets[row] - in.vocab_start, at, transform,
-                     out + row * out_stride);
+        gradient_row(tile + row * stride, in.width, column_of_target(targets[row], in.vocab_start),
+                     at, transform, out + row * out_stride);
       });
     });
   }

@@ -102,10 +102,12 @@ struct LogprobEntropy {
   static void check_temperatures(const LogitsRows& in, const Tensor& temperatures) {
     dispatch_floating(temperatures.scalar_type(), [&](auto element) {
       const auto* temperature = const_data<decltype(element)>(temperatures);
+      const bool* mask = const_data<bool>(in.mask);
       for (int64_t row = 0; row < in.rows; ++row) {
+        if (mask && !mask[row]) continue;
         const double value = load_value(temperature[row]);
-        check(std::isfinite(value) && value > 0, "temperature[", row, "] is ", value,
-              "; it must be a finite number above 0");
+        check(is_temperature(value), "temperature[", row, "] (flat index) is ", value,
+              kTemperatureRange);
       }
     });
   }

@@ -25,14 +25,13 @@ struct LogitTile {
   const Acc* row_temperature;  // [rows]
   LogitTransform<Acc> transform;
 
-  // The host cannot look at device values, so one that is not above 0 becomes NaN for its row.
+  // The host cannot look at device values, so one that is not taken becomes NaN for its row.
   __device__ __forceinline__ Acc temperature_of(int64_t row) const {
     const Acc value = row_temperature ? row_temperature[row] : temperature;
-    return value > Acc(0) ? value : static_cast<Acc>(NAN);
+    return is_temperature(value) ? value : static_cast<Acc>(NAN);
   }
-  // Column of the row's target; one outside [0, width) means that the target is in another tile.
   __device__ __forceinline__ int64_t target_column(int64_t row) const {
-    return targets[row] - vocab_start;
+    return column_of_target(targets[row], vocab_start);
   }
 };
 

@@ -52,6 +52,13 @@ struct LogitTransform {
   }
 };
 
+// Column of a target in the tile that begins at vocab_start >= 0; one outside [0, width) means that
+// the target is in another tile. A target before the tile is not subtracted from: the difference of
+// a target that is no index of the vocabulary could overflow.
+ENTROPY_RL_HD inline int64_t column_of_target(int64_t target, int64_t vocab_start) {
+  return target < vocab_start ? -1 : target - vocab_start;
+}
+
 // A row, or a part of it. Trivial, so that it can live in shared memory.
 template <class Acc>
 struct VocabPart {

@@ -32,11 +32,11 @@ struct SoftmaxRows {
 
   __device__ __forceinline__ const T* row(int64_t row) const { return logits + layout.offset(row); }
   __device__ __forceinline__ bool is_masked(int64_t row) const { return mask && !mask[row]; }
-  // The host cannot look at device values, so one that is not above 0 becomes NaN for its row.
+  // The host cannot look at device values, so one that is not taken becomes NaN for its row.
   __device__ __forceinline__ Acc temperature_of(int64_t row) const {
     if (!row_temperature) return temperature;
     const Acc value = row_temperature[row];
-    return value > Acc(0) ? value : static_cast<Acc>(NAN);
+    return is_temperature(value) ? value : static_cast<Acc>(NAN);
   }
   __device__ __forceinline__ bool target_is_valid(int64_t row) const {
     return targets[row] >= 0 && targets[row] < vocab;

@@ -12,6 +12,13 @@
 
 namespace entropy_rl {
 
+// The temperatures that are taken: float32 holds each of them and its inverse, both as normal
+// numbers.
+template <class Value>
+ENTROPY_RL_HD inline bool is_temperature(Value value) {
+  return value >= static_cast<Value>(0x1p-126) && value <= static_cast<Value>(0x1p126);
+}
+
 // Below this exponent e^d is zero in the accumulate type. Where d multiplies e^d it is clamped to
 // the floor, so that `dot` and the gradient hold no 0 * inf.
 template <class Acc>

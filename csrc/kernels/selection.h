@@ -182,8 +182,9 @@ template <class Key>
 ENTROPY_RL_HD inline ProcessCut<Key> cut_ties(const FoundKey& found, int64_t ties_before,
                                               int64_t ties) {
   ProcessCut<Key> cut = cut_at<Key>(found);
+  if (found.k <= 0) return cut;
   const int64_t left = found.k - ties_before;
-  if (found.k > 0 && left < ties) {
+  if (left < ties) {
     cut.keeps_all_ties = false;
     cut.ties = left > 0 ? left : 0;
   }

@@ -38,6 +38,9 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Float: return "float32";
@@ -67,7 +70,8 @@ inline bool is_floating(ScalarType dtype) {
 
 inline bool is_integer(ScalarType dtype) {
   return dtype == ScalarType::Byte || dtype == ScalarType::Char || dtype == ScalarType::Short ||
-         dtype == ScalarType::Int || dtype == ScalarType::Long;
+         dtype == ScalarType::Int || dtype == ScalarType::Long || dtype == ScalarType::UInt16 ||
+         dtype == ScalarType::UInt32 || dtype == ScalarType::UInt64;
 }
 
 inline void check_floating(const char* name, const Tensor& tensor) {
@@ -100,13 +104,6 @@ inline Choice parse_choice(const char* argument, const std::string& value,
   }
   check(false, argument, " is '", value, "'; it must be one of ", names);
   return choices[0].second;
-}
-
-// A mask of any dtype as contiguous bool: nonzero is true.
-inline Tensor as_bool_mask(const Tensor& mask) {
-  Tensor result = mask;
-  if (mask.scalar_type() != ScalarType::Bool) result = torch::stable::to(mask, ScalarType::Bool);
-  return torch::stable::contiguous(result);
 }
 
 inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
@@ -152,6 +149,35 @@ inline const T* const_data(const std::optional<Tensor>& tensor) {
 template <class T>
 inline T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// An error if a contiguous floating-point mask on the CPU holds another value than 0 and 1.
+inline void check_zeros_and_ones(const char* name, const Tensor& mask) {
+  dispatch_floating(mask.scalar_type(), [&](auto element) {
+    const auto* values = const_data<decltype(element)>(mask);
+    const int64_t count = mask.numel();
+    // Counted without a branch, so that the loop vectorises.
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto value = load_value(values[i]);
+      wrong += (value != 0) & (value != 1);
+    }
+    for (int64_t i = 0; i < count && wrong > 0; ++i) {
+      const auto value = load_value(values[i]);
+      check(value == 0 || value == 1, name, "[", i, "] (flat index) is ", value,
+            "; a floating-point mask must hold 0 and 1 only");
+    }
+  });
+}
+
+// A mask of any dtype as contiguous bool: nonzero is true. Floats must be 0 or 1, since others are
+// most often an additive mask, or a tensor that is no mask. On CUDA, where looking would wait for
+// the device, the results become NaN instead (entropy_rl_ext/ops/_mask.py).
+inline Tensor as_bool_mask(const char* name, const Tensor& mask) {
+  const Tensor values = torch::stable::contiguous(mask);
+  if (mask.scalar_type() == ScalarType::Bool) return values;
+  if (mask.is_cpu() && is_floating(mask.scalar_type())) check_zeros_and_ones(name, values);
+  return torch::stable::to(values, ScalarType::Bool);
 }
 
 }  // namespace entropy_rl

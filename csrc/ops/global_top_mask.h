@@ -17,7 +17,7 @@ struct TopMaskArguments {
   TopRule rule;
   TopScope scope;
   TopAlgorithm algorithm;
-  int64_t rows = 1;  // scope batch: one row with all tokens
+  int64_t rows = 0;  // scope batch: one row with all tokens
   int64_t columns = 0;
   std::optional<Tensor> group_ids;  // [rows] int64, contiguous; scope group only
 
@@ -49,7 +49,7 @@ struct TopMaskArguments {
 
     columns = row_shape.back();
     row_shape.pop_back();
-    for (const int64_t size : row_shape) rows *= size;
+    rows = columns > 0 ? entropy.numel() / columns : 0;
     if (scope == TopScope::kGroup) {
       check(group_ids_in.has_value(), "group_ids is None; scope 'group' needs it");
       check(is_integer(group_ids_in->scalar_type()), "group_ids is ",
@@ -66,7 +66,7 @@ struct TopMaskArguments {
       rows = 1;
     }
     entropy = torch::stable::contiguous(entropy);
-    mask = as_bool_mask(response_mask);
+    mask = as_bool_mask("response_mask", response_mask);
   }
 
   // Bool, contiguous, the shape of entropy.
@@ -87,7 +87,7 @@ struct ProcessValues {
     check_shape("mask", mask, shape_of(values), "the shape of values");
     check_same_device("mask", mask, "values", values);
     values = torch::stable::contiguous(values);
-    mask = as_bool_mask(mask);
+    mask = as_bool_mask("mask", mask);
   }
   int key_bits() const { return values.scalar_type() == ScalarType::Double ? 64 : 32; }
 };

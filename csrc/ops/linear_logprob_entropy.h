@@ -39,6 +39,7 @@ struct TileArguments {
     check(rows < (int64_t{1} << 31) && width < (int64_t{1} << 31), "tile has shape ",
           shape_name(shape_of(tile)), "; both sizes must be below 2^31");
     check_rows_contiguous("tile", tile);
+    check(vocab_start >= 0, "vocab_start is ", vocab_start, "; it must be 0 or above");
     check(targets.scalar_type() == ScalarType::Long, "targets is ",
           dtype_name(targets.scalar_type()), "; it must be int64");
     targets = row_values("targets", targets_in, {rows}, ScalarType::Long);

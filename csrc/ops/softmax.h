@@ -2,10 +2,14 @@
 // strides, a row mask, and a temperature that is one number or one value a row.
 #pragma once
 
+#include "../kernels/online_softmax.h"
 #include "../kernels/row_layout.h"
 #include "checks.h"
 
 namespace entropy_rl {
+
+constexpr const char* kTemperatureRange =
+    "; it must be a finite number above 0 that float32 can invert, in [2^-126, 2^126]";
 
 // One number, or one value a row.
 struct Temperature {
@@ -21,15 +25,14 @@ struct Temperature {
       return;
     }
     number = host_number(temperature);
-    check(std::isfinite(number) && number > 0, "temperature is ", number,
-          "; it must be a finite number above 0");
+    check(is_temperature(number), "temperature is ", number, kTemperatureRange);
   }
 };
 
 struct LogitsRows {
   Tensor logits;  // [..., vocab], last dimension contiguous
   std::vector<int64_t> row_shape;
-  int64_t rows = 1;
+  int64_t rows = 0;
   int64_t vocab = 0;
   RowLayout layout;
   std::optional<Tensor> mask;  // [rows] bool
@@ -43,15 +46,15 @@ struct LogitsRows {
     row_shape = shape_of(logits);
     vocab = row_shape.back();
     row_shape.pop_back();
-    for (const int64_t size : row_shape) rows *= size;
     check(vocab >= 1, "logits has shape ", shape_name(shape_of(logits)),
           "; the vocabulary (its last dimension) must hold at least one entry");
     check(vocab < (int64_t{1} << 31), "logits has shape ", shape_name(shape_of(logits)),
           "; the vocabulary (its last dimension) must be below 2^31");
+    rows = logits.numel() / vocab;
     if (mask_in) {
       check_shape("mask", *mask_in, row_shape, "one value for each row of logits");
       check_same_device("mask", *mask_in, "logits", logits);
-      mask = as_bool_mask(*mask_in);
+      mask = as_bool_mask("mask", *mask_in);
     }
     temperature = Temperature(temperature_in);
     if (temperature.of_rows) {

@@ -30,8 +30,13 @@ inline double above(double bound, const char* name, double value) {
   return value;
 }
 
-// The inputs of a call. 16-bit tensors are converted to float32 here, since in practice log-probs
-// are float32 already.
+inline void check_rows(const char* name, const Tensor& values) {
+  check(values.dim() == 1 || values.dim() == 2, name, " has shape ", shape_name(shape_of(values)),
+        "; it must be [rows, tokens], or [tokens] for one row");
+}
+
+// The inputs of a call: [rows, cols], or [cols] for one row. 16-bit tensors are converted to
+// float32 here, since in practice log-probs are float32 already.
 struct TokenTensors {
   int64_t rows = 0;
   int64_t cols = 0;
@@ -50,10 +55,9 @@ struct TokenTensors {
         response_mask(mask),
         name_(values_name) {
     check_floating(name_, values);
-    check(values.dim() == 2, name_, " has shape ", shape_name(shape_of(values)),
-          "; it must be [rows, tokens]");
-    rows = values.size(0);
-    cols = values.size(1);
+    check_rows(name_, values);
+    cols = values.size(values.dim() - 1);
+    rows = values.dim() == 2 ? values.size(0) : 1;
     response_mask = mask_of(mask_name, mask);
     values = as_contiguous(values_in, dtype);
   }
@@ -65,8 +69,11 @@ struct TokenTensors {
   }
   Tensor mask_of(const char* name, const Tensor& mask) const {
     check_fits(name, mask);
-    return as_bool_mask(mask);
+    return as_bool_mask(name, mask);
   }
+
+  // What the caller calls `values`.
+  const char* name() const { return name_; }
 
   template <class T>
   TokenInputs<T> inputs() const {
@@ -84,7 +91,8 @@ struct TokenTensors {
 
  private:
   void check_fits(const char* name, const Tensor& tensor) const {
-    check_shape(name, tensor, {rows, cols}, "the shape of the first argument");
+    const std::string why = std::string("the shape of ") + name_;
+    check_shape(name, tensor, shape_of(values), why.c_str());
     check_same_device(name, tensor, name_, values);
   }
 
@@ -95,13 +103,13 @@ struct TokenTensors {
 struct LossOutputs {
   Tensor loss;       // []
   Tensor metrics;    // [kMetrics]
-  Tensor gradient;   // [rows, cols]; times row_scale, d loss / d values
+  Tensor gradient;   // the shape of values; times row_scale, d loss / d values
   Tensor row_scale;  // [rows]
 
   explicit LossOutputs(const TokenTensors& in)
       : loss(torch::stable::new_empty(in.values, {}, in.dtype)),
         metrics(torch::stable::new_empty(in.values, {kMetrics}, in.dtype)),
-        gradient(torch::stable::new_empty(in.values, {in.rows, in.cols}, in.dtype)),
+        gradient(torch::stable::new_empty(in.values, shape_of(in.values), in.dtype)),
         row_scale(torch::stable::new_empty(in.values, {in.rows}, in.dtype)) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const {
@@ -156,7 +164,7 @@ struct CheckedNormalization : Normalization {
     if (!tensor) return;
     check(tensor->numel() == 1, name, " has shape ", shape_name(shape_of(*tensor)),
           "; it must be one number");
-    check_same_device(name, *tensor, "the first argument", tokens.values);
+    check_same_device(name, *tensor, tokens.name(), tokens.values);
     divisor = as_contiguous(*tensor, ScalarType::Double);
     given_divisor = const_data<double>(*divisor);
     // On CUDA, where looking would wait for the device, sum_loss answers with NaN.
@@ -184,10 +192,9 @@ template <class Backend>
 Tensor loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tensor& row_scale,
                      const Tensor& values) {
   check_floating("values", values);
-  check(values.dim() == 2, "values has shape ", shape_name(shape_of(values)),
-        "; it must be [rows, tokens]");
-  const int64_t rows = values.size(0);
-  const int64_t cols = values.size(1);
+  check_rows("values", values);
+  const int64_t cols = values.size(values.dim() - 1);
+  const int64_t rows = values.dim() == 2 ? values.size(0) : 1;
   const ScalarType dtype = accumulate_dtype(values.scalar_type());
   const auto input = [&](const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
     check_floating(name, tensor);
@@ -196,9 +203,9 @@ Tensor loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tens
     return as_contiguous(tensor, dtype);
   };
   const LossGradient in{rows, cols, input("grad_loss", grad_loss, {}),
-                        input("gradient", gradient, {rows, cols}),
+                        input("gradient", gradient, shape_of(values)),
                         input("row_scale", row_scale, {rows})};
-  Tensor out = torch::stable::new_empty(values, {rows, cols});
+  Tensor out = torch::stable::new_empty(values, shape_of(values));
   dispatch_floating(values.scalar_type(),
                     [&](auto element) { Backend::template scale<decltype(element)>(in, out); });
   return out;

@@ -1,6 +1,28 @@
-"""The check that only fake kernels can make: whether all tensors are on one device."""
+"""The checks that no kernel can make."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+
+def check_tensors(**arguments: Any) -> None:
+    """Raises TypeError for an argument that is neither a tensor nor None. PyTorch would print all of a list's data."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is of type {_type_name(value)}; it must be a torch.Tensor")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError for a list or an array in place of a number or a tensor."""
+    # torch.compile cannot ask a symbolic number for its attributes.
+    if not isinstance(value, Tensor) and not torch.compiler.is_compiling() and hasattr(value, "__len__"):
+        raise TypeError(f"{name} is of type {_type_name(value)}; it must be a number or a torch.Tensor")
+
+
+def _type_name(value: Any) -> str:
+    of = type(value)
+    return of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
 
 
 def check_same_device(**tensors: Tensor | None) -> None:

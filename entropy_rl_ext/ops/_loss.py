@@ -1,18 +1,21 @@
 """What policy_loss, kl_loss and aggregate share: fakes, autograd, and numbers that change at every step."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._autograd import register_autograd, register_no_derivative
-from ._fakes import check_same_device
+from ._fakes import check_number, check_same_device
+from ._mask import any_wrong, nan_if
 
 
 def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
     """A number as a 0-dim tensor: as a plain argument, each new value would be compiled or captured anew."""
     if value is None or isinstance(value, Tensor):
         return value
+    check_number(name, value)
     if value < 0:
         raise ValueError(f"{name} is {value}; it must be 0 or above")
     one = torch.ones((), dtype=torch.int64 if name == "seed" else torch.float64, device=device)
@@ -20,13 +23,27 @@ def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device)
     return one * value
 
 
+def loss_and_metrics(op: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The results of an op's forward that its caller sees, NaN where a mask is wrong (`_mask.py`)."""
+    loss, metrics, _, _ = getattr(torch.ops.entropy_rl, f"{op}_forward")(*tensors, **options)
+    masks = [tensor for name, tensor in zip(_names(op), tensors, strict=False) if name.endswith("mask")]
+    wrong = any_wrong(*masks)
+    return nan_if(wrong, loss), nan_if(wrong, metrics)
+
+
+@functools.cache
+def _names(op: str) -> tuple[str, ...]:
+    """The arguments of an op's forward, in order."""
+    schema = getattr(torch.ops.entropy_rl, f"{op}_forward").default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
 def register_loss(op: str) -> None:
     """Fakes and autograd of an op's forward and backward. Only its first argument carries a gradient."""
-    forward, backward = (getattr(torch.ops.entropy_rl, f"{op}_{part}") for part in ("forward", "backward"))
-    names = [argument.name for argument in forward.default._schema.arguments]
+    backward = getattr(torch.ops.entropy_rl, f"{op}_backward")
 
     def fake(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        check_same_device(**dict(zip(names, tensors, strict=False)))
+        check_same_device(**dict(zip(_names(op), tensors, strict=False)))
         values = tensors[0]
         assert values is not None
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -34,7 +51,7 @@ def register_loss(op: str) -> None:
             values.new_empty((), dtype=dtype),
             values.new_empty(4, dtype=dtype),
             values.new_empty(values.shape, dtype=dtype),
-            values.new_empty(values.shape[0], dtype=dtype),
+            values.new_empty(values.shape[0] if values.dim() == 2 else 1, dtype=dtype),
         )
 
     def fake_backward(grad_loss: Tensor, gradient: Tensor, row_scale: Tensor, values: Tensor) -> Tensor:

@@ -66,14 +66,14 @@ def select_over_ranks(
 
     Args:
         values: any shape, float32, bfloat16, float16 or float64.
-        mask: the same shape, any dtype, nonzero = in.
+        mask: the same shape, bool (another dtype would be converted in every round).
         rank_of: from the number of values in the mask over all ranks, 0-dim int64, to (k, weight): the rule needs the
             k-th largest value, and the quantile lies `weight` of the way from it to the next larger one.
         rule: "topk", "threshold" or "quantile". Only "quantile" uses the weight.
         ranks: whose values compete. Every rank must call, with the same rule and dtype.
     """
     ops = torch.ops.entropy_rl
-    values, mask = values.contiguous(), (mask != 0).contiguous()
+    values, mask = values.contiguous(), mask.contiguous()
     key = k = weight = None
     for shift in digit_shifts(values.dtype):
         own_counts = ops.global_top_mask_counts(values, mask, key, shift)

@@ -3,19 +3,31 @@
 import torch
 from torch import Tensor
 
+from ._fakes import check_number
+from ._mask import wrong_values
 
-def temperature_tensor(temperature: float, row_temperature: Tensor | None) -> Tensor:
+
+def temperature_tensor(temperature: float, row_temperature: Tensor | None, mask: Tensor | None) -> Tensor:
     """The temperature as the `_forward` ops take it: 0-dim float64 on the CPU, or one value a row.
 
-    torch.compile keeps a factor of a product symbolic; it would specialise on a fill value or a `float` argument.
+    It is NaN for rows whose value in `mask` is wrong (`_mask.py`), which makes their results NaN.
     """
-    if row_temperature is not None:
-        return row_temperature
-    return torch.ones((), dtype=torch.float64, device="cpu") * temperature
+    wrong = wrong_values(mask)
+    if wrong is None:
+        if row_temperature is not None:
+            return row_temperature
+        # torch.compile keeps a factor of a product symbolic; it would specialise on a fill value or a `float` argument.
+        return torch.ones((), dtype=torch.float64, device="cpu") * temperature
+    if row_temperature is None:
+        row_temperature = torch.ones_like(wrong, dtype=torch.float64) * temperature
+    # For masks of another shape the op raises.
+    fits = row_temperature.shape == wrong.shape
+    return row_temperature.masked_fill(wrong, torch.nan) if fits else row_temperature
 
 
 def split_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
     """Returns (number, None) or (1.0, tensor of shape `logits.shape[:-1]`)."""
+    check_number("temperature", temperature)
     if not isinstance(temperature, Tensor):
         return temperature, None
     if not temperature.is_floating_point():

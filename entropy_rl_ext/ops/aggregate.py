@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._loss import register_loss, scalar_tensor
+from ._fakes import check_tensors
+from ._loss import loss_and_metrics, register_loss, scalar_tensor
 
 
 def aggregate(
@@ -30,8 +31,9 @@ def aggregate(
     token the result is 0.
 
     Args:
-        values: [B, S], float32, bfloat16, float16 or float64; differentiable.
-        mask: [B, S], any dtype, nonzero = in. A value outside the mask contributes exactly 0, even if it is NaN.
+        values: [B, S], or [S] for one row; float32, bfloat16, float16 or float64; differentiable.
+        mask: the same shape, any dtype, nonzero = in. A value outside the mask contributes exactly 0, even if it is
+            NaN. Floats must be 0 or 1; on CUDA, where looking would wait for the device, others give NaN.
         loss_agg_mode: one of the names above.
         dp_size: data-parallel ranks whose gradients are averaged.
         batch_num_tokens: tokens to divide by in token-mean, over all ranks and micro-batches; this batch's
@@ -45,10 +47,12 @@ def aggregate(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown loss_agg_mode, a number out of its
-            range, dp_size > 1 without the divisor that the mode needs.
+            range, a float in the mask that is neither 0 nor 1, dp_size > 1 without the divisor that the mode needs.
+        TypeError: an argument that is no tensor.
 
     Source: verl 0.9.1, agg_loss.
     """
+    check_tensors(values=values, mask=mask)
     loss: Tensor = torch.ops.entropy_rl.aggregate(
         values,
         mask,
@@ -63,8 +67,7 @@ def aggregate(
 
 @torch.library.impl("entropy_rl::aggregate", "CompositeImplicitAutograd")
 def _aggregate(*tensors: Tensor | None, **options: Any) -> Tensor:
-    loss: Tensor = torch.ops.entropy_rl.aggregate_forward(*tensors, **options)[0]
-    return loss
+    return loss_and_metrics("aggregate", tensors, options)[0]
 
 
 register_loss("aggregate")

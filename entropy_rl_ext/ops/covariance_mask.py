@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._fakes import check_tensors
+from ._mask import any_wrong, check_mask, empty_if
 from ._select_over_ranks import Ranks, select_over_ranks
 from .policy_loss import policy_loss
 
@@ -37,7 +39,7 @@ def covariance_mask(
     Args:
         log_prob, old_log_prob, advantages: the same shape, any; float32, bfloat16, float16 or float64; may be empty.
             The log-probs are those of the policy before the optimizer step, and of the policy that sampled.
-        response_mask: the same shape, any dtype, nonzero = response token.
+        response_mask: the same shape, any dtype, nonzero = response token. Floats must be 0 or 1.
         loss_mode: "clip_cov" or "kl_cov".
         group: as in `global_top_mask`; all ranks pass the same options.
         seed: seed of clip_cov's draw, in [0, 2^63); the first rank's seed is used. A token's random number depends on
@@ -51,11 +53,13 @@ def covariance_mask(
         tokens whose covariance lies between the bounds, or takes all of those where they are fewer.
 
     Raises:
-        ValueError: as `policy_loss`, another loss_mode, or shapes that differ.
+        ValueError: as `policy_loss`, another loss_mode, or shapes that differ. On CUDA, where reading the values would
+            wait for the device, a float in `response_mask` that is neither 0 nor 1 gives a mask without any token.
 
     Sources: "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models", arXiv 2505.22617, and
     compute_policy_loss_clip_cov and compute_policy_loss_kl_cov of verl 0.9.1.
     """
+    check_tensors(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages, response_mask=response_mask)
     if loss_mode not in LOSS_MODES:
         raise ValueError(f"loss_mode is {loss_mode!r}; it must be one of {', '.join(map(repr, LOSS_MODES))}")
     batch = {"old_log_prob": old_log_prob, "advantages": advantages, "response_mask": response_mask}
@@ -78,8 +82,9 @@ def covariance_mask(
         kl_cov_ratio=kl_cov_ratio,
         seed=seed,
     )
+    check_mask("response_mask", response_mask)
+    inside = empty_if(any_wrong(response_mask), response_mask != 0)
     ranks = Ranks(group)
-    inside = response_mask != 0
     dtype = torch.float64 if log_prob.dtype == torch.float64 else torch.float32
     log_p, old, advantage = (torch.where(inside, x.to(dtype), 0) for x in (log_prob, old_log_prob, advantages))
     counts, first_seed, means = _totals(log_p, advantage, inside, seed, loss_mode, ranks)

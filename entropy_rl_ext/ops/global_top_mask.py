@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._autograd import register_constant
-from ._fakes import check_same_device
+from ._fakes import check_same_device, check_tensors
+from ._mask import any_wrong, check_mask, empty_if, nan_if
 from ._select_over_ranks import Ranks, select_over_ranks
 
 _Rule = Literal["topk", "threshold", "quantile"]
@@ -62,7 +63,8 @@ def global_top_mask(
     Args:
         entropy: [B, S], or any shape whose last dimension is the sequence; float32, bfloat16, float16 or
             float64.
-        response_mask: same shape, any dtype, nonzero = response token. Other tokens' entropy is ignored.
+        response_mask: same shape, any dtype, nonzero = response token. Other tokens' entropy is ignored. Floats must be
+            0 or 1.
         top_ratio: share of the response tokens to keep, in (0, 1].
         rule: "topk" keeps exactly k tokens; ties go to the lowest flat index. "threshold" keeps every token
             whose entropy is at least the k-th largest, ties included. "quantile" keeps every token whose
@@ -93,11 +95,15 @@ def global_top_mask(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a ratio outside (0, 1] or NaN, an unknown rule
             or scope, `group_ids` missing for scope "group" or given for another, `group` or
-            `return_threshold` with a scope other than "batch".
+            `return_threshold` with a scope other than "batch", a float in `response_mask` that is neither 0 nor 1. On
+            CUDA, where reading the values would wait for the device, such a float gives a mask without any token
+            instead, and with `return_threshold` a threshold of NaN.
+        TypeError: an argument that is no tensor.
 
     Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that
     of TRL.
     """
+    check_tensors(entropy=entropy, response_mask=response_mask, group_ids=group_ids)
     if group is None and not return_threshold:
         mask: Tensor = torch.ops.entropy_rl.global_top_mask(entropy, response_mask, top_ratio, rule, scope, group_ids)
         return mask
@@ -115,14 +121,18 @@ def global_top_mask(
         entropy.new_empty(0), response_mask.new_empty(0), top_ratio, rule, scope, group_ids
     )
 
+    check_mask("response_mask", response_mask)
+    wrong = any_wrong(response_mask)
+    inside = empty_if(wrong, response_mask != 0)
+
     def rank_of(n: Tensor) -> tuple[Tensor, Tensor | None]:
         if rule != "quantile":
             return top_k_count(n, top_ratio).long(), None
         position = (n - 1).clamp(min=0).double() * (1.0 - top_ratio)
         return n - position.long(), position.frac()
 
-    selected, threshold = select_over_ranks(entropy, response_mask, rank_of, rule, Ranks(group))
-    return (selected, threshold) if return_threshold else selected
+    selected, threshold = select_over_ranks(entropy, inside, rank_of, rule, Ranks(group))
+    return (selected, nan_if(wrong, threshold)) if return_threshold else selected
 
 
 def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
@@ -169,7 +179,7 @@ def _global_top_mask(
     # A product keeps a symbolic ratio symbolic; torch.compile would specialise on a fill value.
     ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
     mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(entropy, response_mask, ratio, rule, scope, group_ids)
-    return mask
+    return empty_if(any_wrong(response_mask), mask)
 
 
 @torch.library.register_fake("entropy_rl::global_top_mask_forward")

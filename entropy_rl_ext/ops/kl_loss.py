@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._loss import register_loss, scalar_tensor
+from ._fakes import check_tensors
+from ._loss import loss_and_metrics, register_loss, scalar_tensor
 
 
 def kl_loss(
@@ -33,9 +34,10 @@ def kl_loss(
     gradient of the KL divergence.
 
     Args:
-        log_prob: [B, S], float32, bfloat16, float16 or float64. Only `log_prob` carries a gradient.
-        ref_log_prob: [B, S].
-        response_mask: [B, S], any dtype, nonzero = in. Other tokens contribute exactly 0.
+        log_prob: [B, S], or [S] for one row; float32, bfloat16, float16 or float64. Only `log_prob` carries a gradient.
+        ref_log_prob: the same shape.
+        response_mask: the same shape, any dtype, nonzero = in. Other tokens contribute exactly 0. Floats must be 0 or
+            1; on CUDA, where looking would wait for the device, others give NaN.
         kl_loss_type: one of the names above.
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as in `aggregate`.
 
@@ -44,10 +46,12 @@ def kl_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown kl_loss_type or loss_agg_mode, a
-            number out of its range.
+            number out of its range, a float in the mask that is neither 0 nor 1.
+        TypeError: an argument that is no tensor.
 
     Sources: verl 0.9.1, kl_penalty; joschu.net/blog/kl-approx.html.
     """
+    check_tensors(log_prob=log_prob, ref_log_prob=ref_log_prob, response_mask=response_mask)
     loss: Tensor = torch.ops.entropy_rl.kl_loss(
         log_prob,
         ref_log_prob,
@@ -64,8 +68,7 @@ def kl_loss(
 
 @torch.library.impl("entropy_rl::kl_loss", "CompositeImplicitAutograd")
 def _kl_loss(*tensors: Tensor | None, **options: Any) -> Tensor:
-    loss: Tensor = torch.ops.entropy_rl.kl_loss_forward(*tensors, **options)[0]
-    return loss
+    return loss_and_metrics("kl_loss", tensors, options)[0]
 
 
 register_loss("kl_loss")

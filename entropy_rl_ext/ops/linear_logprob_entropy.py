@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ._autograd import register_autograd, register_no_derivative
-from ._fakes import check_same_device
+from ._fakes import check_same_device, check_tensors
 from ._linear_tiles import (
     BEFORE_TARGET,
     DOT,
@@ -25,6 +25,7 @@ from ._linear_tiles import (
     backward_tiles,
     forward_tiles,
 )
+from ._mask import check_mask
 from ._row_index import RowIndex
 from ._temperature import split_temperature, temperature_tensor
 
@@ -59,10 +60,12 @@ def linear_logprob_entropy(
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], of the same dtype. Under autocast both may be of any of these dtypes, and are multiplied in
             autocast's.
-        targets: [...], integer, in the vocabulary. Where `mask` is 0 a target may be anything (-100, say).
+        targets: [...], any integer dtype, in the vocabulary. Where `mask` is 0 a target may be anything (-100, say).
         bias: [V].
-        mask: [...], any dtype, nonzero = in. Other rows are not read; they give 0 and a zero gradient.
-        temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
+        mask: [...], any dtype, nonzero = in. Other rows are not read; they give 0 and a zero gradient. Floats must be 0
+            or 1.
+        temperature: a number in [2^-126, 2^126], or a tensor that broadcasts to [...], one value a row. Where `mask`
+            is 0 a row's may be anything.
         entropy_grad: whether the entropy carries a gradient. An entropy bonus needs it; selection does not.
         chunk_rows: rows of a tile; None chooses. A tile takes chunk_rows * min(V, 2048) * 4 bytes on the CPU and
             chunk_rows * min(V, 8192) * 4 on CUDA (8 instead of 4 for float64).
@@ -88,15 +91,17 @@ def linear_logprob_entropy(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, numbers out of range, a target outside the
-            vocabulary, more rows than `max_grad_rows` or `max_mask_rows`.
+            vocabulary, a float in `mask` that is neither 0 nor 1, more rows than `max_grad_rows` or `max_mask_rows`.
+        TypeError: an argument that is no tensor.
 
-    On CUDA, looking at values would wait for the device. There a bad target or per-row temperature gives NaN for its
-    row. With more mask rows than `max_mask_rows` all outputs are NaN (is_top1 is False); with more gradient rows than
-    `max_grad_rows` all gradients are NaN.
+    On CUDA, looking at values would wait for the device. There a bad target, per-row temperature or value of `mask`
+    gives NaN for its row (is_top1 is not affected). With more mask rows than `max_mask_rows` all outputs are NaN
+    (is_top1 is False); with more gradient rows than `max_grad_rows` all gradients are NaN.
 
     Source: the idea of a fused linear log-probability is that of Liger Kernel, cut-cross-entropy and TRL; leaving out
     the rows without a gradient follows from "Beyond the 80/20 Rule", arXiv 2506.01939.
     """
+    check_tensors(hidden=hidden, weight=weight, targets=targets, bias=bias, mask=mask)
     number, row_temperature = split_temperature(temperature, hidden)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.entropy_rl.linear_logprob_entropy(
         hidden,
@@ -143,7 +148,7 @@ def _linear_logprob_entropy(
         targets,
         bias,
         mask,
-        temperature_tensor(temperature, row_temperature),
+        temperature_tensor(temperature, row_temperature, mask),
         compute_dtype=compute_dtype,
         **options,
     )
@@ -170,6 +175,7 @@ def _forward(
     head = Head.of(hidden, weight, bias, options)
     shape = hidden.shape[:-1]
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    check_mask("mask", mask)
     inside = None if mask is None else mask.reshape(-1) != 0
     if not _is_number(temperature):
         temperature = temperature.reshape(-1).to(head.accumulate)
@@ -216,6 +222,11 @@ def _backward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(**keywords)
+    _check_tensors(hidden, weight, targets, bias, mask, temperature, options)
+    _check_options(weight, options)
+    _check_row_values(
+        hidden, grad_log_prob=grad_log_prob, grad_entropy=grad_entropy, entropy=entropy, max_log_sum=max_log_sum
+    )
     needs_hidden, needs_weight, needs_bias = needs[0], needs[1], needs[2] and bias is not None
     head = Head.of(hidden, weight, bias, options)
     shape, hidden_dtype = hidden.shape, hidden.dtype
@@ -265,6 +276,13 @@ for _device in ("CPU", "CUDA"):
 # ---- Checks
 
 
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# As kTemperatureRange and is_temperature in csrc.
+_TEMPERATURE_RANGE = "it must be a finite number above 0 that float32 can invert, in [2^-126, 2^126]"
+_TEMPERATURES = (2.0**-126, 2.0**126)
+
+
 def _check_tensors(
     hidden: Tensor,
     weight: Tensor,
@@ -275,9 +293,8 @@ def _check_tensors(
     options: Options,
 ) -> None:
     """Raises ValueError for tensors that do not fit, without looking at their values."""
-    floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     for name, tensor in {"hidden": hidden, "weight": weight, "bias": bias}.items():
-        if tensor is not None and tensor.dtype not in floating:
+        if tensor is not None and tensor.dtype not in _FLOATING:
             raise ValueError(f"{name} is {_name(tensor.dtype)}; it must be float32, float64, bfloat16 or float16")
     row_temperature = None if _is_number(temperature) else temperature
     check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias, mask=mask, temperature=row_temperature)
@@ -305,13 +322,25 @@ def _check_tensors(
             f"bias has shape {list(bias.shape)}; it must be {list(weight.shape[:1])}, one a vocabulary entry"
         )
     if _is_number(temperature):
-        if not 0 < temperature.item() < torch.inf:
-            raise ValueError(f"temperature is {temperature.item():g}; it must be a finite number above 0")
-    elif temperature.shape != rows or temperature.dtype not in floating:
+        if not _TEMPERATURES[0] <= temperature.item() <= _TEMPERATURES[1]:
+            raise ValueError(f"temperature is {temperature.item():g}; {_TEMPERATURE_RANGE}")
+    elif temperature.shape != rows or temperature.dtype not in _FLOATING:
         raise ValueError(
             f"temperature is {_name(temperature.dtype)} of shape {list(temperature.shape)}; it must be a number, or "
             f"floating and of shape {list(rows)}, one value for each row"
         )
+
+
+def _check_row_values(hidden: Tensor, **values: Tensor | None) -> None:
+    """Raises ValueError for gradients, or results of the forward, that do not fit the rows of `hidden`."""
+    check_same_device(hidden=hidden, **values)
+    for name, tensor in values.items():
+        shape = (*hidden.shape[:-1], 2) if name == "max_log_sum" else hidden.shape[:-1]
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATING):
+            raise ValueError(
+                f"{name} is {_name(tensor.dtype)} of shape {list(tensor.shape)}; it must be floating and of shape "
+                f"{list(shape)}"
+            )
 
 
 def _check_options(weight: Tensor, options: Options) -> None:
@@ -351,10 +380,12 @@ def _check_values(targets: Tensor, inside: Tensor | None, temperature: Tensor, v
             f"targets[{row}] (flat index) is {int(targets[row])}; it must be in [0, {vocab_size}), the vocabulary"
         )
     if temperature.dim():
-        bad = ~((temperature > 0) & temperature.isfinite())
+        bad = ~((temperature >= _TEMPERATURES[0]) & (temperature <= _TEMPERATURES[1]))
+        if inside is not None:
+            bad &= inside
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise ValueError(f"temperature[{row}] is {float(temperature[row])}; it must be a finite number above 0")
+            raise ValueError(f"temperature[{row}] (flat index) is {float(temperature[row]):g}; {_TEMPERATURE_RANGE}")
 
 
 # ---- Fakes and autograd

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import register_autograd, register_no_derivative
-from ._fakes import check_same_device
+from ._fakes import check_same_device, check_tensors
 from ._temperature import split_temperature, temperature_tensor
 
 
@@ -23,9 +23,10 @@ def logprob_entropy(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; any strides (a copy is made only where the
             last dimension is not contiguous).
-        targets: [...], integer, in [0, V). Where `mask` is 0 a target may have any value, such as -100.
-        mask: [...], any dtype; rows with 0 are not read, and their results and gradients are 0.
-        temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
+        targets: [...], any integer dtype, in [0, V). Where `mask` is 0 a target may have any value, such as -100.
+        mask: [...], any dtype; rows with 0 are not read, and their results and gradients are 0. Floats must be 0 or 1.
+        temperature: a number in [2^-126, 2^126], or a tensor that broadcasts to [...], one value a row. Where `mask`
+            is 0 a row's may have any value.
         entropy_grad: whether the entropy carries a gradient; an entropy bonus needs it, selection does not.
 
     Returns:
@@ -34,10 +35,13 @@ def logprob_entropy(
         probability 0; a row that is all -inf, or holds +inf or NaN, gives NaN in its own row only.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a temperature that is not
-            above 0, a target outside the vocabulary. On CUDA, where reading the values would wait for the device,
-            a bad target or per-row temperature gives NaN for its own row instead.
+        ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a number out of its range, a
+            target outside the vocabulary, a float in `mask` that is neither 0 nor 1. On CUDA, where reading the values
+            would wait for the device, a bad target, per-row temperature or value of `mask` gives NaN for its own row
+            instead.
+        TypeError: an argument that is no tensor.
     """
+    check_tensors(logits=logits, targets=targets, mask=mask)
     number, row_temperature = split_temperature(temperature, logits)
     outputs: tuple[Tensor, Tensor] = torch.ops.entropy_rl.logprob_entropy(
         logits, targets, mask, number, row_temperature, entropy_grad
@@ -55,7 +59,7 @@ def _logprob_entropy(
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     log_prob, entropy, _ = torch.ops.entropy_rl.logprob_entropy_forward(
-        logits, targets, mask, temperature_tensor(temperature, row_temperature)
+        logits, targets, mask, temperature_tensor(temperature, row_temperature, mask)
     )
     return log_prob, entropy if entropy_grad else entropy.detach()
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._loss import register_loss, scalar_tensor
+from ._fakes import check_tensors
+from ._loss import loss_and_metrics, register_loss, scalar_tensor
 
 # The op returns all metrics; each loss mode reports those that verl reports for it.
 _METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower", "actor/entropy_token_ratio")
@@ -51,9 +52,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss over the selected response tokens, with verl's formulas, clamps and metric names.
 
-    Every tensor is [B, S], of any strides, on one device. log-probs, advantages and weights are float32,
-    bfloat16, float16 or float64; masks are of any dtype, nonzero = in. Tokens outside the mask contribute exactly 0
-    to loss, gradient and metrics, even if they are NaN. If no token is selected the loss is 0.
+    Every tensor is [B, S], or [S] for one row, of any strides, on one device. log-probs, advantages and weights are
+    float32, bfloat16, float16 or float64; masks are of any dtype, nonzero = in, and floats must be 0 or 1. Tokens
+    outside the mask contribute exactly 0 to loss, gradient and metrics, even if they are NaN. If no token is selected
+    the loss is 0.
 
     Args:
         log_prob: log-probabilities under the policy that trains. Only they carry a gradient.
@@ -90,7 +92,8 @@ def policy_loss(
         loss_scale_factor: divisor of seq-mean-token-sum-norm; None: S.
 
     `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device. On CUDA, where looking at
-    their values would wait for the device, a divisor below 0 gives a loss of NaN.
+    values would wait for the device, a divisor below 0 gives a loss of NaN, and a float in a mask that is neither 0 nor
+    1 gives a loss and metrics of NaN.
 
     Returns:
         (loss, metrics). The loss is 0-dim, float32 (float64 for float64 log-probs), as is all arithmetic. The
@@ -100,11 +103,21 @@ def policy_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown loss_mode, loss_agg_mode or normalize,
-            a covariance_mask with another loss_mode than its two, a number out of its range, dp_size > 1 without
-            the divisor that the aggregation needs.
+            a covariance_mask with another loss_mode than its two, a number out of its range, a float in a mask
+            that is neither 0 nor 1, dp_size > 1 without the divisor that the aggregation needs.
+        TypeError: an argument that is no tensor.
 
     Sources: verl 0.9.1, verl/trainer/ppo/core_algos.py; "Beyond the 80/20 Rule", arXiv 2506.01939.
     """
+    check_tensors(
+        log_prob=log_prob,
+        old_log_prob=old_log_prob,
+        advantages=advantages,
+        response_mask=response_mask,
+        entropy_mask=entropy_mask,
+        covariance_mask=covariance_mask,
+        rollout_is_weights=rollout_is_weights,
+    )
     # A warning cannot be part of a compiled graph.
     if entropy_mask is not None and loss_mode in ("gspo", "geo_mean") and not torch.compiler.is_compiling():
         _warn_not_applied(loss_mode)
@@ -151,8 +164,7 @@ def _warn_not_applied(loss_mode: str) -> None:
 
 @torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd")
 def _policy_loss(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    loss, metrics, _, _ = torch.ops.entropy_rl.policy_loss_forward(*tensors, **options)
-    return loss, metrics
+    return loss_and_metrics("policy_loss", tensors, options)
 
 
 register_loss("policy_loss")

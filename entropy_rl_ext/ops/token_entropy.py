@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._fakes import check_tensors
 from ._temperature import split_temperature, temperature_tensor
 
 
@@ -12,8 +13,9 @@ def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: fl
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; any strides (a copy is made only where the
             last dimension is not contiguous).
-        mask: [...], any dtype; rows with 0 are not read, and their entropy and gradient are 0.
-        temperature: a number above 0, or a tensor that broadcasts to [...], one value a row.
+        mask: [...], any dtype; rows with 0 are not read, and their entropy and gradient are 0. Floats must be 0 or 1.
+        temperature: a number in [2^-126, 2^126], or a tensor that broadcasts to [...], one value a row. Where `mask`
+            is 0 a row's may have any value.
 
     Returns:
         [...], float32 (float64 for float64 logits), differentiable with respect to `logits`. Arithmetic is
@@ -21,12 +23,14 @@ def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: fl
         gives NaN in its own row only.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a temperature that is not
-            above 0. On CUDA, where reading a per-row temperature would wait for the device, a bad one gives NaN
-            for its own row instead.
+        ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a number out of its range, a
+            float in `mask` that is neither 0 nor 1. On CUDA, where reading the values would wait for the device, a bad
+            per-row temperature or value of `mask` gives NaN for its own row instead.
+        TypeError: an argument that is no tensor.
 
     Source: the token entropy of "Beyond the 80/20 Rule", arXiv 2506.01939, Eq. 1.
     """
+    check_tensors(logits=logits, mask=mask)
     number, row_temperature = split_temperature(temperature, logits)
     entropy: Tensor = torch.ops.entropy_rl.token_entropy(logits, mask, number, row_temperature)
     return entropy
@@ -41,6 +45,6 @@ def _token_entropy(
 ) -> Tensor:
     entropy: Tensor
     _, entropy, _ = torch.ops.entropy_rl.logprob_entropy_forward(
-        logits, None, mask, temperature_tensor(temperature, row_temperature)
+        logits, None, mask, temperature_tensor(temperature, row_temperature, mask)
     )
     return entropy

@@ -125,7 +125,7 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--tokenizer", metavar="PATH", help="a tokenizer other than the model's")
     inspect.add_argument(
         "--temperature",
-        type=_positive,
+        type=_temperature,
         default=1.0,
         help="temperature of the distributions that the page shows (1.0)",
     )
@@ -145,7 +145,10 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     sampling = inspect.add_argument_group("sampling")
     sampling.add_argument(
-        "--sampling-temperature", type=_positive, metavar="T", help="temperature of sampling (that of --temperature)"
+        "--sampling-temperature",
+        type=_temperature,
+        metavar="T",
+        help="temperature of sampling (that of --temperature)",
     )
     sampling.add_argument(
         "--samples",
@@ -213,8 +216,8 @@ def _share(text: str) -> float:
     return _number(text, "a number above 0 and at most 1", TINY, 1)
 
 
-def _positive(text: str) -> float:
-    return _number(text, "a number above 0", TINY, sys.float_info.max)
+def _temperature(text: str) -> float:
+    return _number(text, "a number of at least 1e-06 and at most 1e+06", 1e-6, 1e6)
 
 
 def _count(text: str) -> float:

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <deque>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <type_traits>
@@ -123,8 +124,10 @@ TEST(ProcessCut, GivesTiesToTheFirstProcesses) {
 
 TEST(ProcessCut, KeepsNothingForKOfZero) {
   const FoundKey none{-1, 0};
-  for (const ProcessCut<uint64_t>& cut : {cut_at<uint64_t>(none), cut_ties<uint64_t>(none, 0, 4),
-                                          cut_quantile<uint64_t>(none, 5, 0.5)}) {
+  const FoundKey garbage{-1, std::numeric_limits<int64_t>::min()};
+  for (const ProcessCut<uint64_t>& cut :
+       {cut_at<uint64_t>(none), cut_ties<uint64_t>(none, 0, 4),
+        cut_quantile<uint64_t>(none, 5, 0.5), cut_ties<uint64_t>(garbage, 3, 4)}) {
     EXPECT_EQ(cut.key, kNaNKey<uint64_t>);
     EXPECT_EQ(cut.ties, 0);
     EXPECT_FALSE(cut.keeps_all_ties);

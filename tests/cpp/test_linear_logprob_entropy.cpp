@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <type_traits>
 
 #include "simt.h"
@@ -34,6 +35,17 @@ TEST(LogitTransform, SlopeIsTheDerivative) {
     const double numeric = (transform(x + h, 1) - transform(x - h, 1)) / (2 * h);
     EXPECT_NEAR(transform.slope(transform(x, 1)), numeric, 1e-8);
   }
+}
+
+TEST(ColumnOfTarget, IsOutsideTheTileForTargetsOfOthersAndGarbage) {
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ(column_of_target(12, 10), 2);
+  EXPECT_EQ(column_of_target(10, 10), 0);
+  for (const int64_t target : {int64_t{9}, int64_t{-1}, std::numeric_limits<int64_t>::min()}) {
+    EXPECT_LT(column_of_target(target, 10), 0);
+    EXPECT_LT(column_of_target(target, kLargest), 0);
+  }
+  EXPECT_EQ(column_of_target(kLargest, 0), kLargest);
 }
 
 TEST(VocabPart, MergesInAnyOrder) {

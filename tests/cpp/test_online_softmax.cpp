@@ -68,6 +68,21 @@ class OnlineSoftmaxTest : public ::testing::Test {
 using AccumulateTypes = ::testing::Types<float, double>;
 TYPED_TEST_SUITE(OnlineSoftmaxTest, AccumulateTypes);
 
+TYPED_TEST(OnlineSoftmaxTest, TemperaturesAreThoseThatFloatInverts) {
+  using Acc = TypeParam;
+  const Acc least = std::ldexp(Acc(1), -126), largest = std::ldexp(Acc(1), 126);
+  for (const Acc value : {least, Acc(1), largest}) {
+    EXPECT_TRUE(is_temperature(value));
+    EXPECT_TRUE(std::isnormal(static_cast<float>(value)));
+    EXPECT_TRUE(std::isnormal(1 / static_cast<float>(value)));
+  }
+  const Acc nan = std::numeric_limits<Acc>::quiet_NaN();
+  const Acc infinity = std::numeric_limits<Acc>::infinity();
+  for (const Acc value : {least / 2, 2 * largest, Acc(0), Acc(-1), infinity, nan}) {
+    EXPECT_FALSE(is_temperature(value));
+  }
+}
+
 TYPED_TEST(OnlineSoftmaxTest, MatchesDefinitionForNormalRows) {
   using Acc = TypeParam;
   for (int vocab : {1, 2, 7, 1000}) {

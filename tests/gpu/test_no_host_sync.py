@@ -36,12 +36,12 @@ def softmax_steps(random, targets):
         entropy = ext.token_entropy(leaf)
         return [entropy, *torch.autograd.grad(entropy.sum(), leaf)]
 
-    def logprob_step(logits, targets):
+    def logprob_step(logits, targets, mask=mask):
         leaf = logits.detach().requires_grad_()
         log_prob, entropy = ext.logprob_entropy(leaf, targets, mask=mask, entropy_grad=True)
         return [log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaf)]
 
-    def linear_step(hidden, head, temperature=1.0):
+    def linear_step(hidden, head, temperature=1.0, mask=mask):
         leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_()
         log_prob, entropy = ext.linear_logprob_entropy(
             *leaves, targets, mask=mask, max_mask_rows=512, max_grad_rows=200, entropy_grad=True, chunk_rows=128,
@@ -56,7 +56,9 @@ def softmax_steps(random, targets):
         "token_entropy few rows": ((few_rows,), entropy_step),
         "token_entropy many rows": ((many_rows,), entropy_step),
         "logprob_entropy": ((logits, targets), logprob_step),
+        "logprob_entropy float mask": ((logits, targets), lambda *inputs: logprob_step(*inputs, mask.float())),
         "linear_logprob_entropy": ((hidden, head), linear_step),
+        "linear_logprob_entropy float mask": ((hidden, head), lambda *inputs: linear_step(*inputs, mask=mask.float())),
         "linear_logprob_entropy row temperature": ((hidden, head, random(8, 64).exp()), linear_step),
     }
 
@@ -87,6 +89,10 @@ def selection_steps(random):
             (tokens,),
             lambda x, rule=rule: ext.global_top_mask(x, x > 0.1, rule=rule, return_threshold=True),
         )
+    steps["global_top_mask float mask"] = (
+        (tokens,),
+        lambda x: ext.global_top_mask(x, (x > 0.1).float(), return_threshold=True),
+    )
     steps["global_top_mask segments"] = ((rows,), lambda x: select(x, x > -1, "topk", "sequence", "radix"))
     steps["global_top_mask second of three processes"] = ((tokens,), second_of_three_processes)
     return steps
@@ -97,7 +103,7 @@ def loss_steps(random):
     entropy, mask = random(8, 64).abs(), random(8, 64) > -1
     tokens = torch.tensor(300, device="cuda")
 
-    def policy_step(log_prob, old, advantages, loss_mode):
+    def policy_step(log_prob, old, advantages, loss_mode, mask=mask):
         chosen = ext.global_top_mask(entropy, mask)
         leaf = log_prob.detach().requires_grad_()
         loss, metrics = ext.policy_loss(
@@ -119,6 +125,10 @@ def loss_steps(random):
             (log_prob, old, advantages),
             lambda *batch, mode=mode: policy_step(*batch, mode),
         )
+    steps["policy_loss float mask"] = (
+        (log_prob, old, advantages),
+        lambda *batch: policy_step(*batch, "vanilla", mask.float()),
+    )
     for mode in ("clip_cov", "kl_cov"):
         steps[f"covariance_mask {mode}"] = (
             (log_prob, old, advantages),
@@ -130,19 +140,23 @@ def loss_steps(random):
 STEPS = [
     "token_entropy",
     "logprob_entropy",
+    "logprob_entropy float mask",
     "linear_logprob_entropy",
+    "linear_logprob_entropy float mask",
     "linear_logprob_entropy row temperature",
     "kl_loss",
     "aggregate",
     "token_entropy few rows",
     "token_entropy many rows",
     *(f"global_top_mask {rule} {scope} {algorithm}" for rule, scope, algorithm in SELECTIONS),
+    "global_top_mask float mask",
     "global_top_mask segments",
     *(f"global_top_mask threshold of {rule}" for rule in RULES),
     "global_top_mask second of three processes",
     "covariance_mask clip_cov",
     "covariance_mask kl_cov",
     *(f"policy_loss {mode}" for mode in LOSS_MODES),
+    "policy_loss float mask",
 ]
 
 

@@ -81,11 +81,25 @@ def test_long_sums_keep_their_digits(device):
     torch.testing.assert_close(loss, values.double().sum().float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_packed_tokens_are_one_row(device, mode):
+    batch = make_batch((1, 300), torch.float32, device)
+    row = batch["advantages"].requires_grad_()
+    packed = row.detach()[0].requires_grad_()
+    losses = [
+        aggregate(values, mask, loss_agg_mode=mode)
+        for values, mask in ((row, batch["response_mask"]), (packed, batch["response_mask"][0]))
+    ]
+    assert torch.equal(*losses)
+    assert torch.equal(torch.autograd.grad(losses[0], row)[0][0], torch.autograd.grad(losses[1], packed)[0])
+
+
 def test_opcheck(device):
     batch = make_batch((3, 9), torch.float32, device)
     tensors = (batch["advantages"].requires_grad_(), batch["response_mask"])
     for op in (torch.ops.entropy_rl.aggregate, torch.ops.entropy_rl.aggregate_forward):
         torch.library.opcheck(op, tensors, {"loss_agg_mode": "seq-mean-token-mean"})
+        torch.library.opcheck(op, (tensors[0].detach()[0].requires_grad_(), tensors[1][0]))
 
 
 def test_compile_fullgraph_and_no_recompile(device):
@@ -127,8 +141,8 @@ def test_bad_input(device):
         aggregate(values, mask[:, 1:])
     with pytest.raises(ValueError, match="values is int64"):
         aggregate(values.long(), mask)
-    with pytest.raises(ValueError, match=r"values has shape \[9\]; it must be \[rows, tokens\]"):
-        aggregate(values[0], mask[0])
+    with pytest.raises(ValueError, match=r"values has shape \[1, 3, 9\]; it must be \[rows, tokens\], or \[tokens\]"):
+        aggregate(values[None], mask[None])
     with pytest.raises(ValueError, match="batch_num_tokens is None and dp_size is 2"):
         aggregate(values, mask, dp_size=2)
     with pytest.raises(ValueError, match=r"mask is on meta and values on .*; all tensors of one call must be"):

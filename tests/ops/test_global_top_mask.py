@@ -285,8 +285,9 @@ def test_any_number_of_dimensions(device):
 def test_mask_of_any_dtype(dtype, device):
     entropy, mask, _ = make_inputs((4, 77), torch.float32, "random", 5, device)
     assert torch.equal(global_top_mask(entropy, mask.to(dtype)), global_top_mask(entropy, mask))
-    weights = torch.where(mask, 0.25, -0.0) if dtype.is_floating_point else mask * 2
-    assert torch.equal(global_top_mask(entropy, weights.to(dtype)), global_top_mask(entropy, mask))
+    # Of integers, any nonzero value is in.
+    other = torch.where(mask, 1.0, -0.0) if dtype.is_floating_point else mask * 2
+    assert torch.equal(global_top_mask(entropy, other.to(dtype)), global_top_mask(entropy, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])

@@ -93,6 +93,13 @@ def test_nothing_in_the_mask_gives_zero(device):
     assert loss.item() == 0 and (gradient == 0).all()
 
 
+def test_packed_tokens_are_one_row(device):
+    batch = make_batch((1, 300), torch.float32, device)
+    loss, gradient = run(kl_loss, batch)
+    packed_loss, packed_gradient = run(kl_loss, {name: tensor[0] for name, tensor in batch.items()})
+    assert torch.equal(packed_loss, loss) and torch.equal(packed_gradient, gradient[0])
+
+
 def test_opcheck(device):
     batch = make_batch((3, 9), torch.float32, device)
     tensors = tuple(batch[name] for name in NAMES)

@@ -646,7 +646,7 @@ def test_row_temperature_that_is_not_positive(device):
     hidden, weight, targets, _ = make_case(torch.float32, device, 5, rows=(3,))
     temperature = torch.tensor([1.0, 0.0, 1.0], device=device)
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=r"temperature\[1\] is 0.*above 0"):
+        with pytest.raises(ValueError, match=r"temperature\[1\] \(flat index\) is 0.*above 0"):
             linear_logprob_entropy(hidden, weight, targets, temperature=temperature)
         return
     log_prob, _ = linear_logprob_entropy(hidden, weight, targets, temperature=temperature)

@@ -112,9 +112,10 @@ def test_parity_over_aggregations(device, mode, normalize):
 def test_a_covariance_mask_stands_in_for_the_choice(device, mode, dtype, shape):
     """Its values outside the response are ignored."""
     batch = make_batch(shape, torch.float32, device)
+    largest = 1 if dtype.is_floating_point else 2  # of integers, any nonzero value is in
     chosen = torch.rand(shape[::-1], generator=torch.Generator().manual_seed(3)).T.to(device) < 0.4
     for entropy in (False, True):
-        options = {"entropy": entropy, "weights": True, "covariance_mask": 2 * chosen.to(dtype)}
+        options = {"entropy": entropy, "weights": True, "covariance_mask": chosen.to(dtype) * largest}
         assert_equal_to_reference(batch, mode, LARGEST_LOSS, **options)
 
 
@@ -329,7 +330,8 @@ def test_masks_of_any_dtype(device, dtype):
     batch = make_batch((4, 77), torch.float32, device)
     expected = run(policy_loss, batch, "vanilla", entropy=True)
     for name in ("response_mask", "entropy_mask"):
-        batch[name] = (batch[name] * 2).to(dtype)  # any nonzero value is in
+        # Of integers, any nonzero value is in.
+        batch[name] = batch[name].to(dtype) * (1 if dtype.is_floating_point else 2)
     actual = run(policy_loss, batch, "vanilla", entropy=True)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
 
@@ -371,6 +373,18 @@ def test_micro_batches_add_up_to_the_batch(device, mode, aggregation):
     ]
     torch.testing.assert_close(sum(part[0] for part in parts), whole)
     torch.testing.assert_close(torch.cat([part[2] for part in parts]), gradient)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_packed_tokens_are_one_row(device, mode, aggregation):
+    batch = make_batch((1, 5000), torch.float32, device)
+    packed = {name: tensor[0] for name, tensor in batch.items()}
+    options = {"entropy": True, "weights": True, "loss_agg_mode": aggregation}
+    loss, metrics, gradient = run(policy_loss, batch, mode, **options)
+    packed_loss, packed_metrics, packed_gradient = run(policy_loss, packed, mode, **options)
+    assert torch.equal(packed_loss, loss) and torch.equal(packed_gradient, gradient[0])
+    assert packed_metrics == metrics
 
 
 def test_given_divisors_may_be_numbers_or_tensors(device):
@@ -558,7 +572,7 @@ def test_shapes_that_do_not_match(device, name, shape):
     batch = make_batch((3, 9), torch.float32, device)
     batch[name] = torch.ones(shape, device=device)
     argument = "rollout_is_weights" if name == "weights" else name
-    with pytest.raises(ValueError, match=rf"{argument} has shape .*; it must be \[3, 9\]"):
+    with pytest.raises(ValueError, match=rf"{argument} has shape .*; it must be \[3, 9\], the shape of log_prob"):
         run(policy_loss, batch, "vanilla", entropy=True, weights=True)
 
 
@@ -572,9 +586,12 @@ def test_wrong_dtype(device, name):
 
 
 def test_wrong_number_of_dimensions(device):
-    tokens = torch.zeros(9, device=device)
-    with pytest.raises(ValueError, match=r"log_prob has shape \[9\]; it must be \[rows, tokens\]"):
-        policy_loss(tokens, tokens, tokens, tokens)
+    for shape in ((), (1, 3, 9)):
+        tokens = torch.zeros(shape, device=device)
+        with pytest.raises(
+            ValueError, match=r"log_prob has shape .*; it must be \[rows, tokens\], or \[tokens\] for one row"
+        ):
+            policy_loss(tokens, tokens, tokens, tokens)
 
 
 def test_wrong_device(device):

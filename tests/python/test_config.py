@@ -70,7 +70,11 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (f"{ACTOR}.optim.betas", "[0.9]", "a list of 2"),
         (f"{ACTOR}.ppo_mini_batch_size", 3, "must divide data.train_batch_size=4"),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu", 3, "must divide ppo_mini_batch_size * rollout.n = 8"),
-        ("actor_rollout_ref.rollout.temperature", 0, "a number above 0"),
+        *(
+            ("actor_rollout_ref.rollout.temperature", value, "a number of at least 1e-06 and at most 1e+06")
+            for value in (0, 1e-39, 1e300, "nan")
+        ),
+        ("actor_rollout_ref.rollout.val_kwargs.temperature", 1e-39, "0, or a number of at least 1e-06"),
         ("actor_rollout_ref.rollout.top_p", 0, "a number above 0 and at most 1"),
         ("actor_rollout_ref.rollout.n", 0, "an integer of at least 1"),
         ("actor_rollout_ref.rollout.n", 2.5, "an integer of at least 1"),

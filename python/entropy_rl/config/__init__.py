@@ -123,9 +123,12 @@ FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TABLE = Rule("a table of settings", lambda value: isinstance(value, dict))
 FILES = optional(Rule("a path or a list of paths", lambda value: TEXT.holds(value) or list_of(TEXT).holds(value)))
 RATIO = number(above=0, at_most=1)
+# Within these bounds logits over the temperature are finite in float32.
+TEMPERATURE = number(at_least=1e-6, at_most=1e6)
 SEED = integer(0, 2**32 - 1)
 MINUS_ONE = Rule("-1", lambda value: _is_integer(value) and value == -1)
 FUNCTION_OF_A_FILE = Rule(FUNCTION, names_function)
+ZERO = Rule("0", lambda value: _is_number(value) and value == 0)
 ONE = Rule("1", lambda value: _is_integer(value) and value == 1)
 
 RULES: dict[str, Rule] = {
@@ -202,13 +205,13 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.actor.optim.clip_grad": number(above=0),
     "actor_rollout_ref.actor.fsdp_config.dtype": one_of("float32", "bfloat16"),
     "actor_rollout_ref.rollout.n": integer(1),
-    "actor_rollout_ref.rollout.temperature": number(above=0),
+    "actor_rollout_ref.rollout.temperature": TEMPERATURE,
     "actor_rollout_ref.rollout.top_p": RATIO,
     "actor_rollout_ref.rollout.top_k": either(MINUS_ONE, integer(1)),
     "actor_rollout_ref.rollout.seed": SEED,
     "actor_rollout_ref.rollout.max_num_seqs": integer(1),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": optional(integer(1)),
-    "actor_rollout_ref.rollout.val_kwargs.temperature": number(at_least=0),
+    "actor_rollout_ref.rollout.val_kwargs.temperature": either(ZERO, TEMPERATURE),
     "actor_rollout_ref.rollout.val_kwargs.top_p": RATIO,
     "actor_rollout_ref.rollout.val_kwargs.top_k": either(MINUS_ONE, integer(1)),
     "actor_rollout_ref.rollout.val_kwargs.n": integer(1),
