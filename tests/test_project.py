@@ -1,6 +1,8 @@
 """The files around the code agree with each other: pinned versions, CI, the changelog."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,25 @@ def test_release_workflow_builds_what_make_release_builds() -> None:
     steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
     made = [step["run"] for step in steps if "make " in step.get("run", "")]
     assert len(made) == 1 and re.match(r"make release\b", made[0])
+
+
+@pytest.mark.parametrize(
+    ("version", "title", "passes"),
+    [
+        ("1.2.0", "## [1.2.0] - 2026-05-01", True),
+        ("1.3.0", "## [1.2.0] - 2026-05-01", False),
+        ("1.2.0", "## [1.2.0] - Unreleased", False),
+        ("1.2.0", "## [1.1.0] - 2026-05-01", False),
+    ],
+)
+def test_release_workflow_checks_the_tag(version: str, title: str, passes: bool, tmp_path: Path) -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
+    [script] = [step["run"] for step in steps if step.get("name", "").startswith("The tag is the version")]
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "{version}"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{title}\n")
+    environment = os.environ | {"GITHUB_REF_NAME": "v1.2.0"}
+    run = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
+    assert (run.returncode == 0) == passes
 
 
 def test_version_is_that_of_the_changelog() -> None:

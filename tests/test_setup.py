@@ -18,6 +18,15 @@ importlib.metadata.version = fake
 sys.argv = ["setup.py", "--version"]
 runpy.run_path("setup.py")
 """
+WITHOUT_TOOLKIT = """
+import os, runpy, sys
+import torch
+torch.version.cuda = "13.0"
+isfile = os.path.isfile
+os.path.isfile = lambda path: not str(path).endswith("/bin/nvcc") and isfile(path)
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
 
 
 def last_line(command: list[str], **environment: str) -> str:
@@ -35,6 +44,26 @@ def test_missing_requirements() -> None:
 def test_stable_abi_build_needs_no_pybind11() -> None:
     line = last_line([sys.executable, "-c", WITHOUT_TORCH], ENTROPY_RL_ABI3="1")
     assert line.endswith("run pip install 'setuptools>=77' 'torch>=2.11'")
+
+
+def test_missing_ninja(tmp_path: Path) -> None:
+    """Debian's ninja-build would do, too: it is no Python package, but it is on the PATH."""
+    program = WITHOUT_TORCH.replace('("torch", "pybind11")', '("ninja",)').replace('"65.5.0"', '"80"')
+    line = last_line([sys.executable, "-c", program], PATH=str(tmp_path))
+    assert line == f"entropy_rl_ext: {sys.prefix} lacks what the build needs; run pip install ninja"
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    environment = os.environ | {"PATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, check=True)
+
+
+def test_missing_toolkit() -> None:
+    """torch's CUDA build without nvcc: the build goes on for the CPU and says why."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TOOLKIT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    expected = "building CPU only: no CUDA toolkit (nvcc and cuda_runtime.h) was found; set CUDA_HOME to one"
+    assert result.stderr.splitlines()[-1] == f"entropy_rl_ext: {expected}"
 
 
 def test_missing_compiler() -> None:
