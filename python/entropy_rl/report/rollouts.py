@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("w", encoding="utf-8") as file:
         for rollout in rollouts:
-            row = {key: value for key, value in asdict(rollout).items() if value is not None}
+            row = {key: value for key, value in vars(rollout).items() if value is not None}
             row |= {key: _finite(row[key]) for key in ("score", "advantage") if key in row}
             row |= {key: list(map(_finite, row[key])) for key in FLOATS if key in row}
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
