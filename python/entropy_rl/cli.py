@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -185,10 +184,7 @@ def _add_ablate(ablate: argparse.ArgumentParser) -> None:
 
 
 def _version() -> str:
-    try:
-        return version("entropy-rl-ext")
-    except PackageNotFoundError:  # found on the search path
-        return "(not installed)"
+    return extras.installed_version(extras.DISTRIBUTION) or "(not installed)"  # found on the search path
 
 
 def _number(text: str, allowed: str, low: float, high: float, kind: type = float) -> float:

@@ -22,14 +22,17 @@ Hooks = Mapping[str, str]
 def missing_hook(package: str, hooks: Hooks) -> str | None:
     """None if the installed `package`, "verl" or "trl", has all hooks. Otherwise one line that names the first one that
     is missing or has other parameters."""
+    where = f"{package} {extras.installed_version(package)}"
     for name, parameters in hooks.items():
         module, _, path = name.partition(":")
         shown = f"{module}.{path}"
-        where = f"{package} {extras.installed_version(package)}"
         try:
             hook: Any = import_module(module)
         except ImportError as error:
-            return f"{shown}, which entropy-rl-ext needs, cannot be imported from {where}: {one_line(error)}"
+            return (
+                f"{shown}, which entropy-rl-ext needs, cannot be imported from {where} ({one_line(error)}): "
+                f"{install_tested(package)}"
+            )
         for part in path.split("."):
             hook = getattr(hook, part, None)
         if hook is None:
