@@ -750,7 +750,7 @@ def accumulate_gradients(
         for name, value in ({name: value / ranks for name, value in sums.items()} | means).items():
             metrics[name] = metrics[name] + value
     reduced = distributed.reduce(torch.stack([*metrics.values()]))
-    return dict(zip(metrics, reduced, strict=True)) | step.share_metrics()
+    return dict(zip(metrics, reduced, strict=True)) | step.extreme_shares()
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:
