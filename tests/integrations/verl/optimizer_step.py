@@ -18,7 +18,7 @@ SEED = 3
 MINI_BATCH = {"actor.entropy_top_scope": "mini_batch", "actor.entropy_top_ranks": "global"}
 OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
 SEQUENCE = {"actor.entropy_top_scope": "sequence"}
-VETO = {"actor.entropy_veto.probability": 0.1, "actor.entropy_veto.entropy": 2.5, "actor.entropy_top_ratio": 1.0}
+VETO = {"actor.entropy_veto.probability": 0.02, "actor.entropy_veto.entropy": 3.701, "actor.entropy_top_ratio": 1.0}
 TOKEN_WEIGHT = {"actor.token_weight": f"{__file__}:only_high_entropies", "actor.entropy_rest.weight": 0.5}
 FUSED = {"model.use_fused_kernels": True}
 
@@ -115,7 +115,7 @@ def entropy_times_advantage(log_prob: Any, entropy: Any, advantages: Any, respon
 
 def only_high_entropies(log_prob: Any, entropy: Any, advantages: Any, response_mask: Any) -> Any:
     """Weights of a user's; some are 0."""
-    return (entropy - 1.5).clamp(min=0)
+    return (entropy - 3.6).clamp(min=0)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -133,7 +133,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
                 "response": tokens[prompt:],
                 "mask": mask,
                 "old_log_prob": -3 * torch.rand(response, generator=generator) - 1,
-                "old_entropy": 3 * torch.rand(response, generator=generator),
+                "old_entropy": 3 + torch.rand(response, generator=generator),
                 "ref_log_prob": -3 * torch.rand(response, generator=generator) - 1,
                 "advantage": torch.randn((), generator=generator).expand(response).contiguous(),
                 "weight": torch.rand(response, generator=generator) + 0.5,
