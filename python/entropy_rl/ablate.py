@@ -2,7 +2,7 @@
 
 DIRECTORY/settings.json            what all runs share
 DIRECTORY/seed_N/                  the demo's warmed-up model and problems
-DIRECTORY/seed_N/ARM/              a run of the trainer
+DIRECTORY/seed_N/ARM/              a run of the trainer, and arm.json, the settings of its arm
 DIRECTORY/results/seed_N.ARM.json  the result of a run, written when it has succeeded
 DIRECTORY/table.md, curves.png     made from all results
 """
@@ -34,19 +34,27 @@ Result = dict[str, Any]
 
 class Arm(NamedTuple):
     title: str
-    ratio: str
-    complement: str = "false"
+    overrides: list[str]
+
+
+def _selecting(title: str, ratio: str, complement: str = "false", **keys: str) -> Arm:
+    """An arm that differs in the selection; `keys` are keys without entropy_top_."""
+    keys = {"ratio": ratio, "complement": complement} | keys
+    return Arm(title, [f"{_ACTOR}.entropy_top_{key}={value}" for key, value in keys.items()])
 
 
 _ARMS = dict(
     zip(
         ARMS,
         (
-            Arm("all tokens", "null"),
-            Arm("top 50 %", "0.5"),
-            Arm("top 20 %", "0.2"),
-            Arm("top 10 %", "0.1"),
-            Arm("bottom 80 %", "0.2", "true"),
+            _selecting("all tokens", "null"),
+            _selecting("top 50 %", "0.5"),
+            _selecting("top 20 %", "0.2"),
+            _selecting("top 10 %", "0.1"),
+            _selecting("bottom 80 %", "0.2", "true"),
+            _selecting("random 20 %", "0.2", score="random"),
+            _selecting("random 50 %", "0.5", score="random"),
+            _selecting("top 20 % of each response", "0.2", scope="sequence"),
         ),
         strict=True,
     )
@@ -58,6 +66,7 @@ class Run(NamedTuple):
     arm: str
     directory: Path
     overrides: list[str]
+    of_arm: list[str]  # those of them that are the arm's
 
     def result_path(self) -> Path:
         return self.directory.parents[1] / "results" / f"seed_{self.seed}.{self.arm}.json"
@@ -66,10 +75,13 @@ class Run(NamedTuple):
 def run(arguments: argparse.Namespace) -> int:
     """Runs what is left to run and writes the table. Raises UserError for an error that the user can fix."""
     output: Path = arguments.output
-    runs = [plan(arguments, seed, arm) for seed in range(arguments.seeds) for arm in ARMS if arm in arguments.arms]
+    arms = [*(arm for arm in ARMS if arm in arguments.arms), *(name for name, _ in arguments.own_arms)]
+    runs = [plan(arguments, seed, arm) for seed in range(arguments.seeds) for arm in arms]
     for planned in runs:
         _check(config.load(planned.overrides))
     _claim(output, _shared_settings(arguments))
+    for planned in runs:
+        _check_arm(output, planned)
 
     left = [planned for planned in runs if not planned.result_path().exists()]
     if _own_task(arguments):
@@ -94,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace, seed: int, arm: str) -> Run:
     """A run and its command line: the task, then the user's keys, then the keys of the arm, which override both."""
     of_seed: Path = arguments.output / f"seed_{seed}"
+    of_arm = _ARMS[arm].overrides if arm in _ARMS else dict(arguments.own_arms)[arm]
     steps = arguments.steps or demo.STEPS
     if _own_task(arguments):
         task = [f"trainer.total_training_steps={steps}"] if arguments.steps else []
@@ -107,8 +120,7 @@ def plan(arguments: argparse.Namespace, seed: int, arm: str) -> Run:
     overrides = [
         *task,
         *arguments.overrides,
-        f"{_ACTOR}.entropy_top_ratio={_ARMS[arm].ratio}",
-        f"{_ACTOR}.entropy_top_complement={_ARMS[arm].complement}",
+        *of_arm,
         f"data.seed={seed}",
         f"actor_rollout_ref.rollout.seed={seed}",
         f"{_ACTOR}.data_loader_seed={seed}",
@@ -116,7 +128,7 @@ def plan(arguments: argparse.Namespace, seed: int, arm: str) -> Run:
         "trainer.logger=[file]",
         f"trainer.default_local_dir={of_seed / arm}",
     ]
-    return Run(seed, arm, of_seed / arm, overrides)
+    return Run(seed, arm, of_seed / arm, overrides, of_arm)
 
 
 def _own_task(arguments: argparse.Namespace) -> bool:
@@ -170,6 +182,17 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     _write(path, settings)
 
 
+def _check_arm(output: Path, planned: Run) -> None:
+    """Raises UserError if the directory has a run of an arm of this name with other settings."""
+    path = planned.directory / "arm.json"
+    found = json.loads(path.read_text()) if path.exists() else planned.of_arm
+    if found != planned.of_arm:
+        raise UserError(
+            f"--output {output}: the runs of the arm {planned.arm} there have {' '.join(found)}, and this command has "
+            f"{' '.join(planned.of_arm)}; use the same, another name or another directory"
+        )
+
+
 def _prepare_demo(directory: Path, seed: int, warmup_steps: int) -> None:
     if directory.exists() and (directory / "warm").exists():
         return
@@ -194,6 +217,7 @@ def _run_all(runs: Sequence[Run], jobs: int) -> None:
 def _train(planned: Run) -> None:
     """Trains in a separate process, so that no run inherits state from another one."""
     planned.directory.mkdir(parents=True, exist_ok=True)
+    _write(planned.directory / "arm.json", planned.of_arm)
     log = planned.directory / "log.txt"
     with log.open("w") as file:
         status = subprocess.run(
@@ -201,7 +225,7 @@ def _train(planned: Run) -> None:
         ).returncode
     if status:
         last = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
-        raise UserError(f"seed {planned.seed}, {_ARMS[planned.arm].title}: {last} (status {status}; {log})")
+        raise UserError(f"seed {planned.seed}, {_title(planned.arm)}: {last} (status {status}; {log})")
     _write(planned.result_path(), _result(planned))
 
 
@@ -243,6 +267,15 @@ def _write(path: Path, content: Any) -> None:
 # ---- Results
 
 
+def _title(arm: str) -> str:
+    return _ARMS[arm].title if arm in _ARMS else arm
+
+
+def _arms_of(results: Sequence[Result]) -> list[str]:
+    """The arms that may have results: the command's own, then the user's."""
+    return list(dict.fromkeys([*ARMS, *(result["arm"] for result in results)]))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95 % confidence interval by Student's t, which is NaN for a single value."""
     from scipy.stats import t
@@ -262,7 +295,7 @@ def table(results: Sequence[Result]) -> str:
         "| entropy at the end, nats |",
         "|---|---|---|---|---|---|---|",
     ]
-    for arm in ARMS:
+    for arm in _arms_of(results):
         own = [result for result in results if result["arm"] == arm]
         if not own:
             continue
@@ -271,7 +304,7 @@ def table(results: Sequence[Result]) -> str:
         differences = [last[arm, seed] - last["all", seed] for seed in seeds if ("all", seed) in last]
         before = [result["validation_reward"][0][1] for result in own]
         cells = [
-            _ARMS[arm].title,
+            _title(arm),
             f"{sum(ratios) / len(ratios):.1%}",
             str(len(seeds)),
             f"{sum(before) / len(before):.3f}",
@@ -299,7 +332,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         ("entropy of the policy, nats", lambda result: list(enumerate(result["entropy"], 1))),
     )
     for axes, (title, points) in zip(figure.subplots(1, 3), panels, strict=True):
-        for number, arm in enumerate(ARMS):
+        for number, arm in enumerate(_arms_of(results)):
             curves = [points(result) for result in results if result["arm"] == arm]
             if not curves:
                 continue
@@ -308,7 +341,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.35)
             steps = [step for step, _ in curves[0]]
             means = [sum(values) / len(values) for values in zip(*([y for _, y in c] for c in curves), strict=True)]
-            axes.plot(steps, means, color=color, linewidth=2, label=_ARMS[arm].title)
+            axes.plot(steps, means, color=color, linewidth=2, label=_title(arm))
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)

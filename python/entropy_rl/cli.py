@@ -1,6 +1,8 @@
 """The command `entropy-rl`."""
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,10 +41,11 @@ then exits with status 1.
 
 ABLATE = """\
 Runs the paper's ablation: the same training on all tokens, on the 50, 20 and 10 % of highest entropy,
-and on the 80 % of lowest entropy, each with several seeds. Writes a table with confidence intervals
-and a plot of the curves.
+on the 80 % of lowest entropy, and on a random 20 %, each with several seeds. Writes a table with
+confidence intervals and a plot of the curves.
 
   entropy-rl ablate --output ablation
+  entropy-rl ablate --output ablation --arm soft='actor_rollout_ref.actor.token_weight=mine.py:weight ...'
   entropy-rl ablate --output ablation actor_rollout_ref.model.path=MODEL data.train_files=... data.val_files=...
 
 KEY=VALUE are settings of python -m entropy_rl.train. Without a model, the runs solve the demo's task:
@@ -55,8 +58,9 @@ checkpoint.
 # Each command has a module, which is imported when it runs: `doctor` must work without the packages of the others.
 COMMANDS = {"inspect": "entropy_rl.report.inspect", "ablate": "entropy_rl.ablate", "doctor": "entropy_rl.doctor"}
 
-# The arms of `ablate`: which response tokens carry the policy gradient.
-ARMS = ("all", "top_50", "top_20", "top_10", "bottom_80")
+# The arms of `ablate`: which response tokens carry the policy gradient. The first ones run by default.
+DEFAULT_ARMS = ("all", "top_50", "top_20", "top_10", "bottom_80", "random_20")
+ARMS = (*DEFAULT_ARMS, "random_50", "sequence_20")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,7 +179,22 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
 
 def _add_ablate(ablate: argparse.ArgumentParser) -> None:
     ablate.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", help="directory for all results")
-    ablate.add_argument("--arms", type=_arms, default=ARMS, metavar="ARM,ARM", help=f"any of {','.join(ARMS)}")
+    ablate.add_argument(
+        "--arms",
+        type=_arms,
+        default=DEFAULT_ARMS,
+        metavar="ARM,ARM",
+        help=f"any of {','.join(ARMS)} ({','.join(DEFAULT_ARMS)})",
+    )
+    ablate.add_argument(
+        "--arm",
+        type=_arm,
+        action="append",
+        default=[],
+        dest="own_arms",
+        metavar="NAME='KEY=VALUE ...'",
+        help="one more arm, with settings of the trainer; may be repeated",
+    )
     ablate.add_argument("--seeds", type=_count, default=3, metavar="N", help="run the seeds 0 to N - 1 (3)")
     ablate.add_argument("--steps", type=_count, metavar="N", help="training steps (120 for the demo's task)")
     ablate.add_argument("--warmup-steps", type=_count, metavar="N", help="warm-up steps of the demo's model (900)")
@@ -203,6 +222,19 @@ def _arms(text: str) -> list[str]:
         if name not in ARMS:
             raise argparse.ArgumentTypeError(f"{name}: the arms are {', '.join(ARMS)}")
     return names
+
+
+def _arm(text: str) -> tuple[str, list[str]]:
+    name, _, overrides = text.partition("=")
+    if not re.fullmatch(r"\w+", name) or name in ARMS or "=" not in overrides:
+        raise argparse.ArgumentTypeError(
+            f"{text}: it must be NAME='KEY=VALUE ...', with a name of letters, digits and _ that is not one of "
+            f"{', '.join(ARMS)}"
+        )
+    try:
+        return name, shlex.split(overrides)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 TINY = sys.float_info.min

@@ -1,5 +1,6 @@
-"""What ranks the tokens of a selection, `entropy_top_score`: their entropy, surprisal, a random number or a function of
-the user's."""
+"""Numbers for each token: what ranks the tokens of a selection, `entropy_top_score` (their entropy, surprisal, a random
+number or a function of the user's), and `token_weight`, a function of the user's.
+"""
 
 import functools
 import re
@@ -47,17 +48,18 @@ def random_scores(seed: Tensor, response_mask: Tensor, before: Tensor) -> Tensor
 
 
 class TokenFunction:
-    """A function in a user's file that gives each token a number.
+    """A function in a user's file that gives each token a number; for the key `token_weight` a weight, 0 or above.
 
     It is called with log_prob, entropy, advantages and response_mask, all [B, S] without gradient, and returns
     [B, S]. Numbers outside the response mask are ignored.
 
     Raises:
-        UserError: there is no such function; or, at a call, it raises, or returns something else, another shape or NaN.
+        UserError: there is no such function; or, at a call, it raises, or returns something else, another shape, NaN
+            or a weight below 0.
     """
 
     def __init__(self, key: str, value: str) -> None:
-        self._where = f"{key}={value}"
+        self._where, self._weighs = f"{key}={value}", key == "token_weight"
         path, _, name = value.rpartition(":")
         module_name = f"entropy_rl_{key.replace('.', '_')}_{Path(path).stem}"
         self._function = import_function(path, name, module_name, path_key=self._where, name_key=self._where)
@@ -77,9 +79,12 @@ class TokenFunction:
             )
             self.fail(f"it returned a {found}; a tensor of numbers of shape {shape} on {entropy.device} was expected")
         result = result.detach().to(torch.float64 if result.dtype == torch.float64 else torch.float32)
-        wrong = int((result.isnan() & (response_mask != 0)).sum())
-        if wrong:
-            self.fail(f"it returned NaN for {wrong} of {int((response_mask != 0).sum())} response tokens")
+        inside = response_mask != 0
+        wrong = ~(result.isfinite() & (result >= 0)) if self._weighs else result.isnan()
+        count = int((wrong & inside).sum())
+        if count:
+            what = "a weight below 0 or not finite" if self._weighs else "NaN"
+            self.fail(f"it returned {what} for {count} of {int(inside.sum())} response tokens")
         return result
 
     def fail(self, reason: str) -> None:

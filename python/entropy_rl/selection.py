@@ -23,7 +23,7 @@ log-probabilities.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -44,8 +44,10 @@ SEQUENCE_MODES = ("gspo", "geo_mean")
 # Loss modes that choose tokens by covariance among all response tokens.
 COVARIANCE_MODES = ("clip_cov", "kl_cov")
 
-# Metrics: the lowest and the highest share of its tokens that a response trains on.
+# Metrics: the lowest and the highest share of its tokens that the rule selected of a response.
 LOWEST_SHARE, HIGHEST_SHARE = "actor/entropy_token_ratio/min", "actor/entropy_token_ratio/max"
+
+_VETO = ("entropy_veto.probability", "entropy_veto.entropy")
 
 # The configuration keys. TRL's --help prints these texts.
 OPTIONS = {
@@ -67,8 +69,16 @@ OPTIONS = {
     "log-probabilities, at no extra cost.",
     "entropy_top_ranks": "Whether ranks compete. local: each rank selects from its own tokens. global: the tokens of "
     "all ranks compete as one batch.",
-    "entropy_top_normalize": "What a mean over tokens divides by. selected: the selected tokens (Eq. 6 of the paper). "
-    "response: all response tokens (TRL). At ratio 0.2 the gradient of selected is five times that of response.",
+    "entropy_top_normalize": "What a mean over tokens divides by. selected: the selected tokens (Eq. 6 of the paper), "
+    "or the sum of the weights if tokens have weights. response: all response tokens (TRL). At ratio 0.2 the gradient "
+    "of selected is five times that of response.",
+    "entropy_rest.weight": "Weight of the loss of the tokens that were not selected; that of a selected token is 1. 0: "
+    "they do not train. 1: they train like the selected ones.",
+    "entropy_veto.probability": "A token never trains if its advantage is above 0, its probability below this and its "
+    "entropy below entropy_veto's entropy. None: no token is vetoed.",
+    "entropy_veto.entropy": "The entropy of that rule, in nats; None exactly if its probability is.",
+    "token_weight": "FILE.py:function of (log_prob, entropy, advantages, response_mask), each [B, S], that returns "
+    "[B, S], 0 or above: factors of the tokens' weights. None: 1.",
 }
 
 
@@ -157,21 +167,52 @@ def needs_all_tokens(actor: Any) -> str | None:
     return "use_kl_loss=true" if actor.use_kl_loss else None
 
 
-def contradiction(config: Any) -> tuple[str, str] | None:
-    """A key among this package's keys whose value makes no sense beside the others, and why; None if there is
-    none. Without a ratio they have no effect, so none contradicts another."""
-    if config.entropy_top_ratio is None:
-        return None
-    if config.entropy_top_scope == "sequence" and config.entropy_top_ranks == "global":
-        return "entropy_top_ranks", "it must be local with entropy_top_scope sequence: a response is on one rank"
+def setting(config: Any, key: str) -> Any:
+    """The value of TABLE.NAME in a configuration, or of TABLE_NAME if it has no tables; None without either."""
+    table, name = key.split(".")
+    values = getattr(config, table, None)
+    return getattr(config, f"{table}_{name}", None) if values is None else values[name]
+
+
+class Contradiction(NamedTuple):
+    """A key whose value makes no sense beside the other keys, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def contradiction(config: Any) -> Contradiction | None:
+    """The first contradiction among this package's keys; None if there is none."""
+    ratio, policy = config.entropy_top_ratio, getattr(config, "policy_loss", None)
+    weights = {key: setting(config, key) for key in ("entropy_rest.weight", *_VETO)}
+    weights["token_weight"] = getattr(config, "token_weight", None)
+    for key, value in weights.items():
+        if not value:
+            continue
+        if ratio is None:
+            return Contradiction(key, value, "it needs entropy_top_ratio, which is null; ratio 1 selects all tokens")
+        if policy is not None and policy.loss_mode in SEQUENCE_MODES:
+            return Contradiction(key, value, f"loss_mode {policy.loss_mode} has one ratio per sequence and no weights")
+    probability, entropy = (weights[key] for key in _VETO)
+    for key, value, other in zip(_VETO, (probability, entropy), (entropy, probability), strict=True):
+        if value is None and other is not None:
+            return Contradiction(key, value, "both numbers of entropy_veto must be set, or none")
+    if ratio is not None and config.entropy_top_scope == "sequence" and config.entropy_top_ranks == "global":
+        reason = "it must be local with entropy_top_scope sequence: a response is on one rank"
+        return Contradiction("entropy_top_ranks", config.entropy_top_ranks, reason)
     return None
 
 
 def load_functions(config: Any) -> None:
     """Imports the functions that the keys name. Raises UserError if there is no such function."""
-    score = getattr(config, "entropy_top_score", "entropy")
-    if config.entropy_top_ratio is not None and names_function(score):
+    if config.entropy_top_ratio is None:
+        return
+    score, weight = getattr(config, "entropy_top_score", "entropy"), getattr(config, "token_weight", None)
+    if names_function(score):
         token_function("entropy_top_score", score)
+    if weight is not None:
+        token_function("token_weight", weight)
 
 
 def movement_metrics(loss_mode: str | None) -> set[str]:
@@ -183,6 +224,11 @@ def movement_metrics(loss_mode: str | None) -> set[str]:
     return {"actor/ppo_kl"} | clipped
 
 
+def _sum(weights: Tensor) -> Tensor:
+    """[]: int64 of a mask, float64 of weights, whose order then does not matter to a float32."""
+    return weights.sum(dtype=torch.float64 if weights.is_floating_point() else None)
+
+
 # ---- One optimizer step
 
 
@@ -191,9 +237,21 @@ class TokenSelection:
     """The selection of a mini-batch, token by token. Every tensor has the shape of the tokens it was made for."""
 
     mask: Tensor  # bool: the token trains
+    weight: Tensor | None = None  # float, 0 outside the mask; None: 1 for every token in the mask
+    # With weights only; bool: the rule selected the token; the veto keeps it from training.
+    selected: Tensor | None = None
+    vetoed: Tensor | None = None
     covariance_mask: Tensor | None = None  # bool: clip_cov or kl_cov chose the token
     # Log-probabilities before the step; None unless the step runs the LM head on the selected tokens only.
     log_prob: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """What a mean over the selection divides by the sum of: bool or float."""
+        return self.mask if self.weight is None else self.weight
+
+    def chosen(self) -> Tensor:
+        """bool: the rule selected the token."""
+        return self.mask if self.selected is None else self.selected
 
     def split(self, rows: Sequence[int]) -> list["TokenSelection"]:
         """The selection of each micro-batch, given how many rows each has."""
@@ -202,12 +260,23 @@ class TokenSelection:
         return [TokenSelection(**dict(zip(names, part, strict=True))) for part in parts]
 
 
+def share_metrics(tokens: TokenSelection, response_mask: Tensor) -> dict[str, Tensor]:
+    """The shares of the response tokens of a micro-batch that the rule selected, and that the veto keeps from training,
+    as metrics."""
+    count = (response_mask != 0).sum().clamp(min=1)
+    shares = {"actor/entropy_token_ratio": tokens.chosen().sum() / count}
+    if tokens.vetoed is not None:
+        shares["actor/entropy_veto_ratio"] = tokens.vetoed.sum() / count
+    return shares
+
+
 class StepSelection:
     """What one optimizer step trains on, as one of its ranks sees it.
 
     Call `count_tokens` before the first micro-batch, and if the selection is made `before_step` `select_mini_batch` as
-    well. Then call `policy_loss` for every micro-batch, on all ranks in the same order, and `share_metrics` at the end.
-    A trainer with its own loss calls `select`, `divisor` and `note_shares` instead of `policy_loss`.
+    well. Then call `policy_loss` for every micro-batch, on all ranks in the same order, and `extreme_shares` at the
+    end. A trainer with its own loss calls `score`, `select`, `weigh`, `divisor` and `note_shares` instead of
+    `policy_loss`.
     """
 
     before_step: bool  # whether the selection is made before the first micro-batch: the scopes mini_batch and sequence
@@ -216,18 +285,19 @@ class StepSelection:
     threshold_name: str  # of the metric: the lowest score that the rule keeps
     tokens: Tensor  # [ranks, micro-batches] int64: response tokens
     response_tokens: Tensor  # []: their sum
-    # Of `select_mini_batch`, all []: the lowest score that the rule kept; how many tokens train, of those that
-    # competed with this rank's and of all ranks.
+    # Of `select_mini_batch`, all []: the lowest score that the rule kept; the sum of the weights of the tokens that
+    # competed with this rank's and of all ranks' (without weights, how many train); how many train on all ranks.
     threshold: Tensor
-    competing_selected: Tensor
-    selected: Tensor
-    trained: Tensor | None  # [B, S] bool, of the last `policy_loss`: the tokens with a gradient; None: all of them
+    competing_weight: Tensor
+    weight: Tensor
+    trained: Tensor
+    trained_mask: Tensor | None  # [B, S] bool, of the last `policy_loss`: the tokens with a gradient; None: all of them
 
     def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, in_micro_batches: bool = False) -> None:
         """
         Args:
             config: an actor configuration with verl's keys, or any object with the `entropy_top_*` keys alone. The keys
-                score, source and complement may be missing.
+                score, source and complement and those of the weights may be missing.
             group: the ranks that share the step; None is the default group.
             in_micro_batches: select in each micro-batch, whatever the scope: for a loss outside an optimizer step.
         """
@@ -238,6 +308,9 @@ class StepSelection:
         self._over_ranks = config.entropy_top_ranks == "global"
         self._per_sequence = config.entropy_top_scope == "sequence"
         self._score = getattr(config, "entropy_top_score", "entropy")
+        self._rest = setting(config, "entropy_rest.weight") or 0.0
+        self._veto = tuple(setting(config, key) for key in _VETO)
+        self._token_weight = getattr(config, "token_weight", None)
         self.draws = self._ratio is not None and self._score == "random"
         self.threshold_name = f"actor/{'entropy' if self._score == 'entropy' else 'score'}_threshold"
         selects = self._ratio is not None and not in_micro_batches
@@ -273,12 +346,13 @@ class StepSelection:
             competing = competing.sum(0, keepdim=True)
         own = 0 if self._over_ranks else self._own_rank()
         self._competing = competing[own]
-        # The rows' own counts would be needed to know topk's number of each.
+        # What topk selects of each response follows from its own length, which is not known here.
         counts = (
             competing.double()
             if self._per_sequence
             else top_k_count(competing, self._ratio, complement=self._complement)
         )
+        counts = counts + self._rest * (competing - counts)
         self._count_of_all = counts.sum()
         # The masks of an optimizer step are known on all ranks when it begins; those of a micro-batch are not.
         self._counts = counts.sum(0) if self.before_step else counts[own]
@@ -331,19 +405,20 @@ class StepSelection:
             only_selected: whether the step will run the LM head on the selected tokens only.
         """
         if self.draws:
-            tokens = (response_mask != 0).sum()
-            gathered = self._gather(torch.stack([tokens, tokens.new_full((), seed)]))
+            count = (response_mask != 0).sum()
+            gathered = self._gather(torch.stack([count, count.new_full((), seed)]))
             scores = random_scores(gathered[0, 1], response_mask, gathered[: self._own_rank(), 0].sum())
         else:
             scores = token_scores(self._score, log_prob.detach(), entropy.detach(), advantages, response_mask)
-        mask, self.threshold = self.select(scores, response_mask)
-        own = mask.sum()
-        self.selected = self._all_reduce(own)
-        self.competing_selected = self.selected if self._over_ranks else own
-        chosen = None
+        selected, self.threshold = self.select(scores, response_mask)
+        tokens = self.weigh(selected, log_prob, entropy, advantages, response_mask)
+        own = _sum(tokens.weights())
+        self.weight = self._all_reduce(own)
+        self.competing_weight = self.weight if self._over_ranks else own
+        self.trained = self.weight if tokens.weight is None else self._all_reduce(tokens.mask.sum())
         if self._loss_mode in COVARIANCE_MODES:
             assert old_log_prob is not None and advantages is not None
-            chosen = covariance_mask(
+            tokens.covariance_mask = covariance_mask(
                 log_prob,
                 old_log_prob,
                 advantages,
@@ -352,29 +427,56 @@ class StepSelection:
                 seed=seed,
                 **_options(self._config, _COVARIANCE),
             )
-        return TokenSelection(mask, chosen, log_prob if only_selected else None)
+        tokens.log_prob = log_prob if only_selected else None
+        return tokens
 
-    def divisor(self, number: int, mask: Tensor) -> Tensor:
-        """The divisor with which the losses of all micro-batches add up to a mean over the selected tokens.
+    def weigh(
+        self, selected: Tensor, log_prob: Tensor, entropy: Tensor, advantages: Tensor | None, response_mask: Tensor
+    ) -> TokenSelection:
+        """The tokens that train, given those that the rule selected: with the weights of the configuration, if any.
+
+        The weight of a token is 1 if it was selected and `entropy_rest.weight` if not, times `token_weight`; and 0 if
+        `entropy_veto` applies to it. All tensors are [B, S].
+        """
+        vetoes = self._veto[0] is not None
+        if not (self._rest or vetoes or self._token_weight):
+            return TokenSelection(selected)
+        log_prob, entropy, inside = log_prob.detach(), entropy.detach(), response_mask != 0
+        weight = torch.where(selected, 1.0, self._rest) * inside
+        if self._token_weight is not None:
+            factors = token_function("token_weight", self._token_weight)
+            weight = torch.where(weight > 0, weight * factors(log_prob, entropy, advantages, response_mask), 0.0)
+        vetoed = None
+        if vetoes:
+            assert advantages is not None
+            probability, bound = self._veto
+            vetoed = inside & (advantages > 0) & (log_prob.exp() < probability) & (entropy < bound)
+            weight = torch.where(vetoed, 0.0, weight)
+        return TokenSelection(weight > 0, weight, selected, vetoed)
+
+    def divisor(self, number: int, weights: Tensor) -> Tensor:
+        """The divisor with which the losses of all micro-batches add up to a mean over the selected tokens, weighted if
+        they have weights.
 
         How many tokens topk selects follows from the numbers of response tokens alone. Under the rule topk the divisor
         is therefore their number in the whole step, and every selected token has the same weight. The other rules may
-        select more, and with the scope micro_batch it is not known how many the later micro-batches will select. There
-        each selection's mean over its own tokens is weighted by its share of topk's number. With the scope sequence
-        the number is that of the optimizer step; if the divisor spans several steps, a step is weighted by its share of
-        the response tokens.
+        select more, `token_weight` and `entropy_veto` may give any weights, and with the scope micro_batch it is not
+        known what the later micro-batches will have. There each selection's mean over its own tokens is weighted by its
+        share of topk's number. With the scope sequence the sum is that of the optimizer step; if the divisor spans
+        several steps, a step is weighted by its share of the response tokens.
 
         Args:
             number: of the micro-batch.
-            mask: its selected tokens, any shape. A collective under the scope micro_batch with ranks global, except for
-                the rule topk.
+            weights: `TokenSelection.weights` of its tokens, any shape. A collective under the scope micro_batch with
+                ranks global, except for the rule topk without `token_weight` and `entropy_veto`.
         """
-        if self._config.entropy_top_rule == "topk" and not self._per_sequence:
+        weighs = self._token_weight is not None or self._veto[0] is not None
+        if self._config.entropy_top_rule == "topk" and not self._per_sequence and not weighs:
             return self._count_of_all
-        selected = self.selected if self.before_step else mask.sum()
+        total = self.weight if self.before_step else _sum(weights)
         if self._over_ranks and not self.before_step:
-            selected = self._all_reduce(selected)
-        return selected * self._count_of_all / self._counts[number // self._size].clamp(min=1)
+            total = self._all_reduce(total)
+        return total * self._count_of_all / self._counts[number // self._size].clamp(min=1)
 
     def policy_loss(
         self,
@@ -401,51 +503,66 @@ class StepSelection:
             how far the policy has moved is known for the selected tokens only: the metrics of that are means over those
             and have `_selected` appended to their names.
         """
-        metrics, chosen = {}, None
-        mask = None if tokens is None else tokens.mask
+        metrics = {}
+        renamed = tokens is not None and tokens.log_prob is not None and self.old_policy
         if tokens is not None:
-            metrics[self.threshold_name], chosen = self.threshold, tokens.covariance_mask
+            metrics[self.threshold_name] = self.threshold
             if tokens.log_prob is not None:  # the unselected tokens enter the metrics, not the loss
                 log_prob = torch.where(tokens.mask, log_prob, tokens.log_prob)
         elif self._ratio is not None:
             scores = self.score(number, log_prob, entropy, advantages, response_mask)
-            mask, metrics[self.threshold_name] = self.select(scores, response_mask)
-        self.trained = None if self._loss_mode in SEQUENCE_MODES else mask
-        if self.trained is not None:
-            self.note_shares(self.trained, response_mask)
-        by_selected = self._config.entropy_top_normalize == "selected" and self._loss_mode not in SEQUENCE_MODES
-        if by_selected and mask is not None:
-            options["batch_num_tokens"] = self.divisor(number, mask)
+            selected, metrics[self.threshold_name] = self.select(scores, response_mask)
+            tokens = self.weigh(selected, log_prob, entropy, advantages, response_mask)
+        self.trained_mask = None
+        if tokens is not None and self._loss_mode not in SEQUENCE_MODES:
+            self.trained_mask = tokens.mask
+            self.note_shares(tokens.chosen(), response_mask)
+            if self._config.entropy_top_normalize == "selected":
+                options["batch_num_tokens"] = self.divisor(number, tokens.weights())
+            if tokens.weight is not None:
+                options["rollout_is_weights"] = self._factors(tokens, tokens.weight, options)
         loss, loss_metrics = policy_loss(
             log_prob,
             old_log_prob,
             advantages,
             response_mask,
-            entropy_mask=mask,
-            covariance_mask=chosen,
+            entropy_mask=None if tokens is None else tokens.mask,
+            covariance_mask=None if tokens is None else tokens.covariance_mask,
             normalize=self._config.entropy_top_normalize,
             **_options(self._config, _POLICY_LOSS),
             **options,
         )
-        renamed = tokens is not None and tokens.log_prob is not None and self.old_policy
-        return loss, self._weighted(metrics | loss_metrics, response_mask, renamed)
+        metrics |= loss_metrics
+        if tokens is not None and tokens.selected is not None:
+            metrics |= share_metrics(tokens, response_mask)
+        return loss, self._weighted(metrics, response_mask, renamed)
+
+    def _factors(self, tokens: TokenSelection, weight: Tensor, options: dict[str, Any]) -> Tensor:
+        """[B, S]: what multiplies the tokens' losses, given the arguments of `policy_loss`."""
+        by_row = self._loss_mode == "sapo" or options.get("loss_agg_mode") == "seq-mean-token-mean"
+        if by_row and self._config.entropy_top_normalize == "selected":
+            # The op divides a row by the number of its tokens instead of the sum of their weights.
+            total = weight.sum(-1, keepdim=True)
+            weight = weight * torch.where(total > 0, tokens.mask.sum(-1, keepdim=True) / total, 0.0)
+        of_rollout = options.get("rollout_is_weights")
+        return weight if of_rollout is None else weight * of_rollout
 
     def note_shares(self, mask: Tensor, response_mask: Tensor) -> None:
-        """Keeps the lowest and the highest selected share of a response, for `share_metrics`: both masks [B, S]."""
+        """Keeps the lowest and the highest selected share of a response, for `extreme_shares`: both masks [B, S]."""
         tokens = (response_mask != 0).sum(-1)
         share = mask.sum(-1) / tokens.clamp(min=1)
         self.shares.append(torch.where(tokens > 0, torch.stack([-share, share]), -torch.inf).amax(-1))
 
-    def share_metrics(self) -> dict[str, Tensor]:
-        """The lowest and the highest share of its tokens that a response trains on, over the micro-batches so far and
-        all ranks; 0 without responses. A collective."""
+    def extreme_shares(self) -> dict[str, Tensor]:
+        """The lowest and the highest share of its tokens that the rule selected of a response, over the micro-batches
+        so far and all ranks; 0 without responses. A collective."""
         if not self.shares:
             return {}
         ends = torch.stack(self.shares).amax(0)
         if self._group is not None:
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
-        lowest, highest = torch.where(ends.isinf(), 0.0, ends * ends.new_tensor([-1.0, 1.0])).unbind()
-        return {LOWEST_SHARE: lowest, HIGHEST_SHARE: highest}
+        lowest, highest = torch.where(ends.isinf(), 0.0, ends).unbind()
+        return {LOWEST_SHARE: 0 - lowest, HIGHEST_SHARE: highest}
 
     def _weighted(self, metrics: dict[str, Tensor], response_mask: Tensor, renamed: bool) -> dict[str, Tensor]:
         tokens, weighted = response_mask.sum(), {}
@@ -453,7 +570,7 @@ class StepSelection:
             total = self.response_tokens
             if renamed and name in movement_metrics(self._loss_mode):
                 # The unselected tokens entered the mean as unmoved, so it is a sum over the selected ones.
-                name, total = f"{name}_selected", self.selected
+                name, total = f"{name}_selected", self.trained
             weighted[name] = value * tokens / total.clamp(min=1)
         return weighted
 

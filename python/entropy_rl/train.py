@@ -778,8 +778,8 @@ def accumulate_gradients(
         )
         batch = (log_prob, entropy, micro.old_log_prob, micro.advantages, response_mask)
         loss, means = step.policy_loss(number, *batch, tokens=selected, seed=seed + number, **aggregation)
-        if mini_batch.trained is not None and step.trained is not None:
-            mini_batch.trained[index] = step.trained
+        if mini_batch.trained is not None and step.trained_mask is not None:
+            mini_batch.trained[index] = step.trained_mask
         if actor.policy_loss.loss_mode == "geo_mean":  # it ignores the divisors and averages over the rows it is given
             loss = loss * (len(index) / len(mask))
         sums = {"actor/pg_loss": loss.detach()}
@@ -798,7 +798,7 @@ def accumulate_gradients(
         for name, value in ({name: value / ranks for name, value in sums.items()} | means).items():
             metrics[name] = metrics[name] + value
     reduced = distributed.reduce(torch.stack([*metrics.values()]))
-    return dict(zip(metrics, reduced, strict=True)) | step.share_metrics()
+    return dict(zip(metrics, reduced, strict=True)) | step.extreme_shares()
 
 
 def lr_factor(step: int, total_steps: int, optim: DictConfig) -> float:

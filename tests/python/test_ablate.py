@@ -57,27 +57,59 @@ def test_every_arm_with_every_seed_once(
     output = tmp_path / "ablation"
     assert cli.main(command(output, task, "--seeds=2")) == 0
     results = results_of(output)
-    assert results.keys() == {f"seed_{seed}.{arm}" for seed in (0, 1) for arm in cli.ARMS}
+    assert results.keys() == {f"seed_{seed}.{arm}" for seed in (0, 1) for arm in cli.DEFAULT_ARMS}
     # At most 32 response tokens in a micro-batch, and the share is rounded up.
-    for arm, share in {"all": 1, "top_50": 0.5, "top_20": 0.2, "top_10": 0.1, "bottom_80": 0.8}.items():
+    shares = {"all": 1, "top_50": 0.5, "top_20": 0.2, "top_10": 0.1, "bottom_80": 0.8, "random_20": 0.2}
+    for arm, share in shares.items():
         for seed in (0, 1):
             assert results[f"seed_{seed}.{arm}"]["entropy_token_ratio"] == pytest.approx([share] * 2, abs=1 / 8)
             assert [step for step, _ in results[f"seed_{seed}.{arm}"]["validation_reward"]] == [0, 1, 2]
-    first = [results[f"seed_0.{arm}"]["training_reward"][0] for arm in cli.ARMS]
+    first = [results[f"seed_0.{arm}"]["training_reward"][0] for arm in shares]
+    assert results["seed_0.top_20"]["entropy"] != results["seed_0.random_20"]["entropy"]
     assert len(set(first)) == 1, "the runs of a seed begin from the same model, problems and samples"
     assert first[0] != results["seed_1.all"]["training_reward"][0]
 
     shown = capsys.readouterr().out
     table = (output / "table.md").read_text()
-    assert table in shown and table.count("\n") == 7
+    assert table in shown and table.count("\n") == 8
     assert all(f"| {title} |" in table for title in ("all tokens", "top 20 %", "bottom 80 %"))
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    assert len(started) == 10
+    assert len(started) == 12
     assert cli.main(command(output, task, "--seeds=2")) == 0
-    assert len(started) == 10, "a finished run is not run again"
+    assert len(started) == 12, "a finished run is not run again"
     assert cli.main(command(output, task, "--seeds=3", "--arms=top_20")) == 0
-    assert len(started) == 11, "only the new seed"
+    assert len(started) == 13, "only the new seed"
+
+
+def test_an_arm_of_the_users_own(
+    task: Overrides, tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs beside the others, and its name stands for its settings from then on."""
+    rest = f"{ACTOR}.entropy_top_ratio=0.2 {ACTOR}.entropy_rest.weight=0.1"
+    options = ("--seeds=1", "--arms=top_20")
+    assert cli.main(command(tmp_path, task, *options, f"--arm=mine={rest}")) == 0
+    assert results_of(tmp_path).keys() == {"seed_0.top_20", "seed_0.mine"}
+    assert set(rest.split()) <= set(started[1]) and not set(rest.split()) <= set(started[0])
+    table = (tmp_path / "table.md").read_text()
+    assert table.index("| top 20 % |") < table.index("| mine |")
+    assert results_of(tmp_path)["seed_0.mine"]["entropy"] != results_of(tmp_path)["seed_0.top_20"]["entropy"]
+    capsys.readouterr()
+    assert cli.main(command(tmp_path, task, *options, f"--arm=mine={ACTOR}.entropy_top_ratio=0.3")) == 2
+    message = capsys.readouterr().err
+    assert f"the runs of the arm mine there have {rest}, and this command has " in message
+    assert len(started) == 2
+
+
+def test_results_of_runs_without_the_settings_of_their_arm(
+    task: Overrides, tmp_path: Path, started: list[list[str]]
+) -> None:
+    """A directory that an older version made is continued."""
+    options = ("--seeds=1", "--arms=top_20")
+    assert cli.main(command(tmp_path, task, *options)) == 0
+    (tmp_path / "seed_0/top_20/arm.json").unlink()
+    assert cli.main(command(tmp_path, task, *options)) == 0
+    assert len(started) == 1
 
 
 def test_an_interrupted_run_resumes_from_its_checkpoint(
@@ -136,7 +168,16 @@ def test_runs_with_other_settings_are_not_mixed(
         ({"reward.custom_reward_function.path": "nowhere.py"}, (), "nowhere.py: there is no such file"),
         ({f"{ACTOR}.entropy_top_normalize": "all"}, (), "one of selected, response"),
         ({}, ("--output=/proc/ablation",), "--output /proc/ablation: it cannot be created"),
-        ({}, ("--arms=all,top_30",), "top_30: the arms are all, top_50, top_20, top_10, bottom_80"),
+        ({}, ("--arms=all,top_30",), "top_30: the arms are all, top_50, top_20, top_10, bottom_80, random_20"),
+        ({}, ("--arm=mine",), "mine: it must be NAME='KEY=VALUE ...'"),
+        ({}, ("--arm=top_20=a=b",), "top_20=a=b: it must be NAME='KEY=VALUE ...'"),
+        ({}, ("--arm=a/b=c=d",), "a/b=c=d: it must be NAME='KEY=VALUE ...'"),
+        ({}, ("--arm=mine=a='b",), "mine=a='b: No closing quotation"),
+        (
+            {},
+            (f"--arm=mine={ACTOR}.entropy_rest.weight=-1",),
+            "entropy_rest.weight=-1: it must be a number of at least",
+        ),
         ({}, ("--seeds=0",), "0: it must be an integer of at least 1"),
     ],
 )
@@ -172,9 +213,18 @@ def test_the_demos_arms_differ_in_the_selection_alone(tmp_path: Path) -> None:
     selections = []
     for settings in arms:
         actor, trainer = settings["actor_rollout_ref"]["actor"], settings["trainer"]
-        selections.append((actor.pop("entropy_top_ratio"), actor.pop("entropy_top_complement")))
+        selections.append([actor.pop(f"entropy_top_{key}") for key in ("ratio", "complement", "score", "scope")])
         del trainer["default_local_dir"]
-    assert selections == [(None, False), (0.5, False), (0.2, False), (0.1, False), (0.2, True)]
+    assert selections == [
+        [None, False, "entropy", "micro_batch"],
+        [0.5, False, "entropy", "micro_batch"],
+        [0.2, False, "entropy", "micro_batch"],
+        [0.1, False, "entropy", "micro_batch"],
+        [0.2, True, "entropy", "micro_batch"],
+        [0.2, False, "random", "micro_batch"],
+        [0.5, False, "random", "micro_batch"],
+        [0.2, False, "entropy", "sequence"],
+    ]
     assert all(settings == arms[0] for settings in arms)
     assert trainer["total_training_steps"] == 40 and trainer["save_freq"] == 10
 
@@ -203,11 +253,14 @@ def test_differences_are_taken_seed_by_seed() -> None:
 
 
 def test_the_page_has_what_the_committed_results_give(tmp_path: Path) -> None:
-    """Checks the table and the plot of docs/ablation.md, and that every run of the paper's comparison is there."""
+    """Checks the table and the plot of docs/ablation.md, and that every run of the paper's comparison is there: its
+    arms are all default arms but the random one."""
     root = Path(__file__).parents[2]
     directory = root / "benchmarks/results/ablation"
     results = [json.loads(path.read_text()) for path in sorted((directory / "results").iterdir())]
-    assert {(r["arm"], r["seed"]) for r in results} == {(arm, seed) for arm in cli.ARMS for seed in range(3)}
+    assert {(r["arm"], r["seed"]) for r in results} == {
+        (arm, seed) for arm in cli.DEFAULT_ARMS[:-1] for seed in range(3)
+    }
     table = ablate.table(results)
     assert table == (directory / "table.md").read_text()
     page = (root / "docs/ablation.md").read_text()

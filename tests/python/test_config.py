@@ -61,6 +61,12 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (f"{ACTOR}.entropy_top_scope", "batch", "one of micro_batch, mini_batch, sequence"),
         (f"{ACTOR}.entropy_top_ranks", "all", "one of local, global"),
         (f"{ACTOR}.entropy_top_normalize", "all", "one of selected, response"),
+        (f"{ACTOR}.entropy_rest.weight", -0.1, "a number of at least 0"),
+        (f"{ACTOR}.entropy_veto.probability", 1.5, "a number above 0 and at most 1, or null"),
+        (f"{ACTOR}.entropy_veto.entropy", 0, "a number above 0, or null"),
+        (f"{ACTOR}.entropy_veto.entropy", 0.1, "both numbers of entropy_veto must be set, or none"),
+        (f"{ACTOR}.token_weight", "mine.py", "it must be FILE.py:function, or null"),
+        (f"{ACTOR}.token_weight", "/nowhere/mine.py:f", "mine.py:f: there is no such file"),
         (f"{ACTOR}.policy_loss.loss_mode", "ppo", "one of vanilla, gpg, clip_cov"),
         (f"{ACTOR}.policy_loss.loss_mode", "dro", "policy_loss.dro_beta=null: loss_mode dro needs"),
         (f"{ACTOR}.loss_agg_mode", "mean", "one of token-mean, token-sum"),
@@ -111,6 +117,14 @@ def test_an_error_is_one_line(
         (
             {"entropy_top_scope": "sequence", "entropy_top_ranks": "global"},
             "entropy_top_ranks=global: it must be local with entropy_top_scope sequence",
+        ),
+        (
+            {"entropy_top_ratio": "null", "entropy_rest.weight": 0.1},
+            "entropy_rest.weight=0.1: it needs entropy_top_ratio",
+        ),
+        (
+            {"policy_loss.loss_mode": "gspo", "entropy_rest.weight": 0.1},
+            "entropy_rest.weight=0.1: loss_mode gspo has one ratio per sequence and no weights",
         ),
     ],
 )

@@ -102,6 +102,17 @@ def test_what_a_function_must_not_do(
     assert str(error.value).startswith(f"entropy_top_score={value}: {message}") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("expression", ["entropy - 10", "entropy / 0", "entropy / 0 * 0"])
+def test_weights_are_finite_and_not_below_zero(
+    expression: str, batch: dict[str, Tensor], write: Callable[[str], str]
+) -> None:
+    value, tokens = write(SIGNATURE + f"return {expression}"), int(batch["response_mask"].sum())
+    with pytest.raises(UserError) as error:
+        scores.token_function("token_weight", value)(*(batch[name] for name in NAMES))
+    wrong = f"it returned a weight below 0 or not finite for {tokens} of {tokens} response tokens"
+    assert str(error.value) == f"token_weight={value}: {wrong}"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

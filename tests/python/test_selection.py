@@ -3,21 +3,19 @@
 import itertools
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from entropy_rl import selection
-from entropy_rl.selection import StepSelection, TokenSelection
+from entropy_rl.selection import StepSelection
 from entropy_rl_ext import covariance_mask, global_top_mask
 from ranks import Ranks
-
-SEED = 5
+from steps import configuration, make_batch, micro_batches, select
 
 
 @pytest.fixture(scope="module")
@@ -101,66 +99,27 @@ def test_a_prepass_restores_random_numbers() -> None:
 # ---- StepSelection
 
 
-def configuration(**changes: Any) -> Any:
-    """An actor configuration with verl's keys; `changes` are keys without entropy_top_."""
-    values = {"ratio": 0.3, "rule": "topk", "scope": "mini_batch", "ranks": "global", "normalize": "selected"}
-    loss = {"loss_mode": "vanilla", "clip_cov_ratio": 0.2, "clip_cov_lb": -0.5, "clip_cov_ub": 1.5}
-    loss |= {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.1, "dro_beta": None}
-    loss |= {name: changes.pop(name) for name in ("loss_mode",) if name in changes}
-    actor = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
-    actor |= {"tau_pos": 1.0, "tau_neg": 1.05, "policy_loss": Keys(loss)}
-    return Keys(actor | {f"entropy_top_{name}": value for name, value in (values | changes).items()})
-
-
-class Keys(SimpleNamespace):
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(**values)
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-
-def make_batch(seed: int = 0, rows: int = 6, length: int = 20) -> dict[str, Tensor]:
-    """A rank's share of a mini-batch, with ties among the entropies. Rows 2 and 3 have no response tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    entropy, old, noise, advantages = torch.randn(4, rows, length, generator=generator)
-    lengths = torch.randint(length // 2, length + 1, (rows,), generator=generator)
-    lengths[2:4] = 0
-    return {
-        "log_prob": -old.abs(),
-        "entropy": (4 * entropy.abs()).round() / 4,
-        "old_log_prob": -old.abs() + 0.3 * noise,
-        "advantages": advantages,
-        "response_mask": torch.arange(length) < lengths[:, None],
-    }
-
-
-def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    parts = zip(*(value.split(size) for value in batch.values()), strict=True)
-    return [dict(zip(batch, part, strict=True)) for part in parts]
-
-
-def select(config: Any, batch: dict[str, Tensor], size: int) -> tuple[StepSelection, list[TokenSelection | None]]:
-    """The selection of a step in micro-batches of so many rows, and the part of each."""
-    parts = micro_batches(batch, size)
-    step = StepSelection(config)
-    step.count_tokens(torch.stack([part["response_mask"].sum() for part in parts]), seed=SEED)
-    tokens: list[TokenSelection | None] = [None] * len(parts)
-    if step.before_step:
-        chosen = step.select_mini_batch(**batch, seed=SEED)
-        tokens = [*chosen.split([len(part["entropy"]) for part in parts])]
-    return step, tokens
-
-
 def selected_weight(seed: int, **changes: Any) -> float:
     """The weights that this rank's selected tokens have in the mean, added up."""
     batch, total = make_batch(seed + dist.get_rank() if dist.is_initialized() else seed), 0.0
     step, tokens = select(configuration(**changes), batch, 2)
     for number, (part, selected) in enumerate(zip(micro_batches(batch, 2), tokens, strict=True)):
-        mask = step.select(part["entropy"], part["response_mask"])[0] if selected is None else selected.mask
-        total += float(mask.sum() / step.divisor(number, mask).clamp(min=1))
+        if selected is None:
+            mask = step.select(part["entropy"], part["response_mask"])[0]
+            scored = [part[name] for name in ("log_prob", "entropy", "advantages", "response_mask")]
+            selected = step.weigh(mask, *scored)
+        weights = selected.weights()
+        divisor = step.divisor(number, weights)
+        total += float(weights.sum() / divisor) if divisor else 0.0
     return total
 
+
+FUNCTIONS = Path(__file__).with_name("training.py")
+WEIGHTS = [
+    {"entropy_rest": {"weight": 0.1}},
+    {"entropy_rest": {"weight": 1.0}, "entropy_veto": {"probability": 0.5, "entropy": 0.6}},
+    {"token_weight": f"{FUNCTIONS}:entropy_weight", "entropy_rest": {"weight": 0.5}, "rule": "threshold"},
+]
 
 ALL = [
     dict(zip(("scope", "ranks", "rule", "complement"), values, strict=True))
@@ -169,7 +128,15 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("changes", ALL, ids=lambda changes: "-".join(map(str, changes.values())))
+ALL += [
+    weights | dict(zip(("scope", "ranks"), values, strict=True))
+    for weights in WEIGHTS
+    for values in itertools.product(selection.SCOPES, selection.RANKS)
+    if values != ("sequence", "global")
+]
+
+
+@pytest.mark.parametrize("changes", ALL, ids=str)
 def test_the_weights_of_the_selected_tokens_add_up_to_one(changes: dict[str, Any], four: Ranks) -> None:
     assert selected_weight(0, **changes) == pytest.approx(1)
     assert sum(four.run(weight_of_rank, changes)) == pytest.approx(1)
@@ -217,13 +184,13 @@ def test_a_mini_batch_selects_the_same_tokens_however_it_is_split(size: int) -> 
     step, tokens = select(configuration(loss_mode="kl_cov"), batch, size)
     found = torch.cat([part.mask for part in tokens])
     expected = global_top_mask(batch["entropy"], batch["response_mask"], 0.3)
-    assert torch.equal(found, expected) and step.selected == expected.sum()
+    assert torch.equal(found, expected) and step.weight == expected.sum()
     names = ("log_prob", "old_log_prob", "advantages", "response_mask")
     chosen = covariance_mask(*(batch[name] for name in names), "kl_cov", kl_cov_ratio=0.2)
     assert torch.equal(torch.cat([part.covariance_mask for part in tokens]), chosen)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "ranks": "local"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "ranks": "local"}, *WEIGHTS], ids=str)
 def test_loss_and_metrics_do_not_depend_on_the_split(changes: dict[str, Any]) -> None:
     batch, results = make_batch(), []
     for size in (1, 2, 6):
@@ -233,7 +200,7 @@ def test_loss_and_metrics_do_not_depend_on_the_split(changes: dict[str, Any]) ->
             loss, metrics = step.policy_loss(number, **part, tokens=selected, batch_num_tokens=step.response_tokens)
             for name, value in ({"loss": loss} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        results.append(sums | {name: value.item() for name, value in step.share_metrics().items()})
+        results.append(sums | {name: value.item() for name, value in step.extreme_shares().items()})
     assert results[0]["actor/entropy_threshold"] > 0 and results[0]["loss"] != 0
     for sums in results[1:]:
         assert sums == pytest.approx(results[0], rel=1e-5, abs=1e-6)
@@ -249,7 +216,7 @@ def shares(scope: str) -> list[float]:
         if n:
             mask = step.select(part["entropy"], part["response_mask"])[0] if selected is None else selected.mask
             found.append(int(mask.sum()) / n)
-    metrics = step.share_metrics()
+    metrics = step.extreme_shares()
     assert list(metrics) == ["actor/entropy_token_ratio/min", "actor/entropy_token_ratio/max"]
     return [*(value.item() for value in metrics.values()), *found]
 
@@ -265,9 +232,9 @@ def test_the_extreme_shares_of_a_response_cover_all_ranks(scope: str, four: Rank
 
 def test_without_responses_the_extreme_shares_are_zero() -> None:
     step, mask = StepSelection(configuration()), torch.zeros(2, 3, dtype=torch.bool)
-    assert step.share_metrics() == {}
+    assert step.extreme_shares() == {}
     step.note_shares(mask, mask)
-    assert [value.item() for value in step.share_metrics().values()] == [0, 0]
+    assert [value.item() for value in step.extreme_shares().values()] == [0, 0]
 
 
 def random_masks(scope: str, size: int, rows: int) -> list[bool]:
@@ -329,6 +296,43 @@ def test_unselected_tokens_that_did_not_meet_the_lm_head() -> None:
     assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS, ids=lambda weights: "-".join(weights))
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_a_weighted_mean(weights: dict[str, Any], agg: str, normalize: str, scope: str) -> None:
+    """The loss is the mean of the tokens' losses with their weights. Rollout weights do not enter the divisor."""
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in make_batch().items()}
+    step, (tokens,) = select(configuration(scope=scope, ranks="local", normalize=normalize, **weights), batch, 6)
+    rollout = 0.5 + torch.rand(6, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inside = batch["response_mask"]
+    options = {"batch_num_tokens": inside.sum(), "global_batch_size": 6, "loss_agg_mode": agg}
+    found, metrics = step.policy_loss(0, **batch, tokens=tokens, rollout_is_weights=rollout, **options)
+
+    selected = step.select(batch["entropy"], inside)[0]
+    weight = torch.where(selected, 1.0, weights.get("entropy_rest", {"weight": 0.0})["weight"]).double() * inside
+    if "token_weight" in weights:
+        weight = weight * (batch["entropy"] - 0.2).clamp(min=0)
+    if "entropy_veto" in weights:
+        vetoed = inside & (batch["advantages"] > 0) & (batch["log_prob"].exp() < 0.5) & (batch["entropy"] < 0.6)
+        assert 0 < vetoed.sum() < inside.sum() / 4
+        torch.testing.assert_close(metrics["actor/entropy_veto_ratio"], vetoed.sum() / inside.sum())
+        weight = torch.where(vetoed, 0.0, weight)
+    ratio, advantage = (batch["log_prob"] - batch["old_log_prob"]).exp(), batch["advantages"]
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    loss = torch.where(advantage < 0, torch.minimum(loss, -3 * advantage), loss) * weight * rollout
+    divisor = weight if normalize == "selected" else inside.double()
+    match agg:
+        case "token-mean":
+            expected = loss.sum() / divisor.sum()
+        case "seq-mean-token-sum":
+            expected = loss.sum() / 6
+        case _:
+            expected = (loss.sum(1) / divisor.sum(1).clamp(min=1e-300)).sum() / 6
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)  # a row's mean adds 1e-8 to its number of tokens
+    torch.testing.assert_close(metrics["actor/entropy_token_ratio"], selected.sum() / inside.sum())
+
+
 def test_without_a_ratio_all_tokens_train() -> None:
     batch = make_batch()
     step = StepSelection(configuration(ratio=None))
@@ -350,11 +354,21 @@ def test_the_host_waits_for_nothing(loss_mode: str, rule: str, scope: str) -> No
         step, tokens = select(config, batch, 2)
         for number, (part, selected) in enumerate(zip(micro_batches(batch, 2), tokens, strict=True)):
             loss, _ = step.policy_loss(number, **part, tokens=selected)
-        step.share_metrics()
+        step.extreme_shares()
     assert loss.shape == ()
 
 
 def test_the_options_are_documented() -> None:
     """One text for each entropy_top_* key of the configuration."""
     documented = {key.removeprefix("entropy_top_") for key in selection.OPTIONS}
-    assert documented == {"ratio", "score", "rule", "scope", "source", "ranks", "normalize", "complement"}
+    weights = {"entropy_rest.weight", "entropy_veto.probability", "entropy_veto.entropy", "token_weight"}
+    assert documented == weights | {
+        "ratio",
+        "score",
+        "rule",
+        "scope",
+        "source",
+        "ranks",
+        "normalize",
+        "complement",
+    }

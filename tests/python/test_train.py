@@ -646,6 +646,38 @@ def test_the_lm_head_on_selected_tokens_only_gives_the_same_step(
         torch.testing.assert_close(metrics[name], all_metrics[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+WEIGHTED = [
+    {"entropy_veto": {"probability": 0.5, "entropy": 4.07}, "entropy_top_ratio": 1.0},
+    {"token_weight": f"{Path(__file__).with_name('training.py')}:only_high_entropies", "entropy_rest": {"weight": 0.1}},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTED, ids=lambda weights: next(iter(weights)))
+def test_the_lm_head_skips_tokens_of_weight_zero(
+    weights: dict[str, Any], model: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = config.actor_rollout_ref.actor
+    actor.entropy_top_scope, actor.ppo_micro_batch_size_per_gpu = "mini_batch", 2
+    actor.merge_with(weights)
+    experience = random_experience(model, config)
+    experience.ref_log_prob = None
+    rows = head_rows(monkeypatch)
+    results = []
+    for reason in (None, "this test"):
+        monkeypatch.setattr(train, "needs_all_tokens", lambda actor, reason=reason: reason)
+        train.accumulate_gradients(model, experience, torch.Generator(), config)
+        results.append(gradients(model))
+    log_prob, entropy = train.compute_log_prob(model, experience.batch, config)
+    zero = entropy < 4.07
+    if "entropy_veto" in weights:
+        zero = (experience.advantages > 0) & (log_prob.exp() < 0.5) & (entropy < 4.07)
+    inside = experience.batch.response_mask
+    assert 0 < (zero & inside).sum() < inside.sum()
+    assert sum(rows[:4]) == (inside & ~zero).sum() and sum(rows[4:]) == inside.sum()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_metrics_of_the_selected_tokens(model: Any, config: Any) -> None:
     """With old_policy, ppo_kl and the clip fractions are means over the selected tokens, and their names say so."""
     actor = config.actor_rollout_ref.actor

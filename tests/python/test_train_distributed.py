@@ -93,6 +93,20 @@ CASES = {
     "surprisal": {f"{ACTOR}.entropy_top_score": "surprisal"},
     "random": {f"{ACTOR}.entropy_top_score": "random"},
     "a function": {f"{ACTOR}.entropy_top_score": f"{Path(__file__).with_name('training.py')}:entropy_times_advantage"},
+    "attenuated": {f"{ACTOR}.entropy_rest.weight": 0.3},
+    "attenuated, means over rows": {
+        f"{ACTOR}.entropy_rest.weight": 0.3,
+        f"{ACTOR}.loss_agg_mode": "seq-mean-token-mean",
+    },
+    "vetoed": {
+        f"{ACTOR}.entropy_top_ratio": 1.0,
+        f"{ACTOR}.entropy_veto.probability": 0.2,
+        f"{ACTOR}.entropy_veto.entropy": 4.07,
+    },
+    "soft weights": {
+        f"{ACTOR}.entropy_rest.weight": 0.5,
+        f"{ACTOR}.token_weight": f"{Path(__file__).with_name('training.py')}:entropy_weight",
+    },
     "each response": {f"{ACTOR}.entropy_top_scope": "sequence", f"{ACTOR}.entropy_top_ranks": "local"},
     "all tokens": {f"{ACTOR}.entropy_top_ratio": "null"},
 }

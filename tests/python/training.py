@@ -15,6 +15,15 @@ def entropy_times_advantage(log_prob: Tensor, entropy: Tensor, advantages: Tenso
     return entropy * advantages.abs()
 
 
+def entropy_weight(log_prob: Tensor, entropy: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """Weights of a user's; some are 0."""
+    return (entropy - 0.2).clamp(min=0)
+
+
+def only_high_entropies(log_prob: Tensor, entropy: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    return entropy * (entropy >= 4.07)
+
+
 def as_arguments(overrides: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in overrides.items()]
 

@@ -169,6 +169,10 @@ RULES: dict[str, Rule] = {
     "actor_rollout_ref.actor.entropy_top_source": one_of("prepass", "old_policy"),
     "actor_rollout_ref.actor.entropy_top_ranks": one_of(*selection.RANKS),
     "actor_rollout_ref.actor.entropy_top_normalize": one_of("selected", "response"),
+    "actor_rollout_ref.actor.entropy_rest.weight": number(at_least=0),
+    "actor_rollout_ref.actor.entropy_veto.probability": optional(number(above=0, at_most=1)),
+    "actor_rollout_ref.actor.entropy_veto.entropy": optional(number(above=0)),
+    "actor_rollout_ref.actor.token_weight": optional(FUNCTION_OF_A_FILE),
     "actor_rollout_ref.actor.strategy": one_of("fsdp2", "ddp"),
     "actor_rollout_ref.actor.policy_loss.loss_mode": one_of(*LOSS_MODES),
     "actor_rollout_ref.actor.policy_loss.clip_cov_ratio": RATIO,
@@ -292,8 +296,7 @@ def check(config: DictConfig) -> None:
         raise ConfigError("actor_rollout_ref.actor.policy_loss.dro_beta=null: loss_mode dro needs a number above 0")
     found = selection.contradiction(actor)
     if found is not None:
-        key, reason = found
-        raise ConfigError(f"actor_rollout_ref.actor.{key}={_text(OmegaConf.select(actor, key))}: {reason}")
+        raise ConfigError(f"actor_rollout_ref.actor.{found.key}={_text(found.value)}: {found.reason}")
     selection.load_functions(actor)
     if (config.trainer.resume_mode == "resume_path") != (config.trainer.resume_from_path is not None):
         raise ConfigError(

@@ -123,6 +123,10 @@ class EntropyGRPOConfig(GRPOConfig):
     )
     entropy_top_ranks: Ranks = field(default="local", metadata={"help": OPTIONS["entropy_top_ranks"]})
     entropy_top_normalize: Normalize = field(default="selected", metadata={"help": OPTIONS["entropy_top_normalize"]})
+    entropy_rest_weight: float = field(default=0.0, metadata={"help": OPTIONS["entropy_rest.weight"]})
+    entropy_veto_probability: float | None = field(default=None, metadata={"help": OPTIONS["entropy_veto.probability"]})
+    entropy_veto_entropy: float | None = field(default=None, metadata={"help": OPTIONS["entropy_veto.entropy"]})
+    token_weight: str | None = field(default=None, metadata={"help": OPTIONS["token_weight"]})
     entropy_lm_head: LMHead = field(
         default="selected_rows",
         metadata={
@@ -148,6 +152,10 @@ class EntropyGRPOConfig(GRPOConfig):
         score = self.entropy_top_score
         if score not in SCORES and not names_function(score):
             raise ValueError(f"entropy_top_score is {score!r}; it must be one of {', '.join((*SCORES, FUNCTION))}")
+        self._check_weights()
+        found = contradiction(self)
+        if found is not None:
+            raise ValueError(f"{found.key.replace('.', '_')} is {found.value!r}; {found.reason}")
         ratio = self.entropy_top_ratio
         if ratio is None:
             return
@@ -158,10 +166,6 @@ class EntropyGRPOConfig(GRPOConfig):
                 f"entropy_top_ratio is {ratio} and top_entropy_quantile is {self.top_entropy_quantile}; set one of "
                 "them: the first selects tokens by this trainer's rules, the second by TRL's own"
             )
-        found = contradiction(self)
-        if found is not None:
-            key, reason = found
-            raise ValueError(f"{key} is {getattr(self, key)!r}; {reason}")
         load_functions(self)
         window = self.gradient_accumulation_steps
         if self.entropy_top_scope != "micro_batch" and self.steps_per_generation % window:
@@ -177,11 +181,28 @@ class EntropyGRPOConfig(GRPOConfig):
                 stacklevel=3,
             )
         bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
+        weighs = self.entropy_rest_weight or self.entropy_veto_probability is not None or self.token_weight is not None
+        if bonus and weighs:
+            raise ValueError(
+                f"entropy_coef is {self.entropy_coef} and tokens have weights (entropy_rest_weight, entropy_veto_* or "
+                "token_weight); set one of them, because TRL would weight the bonus as it weights the loss"
+            )
         if bonus and self.entropy_top_normalize == "selected" and MEAN_OVER.get(self.loss_type) == "sequence":
             raise ValueError(
                 f"entropy_top_normalize is 'selected' with an entropy bonus and loss_type {self.loss_type!r}; it must "
                 "be 'response' there, because TRL would weight the bonus by sequence, as it weights the loss"
             )
+
+    def _check_weights(self) -> None:
+        rest, probability, entropy = self.entropy_rest_weight, self.entropy_veto_probability, self.entropy_veto_entropy
+        if not (math.isfinite(rest) and rest >= 0):
+            raise ValueError(f"entropy_rest_weight is {rest}; it must be a number of at least 0")
+        if probability is not None and not 0 < probability <= 1:
+            raise ValueError(f"entropy_veto_probability is {probability}; it must be above 0 and at most 1, or None")
+        if entropy is not None and not (math.isfinite(entropy) and entropy > 0):
+            raise ValueError(f"entropy_veto_entropy is {entropy}; it must be a number above 0, or None")
+        if self.token_weight is not None and not names_function(self.token_weight):
+            raise ValueError(f"token_weight is {self.token_weight!r}; it must be {FUNCTION}, or None")
 
 
 class EntropyGRPOTrainer(GRPOTrainer):
@@ -224,7 +245,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         # State while the loss of a micro-batch is computed: its inputs, and what corrects the entropy bonus, [].
         self._loss_inputs: dict[str, Any] | None = None
         self._bonus_correction: Tensor | float = 0.0
-        self._selected_tokens: Tensor | None = None  # [3]: sums over the step that `_log_selection` reports
+        self._selected_tokens: Tensor | None = None  # [4]: sums over the step that `_log_selection` reports
         self._shares: list[Tensor] = []  # those of StepSelection, over the step
         self._recorded: dict[str, Tensor] = {}  # of the micro-batch: log_probs, entropies and selected, each [B, T]
         # With rollout_data_dir:
@@ -279,18 +300,20 @@ class EntropyGRPOTrainer(GRPOTrainer):
             return select_tokens(entropies, mask, ratio, rule, ranks, per_sequence=alone)[0]
         selection = self._selection
         if selection.before_step:
-            selected, lowest = self._tokens[self._position()].mask, selection.threshold
+            tokens, lowest = self._tokens[self._position()], selection.threshold
             if self._entropy_bonus_enabled:
-                self._bonus_correction = self._correct_bonus(entropies, selected)
+                self._bonus_correction = self._correct_bonus(entropies, tokens.mask)
         else:
             log_probs, advantages = self._recorded["log_probs"], _advantages(inputs, mask)
             scores = selection.score(self._number(), log_probs, entropies, advantages, mask)
             selected, lowest = selection.select(scores, mask)
-        self._log_selection(selected, mask, lowest)
-        self._recorded["selected"] = selected
+            tokens = selection.weigh(selected, log_probs, entropies, advantages, mask)
+        self._log_selection(tokens, mask, lowest)
+        self._recorded["selected"] = tokens.mask
+        weights = tokens.weights()
         if args.entropy_top_normalize == "response":
-            return selected
-        return selected * self._normalization(selected, mask, inputs)
+            return weights
+        return weights * self._normalization(weights, mask, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         with _lm_head(self._score) if self._lm_head_is_ours else contextlib.nullcontext():
@@ -388,18 +411,19 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     # ---- The divisor of the loss
 
-    def _normalization(self, selected: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor | float:
-        """Completion tokens per selected token, among those that this loss_type averages over: [], [B, 1] or 1."""
+    def _normalization(self, weights: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor | float:
+        """Completion tokens per selected token, or per weight, among those that this loss_type averages over: [],
+        [B, 1] or 1."""
         selection, number = self._selection, self._number()
         match MEAN_OVER.get(self.args.loss_type):
             case "sequence":
-                return mask.sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp(min=1)
+                return mask.sum(-1, keepdim=True) / _or_one(weights.sum(-1, keepdim=True))
             case "micro_batch" if selection.before_step:
-                return selection.competing_tokens(number).clamp(min=1) / selection.competing_selected.clamp(min=1)
+                return selection.competing_tokens(number).clamp(min=1) / _or_one(selection.competing_weight)
             case "micro_batch":
-                return mask.sum() / selected.sum().clamp(min=1)
+                return mask.sum() / _or_one(weights.sum())
             case "batch":
-                return inputs["num_items_in_batch"] / selection.divisor(number, selected).clamp(min=1)
+                return inputs["num_items_in_batch"] / _or_one(selection.divisor(number, weights))
             case _:
                 return 1.0
 
@@ -419,7 +443,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         """[]: what turns TRL's bonus, the mean entropy of a micro-batch, into its share of the mean over the step."""
         total = (entropies * selected).sum()
         theirs = total / selected.sum().clamp(min=1) / self.current_gradient_accumulation_steps
-        return total * self._competing_processes() / self._selection.competing_selected.clamp(min=1) - theirs
+        return total * self._competing_processes() / self._selection.competing_weight.clamp(min=1) - theirs
 
     def _applied_entropy_coef(self) -> float:
         """TRL's coefficient of the bonus in this optimizer step. TRL may adapt it at the end of the step."""
@@ -428,20 +452,23 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     # ---- Metrics
 
-    def _log_selection(self, selected: Tensor, mask: Tensor, lowest: Tensor) -> None:
-        self._selection.note_shares(selected, mask)
+    def _log_selection(self, selected: TokenSelection, mask: Tensor, lowest: Tensor) -> None:
+        self._selection.note_shares(selected.chosen(), mask)
         self._shares.append(self._selection.shares[-1])
         tokens = mask.sum()
-        sums = torch.stack([selected.sum(), tokens, lowest * tokens]).double()
+        vetoed = torch.zeros_like(tokens) if selected.vetoed is None else selected.vetoed.sum()
+        sums = torch.stack([selected.chosen().sum(), tokens, lowest * tokens, vetoed]).double()
         self._selected_tokens = sums if self._selected_tokens is None else self._selected_tokens + sums
         mode = "train" if self.model.training else "eval"
         if mode == "train" and not self.accelerator.sync_gradients:
             return
-        selected, tokens, threshold = self.accelerator.reduce(self._selected_tokens, reduction="sum").tolist()
+        chosen, tokens, threshold, vetoed = self.accelerator.reduce(self._selected_tokens, reduction="sum").tolist()
         self._selection.shares, self._shares, self._selected_tokens = self._shares, [], None
-        shares = {name.removeprefix("actor/"): share.item() for name, share in self._selection.share_metrics().items()}
+        shares = {name.removeprefix("actor/"): share.item() for name, share in self._selection.extreme_shares().items()}
         threshold_name = self._selection.threshold_name.removeprefix("actor/")
-        logged = {"entropy_token_ratio": selected / max(tokens, 1), threshold_name: threshold / max(tokens, 1)}
+        logged = {"entropy_token_ratio": chosen / max(tokens, 1), threshold_name: threshold / max(tokens, 1)}
+        if self.args.entropy_veto_probability is not None:
+            logged["entropy_veto_ratio"] = vetoed / max(tokens, 1)
         for name, value in (logged | shares).items():
             self._metrics[mode][name].append(value)
 
@@ -530,6 +557,10 @@ def _lm_head(score: Any) -> Iterator[None]:
         yield
     finally:
         vars(module).update(originals)
+
+
+def _or_one(total: Tensor) -> Tensor:
+    return torch.where(total > 0, total, 1)
 
 
 def _advantages(inputs: dict[str, Any], mask: Tensor) -> Tensor:

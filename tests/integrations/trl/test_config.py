@@ -40,6 +40,22 @@ from grpo import PROMPTS, SETTINGS, share_of_digits
             {"entropy_top_ratio": 0.2, "entropy_top_scope": "sequence", "entropy_top_ranks": "global"},
             "entropy_top_ranks is 'global'; it must be local with entropy_top_scope sequence",
         ),
+        ({"entropy_rest_weight": -0.1}, "entropy_rest_weight is -0.1; it must be a number of at least 0"),
+        (
+            {"entropy_veto_probability": 2.0},
+            "entropy_veto_probability is 2.0; it must be above 0 and at most 1, or None",
+        ),
+        ({"entropy_veto_entropy": 0.0}, "entropy_veto_entropy is 0.0; it must be a number above 0, or None"),
+        ({"token_weight": "mine"}, "token_weight is 'mine'; it must be FILE.py:function, or None"),
+        ({"entropy_rest_weight": 0.1}, "entropy_rest_weight is 0.1; it needs entropy_top_ratio"),
+        (
+            {"entropy_top_ratio": 0.2, "entropy_veto_entropy": 0.1},
+            "entropy_veto_probability is None; both numbers of entropy_veto must be set, or none",
+        ),
+        (
+            {"entropy_top_ratio": 0.2, "entropy_rest_weight": 0.1, "entropy_coef": 0.1},
+            "entropy_coef is 0.1 and tokens have weights",
+        ),
         ({"entropy_lm_head": "liger"}, "entropy_lm_head is 'liger'; it must be one of "),
         (
             {"entropy_top_ratio": 0.2, "top_entropy_quantile": 0.3},

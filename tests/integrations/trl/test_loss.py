@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 import entropy_rl.integrations.trl as integration
+import two_ranks
 from entropy_rl_ext import global_top_mask, linear_logprob_entropy, logprob_entropy, policy_loss
 from grpo import (
     LOSS_TYPES,
@@ -209,6 +210,9 @@ def test_selected_is_response_times_their_share(trainer: Callable[..., GRPOTrain
         {"loss_type": "bnpo", "entropy_top_ranks": "local"},
         {"entropy_top_score": "surprisal"},
         {"entropy_top_score": "random", "loss_type": "grpo"},
+        *({"loss_type": name, "entropy_rest_weight": 0.3} for name in LOSS_TYPES),
+        {"entropy_rest_weight": 1.0, "entropy_veto_probability": 0.2, "entropy_veto_entropy": 4.07},
+        {"loss_type": "grpo", "token_weight": f"{two_ranks.__file__}:only_high_entropies"},
         {"loss_type": "bnpo", "delta": 1.5},
         {"loss_type": "bnpo", "off_policy_mask_threshold": 0.5},
     ],
@@ -234,6 +238,31 @@ def test_a_step_does_not_depend_on_its_split(trainer: Callable[..., GRPOTrainer]
             # Relative to the largest gradient, which the penalty, far from its minimum, makes 10 and more.
             assert_same_step(step, expected, rtol=1e-5, atol=1e-6 * max(1.0, largest(expected)))
             assert_same_metrics(step, expected)
+
+
+@pytest.mark.parametrize("normalize", ["selected", "response"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_a_weighted_mean(trainer: Callable[..., GRPOTrainer], loss_type: str, normalize: str) -> None:
+    """On policy the loss of a token is minus its advantage."""
+    batch = without(make_batch(), "old_per_token_logps")
+    settings = {"entropy_top_ratio": 0.3, "entropy_rest_weight": 0.2, "loss_type": loss_type}
+    settings |= {"entropy_top_normalize": normalize, "token_weight": f"{two_ranks.__file__}:only_high_entropies"}
+    ours = trainer(**settings, entropy_veto_probability=0.05, entropy_veto_entropy=4.07)
+    seen = []
+    select = ours.get_high_entropy_mask
+    ours.get_high_entropy_mask = lambda entropy, *rest: seen.append((entropy, ours._log_prob)) or select(entropy, *rest)
+    loss, _, metrics = optimizer_step(ours, batch)
+    ((entropy, log_prob),) = seen
+    mask, advantages = batch["completion_mask"] != 0, batch["advantages"][:, None]
+    weight = torch.where(global_top_mask(entropy, mask, 0.3), 1.0, 0.2) * mask * (entropy - 4).clamp(min=0)
+    vetoed = mask & (advantages > 0) & (log_prob.exp() < 0.05) & (entropy < 4.07)
+    weight = torch.where(vetoed, 0.0, weight)
+    assert vetoed.any() and metrics["entropy_veto_ratio"] == [pytest.approx(float(vetoed.sum() / mask.sum()))]
+    divisor = weight if normalize == "selected" else mask.float()
+    losses = -weight * advantages
+    by_row = losses.sum(1) / divisor.sum(1).clamp(min=1e-9)
+    expected = losses.sum() / divisor.sum() if loss_type == "dapo" else by_row.mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_surprisal_selects_the_least_probable_tokens(trainer: Callable[..., GRPOTrainer]) -> None:

@@ -43,6 +43,10 @@ STEPS: list[dict[str, Any]] = [
     {"entropy_top_score": "random"},
     {"entropy_top_score": "random", "loss_type": "grpo", "entropy_top_rule": "quantile"},
     {"entropy_top_score": f"{__file__}:entropy_times_advantage"},
+    {"entropy_rest_weight": 0.3},
+    {"entropy_rest_weight": 0.3, "loss_type": "grpo"},
+    {"entropy_rest_weight": 0.3, "loss_type": "bnpo", "token_weight": f"{__file__}:only_high_entropies"},
+    {"entropy_veto_probability": 0.2, "entropy_veto_entropy": 4.07, "entropy_rest_weight": 1.0},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "entropy_top_rule": "quantile"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "loss_type": "grpo"},
@@ -55,6 +59,11 @@ APART = {"entropy_top_scope": "mini_batch", "loss_type": "bnpo", "beta": 0.1, "e
 def entropy_times_advantage(log_prob: Tensor, entropy: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
     """A score of a user's."""
     return entropy * advantages.abs()
+
+
+def only_high_entropies(log_prob: Tensor, entropy: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """Weights of a user's; some are 0."""
+    return (entropy - 4).clamp(min=0)
 
 
 class EmptyRankTrainer(EntropyGRPOTrainer):

@@ -18,6 +18,8 @@ SEED = 3
 MINI_BATCH = {"actor.entropy_top_scope": "mini_batch", "actor.entropy_top_ranks": "global"}
 OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
 SEQUENCE = {"actor.entropy_top_scope": "sequence"}
+VETO = {"actor.entropy_veto.probability": 0.02, "actor.entropy_veto.entropy": 3.701, "actor.entropy_top_ratio": 1.0}
+TOKEN_WEIGHT = {"actor.token_weight": f"{__file__}:only_high_entropies", "actor.entropy_rest.weight": 0.5}
 FUSED = {"model.use_fused_kernels": True}
 
 REMOVE_PADDING = {"model.use_remove_padding": True}
@@ -66,6 +68,14 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mini-batch-random": (MINI_BATCH | {"actor.entropy_top_score": "random"}, (1, 2, 4)),
     "mini-batch-function": (MINI_BATCH | {"actor.entropy_top_score": f"{__file__}:entropy_times_advantage"}, (1, 4)),
     "fused-random": (FUSED | OLD_POLICY | {"actor.entropy_top_score": "random"}, (2,)),
+    "rest": ({"actor.entropy_rest.weight": 0.3}, (2,)),
+    "veto": (VETO, (2,)),
+    "mini-batch-rest": (MINI_BATCH | {"actor.entropy_rest.weight": 0.3, "weights": True}, (1, 2, 4)),
+    "mini-batch-veto": (MINI_BATCH | VETO, (1, 4)),
+    "mini-batch-token-weight": (MINI_BATCH | TOKEN_WEIGHT, (1, 2, 4, 0)),
+    "mini-batch-sapo-token-weight": (MINI_BATCH | TOKEN_WEIGHT | {"actor.policy_loss.loss_mode": "sapo"}, (1, 4)),
+    "sequence-rest": (SEQUENCE | {"actor.entropy_rest.weight": 0.3}, (2,)),
+    "fused-token-weight": (FUSED | OLD_POLICY | TOKEN_WEIGHT, (2,)),
     "old-policy": (OLD_POLICY, (1, 2, 4)),
     "fused": (FUSED, (2,)),
     "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, (2,)),
@@ -91,7 +101,8 @@ NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         | {
             f"~actor.entropy_top_{key}": None
             for key in ("ratio", "score", "rule", "scope", "source", "ranks", "normalize", "kernel")
-        },
+        }
+        | {f"~actor.{key}": None for key in ("entropy_rest", "entropy_veto", "token_weight")},
         (2,),
     ),
 }
@@ -100,6 +111,11 @@ NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 def entropy_times_advantage(log_prob: Any, entropy: Any, advantages: Any, response_mask: Any) -> Any:
     """A score of a user's."""
     return entropy * advantages.abs()
+
+
+def only_high_entropies(log_prob: Any, entropy: Any, advantages: Any, response_mask: Any) -> Any:
+    """Weights of a user's; some are 0."""
+    return (entropy - 3.6).clamp(min=0)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -117,7 +133,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
                 "response": tokens[prompt:],
                 "mask": mask,
                 "old_log_prob": -3 * torch.rand(response, generator=generator) - 1,
-                "old_entropy": 3 * torch.rand(response, generator=generator),
+                "old_entropy": 3 + torch.rand(response, generator=generator),
                 "ref_log_prob": -3 * torch.rand(response, generator=generator) - 1,
                 "advantage": torch.randn((), generator=generator).expand(response).contiguous(),
                 "weight": torch.rand(response, generator=generator) + 0.5,

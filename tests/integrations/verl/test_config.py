@@ -54,7 +54,8 @@ def verls_own() -> dict[str, str]:
 @pytest.mark.parametrize("engine", ["dp", "megatron"])
 def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> None:
     ours, theirs = OmegaConf.to_yaml(composed(f"model_engine={engine}")), verls_own[engine]
-    extra = re.compile(r"^    (entropy_top_\w+|_target_): .*\n", re.MULTILINE)
+    tables = r"entropy_rest:\n      weight|entropy_veto:\n      probability: null\n      entropy"
+    extra = re.compile(rf"^    (entropy_top_\w+|{tables}|token_weight|_target_): .*\n", re.MULTILINE)
     assert "entropy_top_ratio" in ours and "entropy_top_ratio" not in theirs
     assert extra.sub("", ours[ours.index("actor_rollout_ref:") :]) == extra.sub(
         "", theirs[theirs.index("actor_rollout_ref:") :]
@@ -76,6 +77,9 @@ def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> Non
         ("entropy_top_source", "rollout", "one of prepass, old_policy"),
         ("entropy_top_ranks", "all", "one of local, global"),
         ("entropy_top_normalize", "tokens", "one of selected, response"),
+        ("entropy_rest.weight", "-1", "a number of at least 0"),
+        ("entropy_veto.probability", "2", "above 0 and at most 1, or null"),
+        ("token_weight", "mine", "FILE.py:function, or null"),
         ("entropy_top_kernel", "triton", "one of entropy_rl, verl"),
         ("policy_loss.loss_mode", "mine", "one of vanilla, gpg"),
     ],
@@ -90,6 +94,12 @@ def test_keys_that_contradict_each_other_are_refused() -> None:
     keys = ("entropy_top_scope=sequence", "entropy_top_ranks=global")
     overrides = [f"{RATIO}=0.2", MICRO_BATCH, *(f"actor_rollout_ref.actor.{key}" for key in keys)]
     with pytest.raises(Exception, match="entropy_top_ranks=global: it must be local with entropy_top_scope sequence"):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+def test_weights_need_a_ratio() -> None:
+    overrides = [MICRO_BATCH, "actor_rollout_ref.actor.entropy_rest.weight=0.1"]
+    with pytest.raises(Exception, match=re.escape("entropy_rest.weight=0.1: it needs entropy_top_ratio")):
         omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
 
 

@@ -1,5 +1,6 @@
 """Gradients of one optimizer step of verl's engine equal a plain statement of the masks and of Eq. 6's divisor."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -163,7 +164,9 @@ def token_losses(
 class Selection:
     """The selection from rows whose tokens compete with each other."""
 
-    masks: dict[int, Tensor]  # by row: the token trains
+    masks: dict[int, Tensor]  # by row: the rule selected the token
+    weights: dict[int, Tensor]  # by row, float64
+    vetoed: int
     by_covariance: dict[int, Tensor]
     selected_tokens: int
     response_tokens: int
@@ -196,8 +199,8 @@ def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selectio
     old_policy = case.get("actor.entropy_top_source") == "old_policy"
     score = scores(policy, case)
     mask = torch.cat([rows[index]["mask"] for index in indices])
-    n = int(mask.sum())
-    k = max(1, int(n * RATIO + 0.9999))
+    n, ratio = int(mask.sum()), case.get("actor.entropy_top_ratio", RATIO)
+    k = max(1, min(n, int(n * ratio + 0.9999)))
     competing = torch.cat([score[index] for index in indices])[mask]
     threshold = competing.sort(descending=True).values[k - 1]
     if case.get("actor.entropy_top_rule") == "quantile":
@@ -217,7 +220,19 @@ def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selectio
             case,
         )
     masks = {index: row["mask"] & (score[index] >= threshold) for index, row in rows.items()}
-    return Selection(masks, by_covariance, k, n, threshold.item())
+    weights, vetoed = {}, 0
+    for index, row in rows.items():
+        entropy = row["old_entropy"].double() if old_policy else policy.rows[index].entropy.detach()
+        rest = case.get("actor.entropy_rest.weight", 0.0)
+        weights[index] = torch.where(masks[index], 1.0, rest).double() * row["mask"]
+        if "actor.token_weight" in case:
+            weights[index] = weights[index] * (entropy - 3.6).clamp(min=0)
+        if "actor.entropy_veto.entropy" in case:
+            spurious = row["mask"] & (row["advantage"] > 0) & (entropy < case["actor.entropy_veto.entropy"])
+            spurious &= policy.rows[index].log_prob.detach().exp() < case["actor.entropy_veto.probability"]
+            weights[index][spurious] = 0.0
+            vetoed += int(spurious.sum())
+    return Selection(masks, weights, vetoed, by_covariance, k, n, threshold.item())
 
 
 def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[str, Any]) -> dict[str, Any]:
@@ -232,27 +247,37 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
     suffix = "_selected" if only_selected and case.get("actor.entropy_top_source") == "old_policy" else ""
     selections = [select(policy, indices, case) for indices in competitors(micro_batches, case)]
     for selection in selections:
-        for index, chosen in selection.masks.items():
-            row, log_prob = rows[index], policy.rows[index].log_prob
+        for index, weight in selection.weights.items():
+            row, log_prob, trains = rows[index], policy.rows[index].log_prob, weight > 0
             old_log_prob, advantage = row["old_log_prob"].double(), row["advantage"].double()
             by_covariance = selection.by_covariance.get(index)
             token_loss, metrics = token_losses(mode, log_prob, old_log_prob, advantage, by_covariance)
             for name, values in metrics.items():
                 # clip_cov's choice is known for all tokens.
                 of_selected = suffix and (mode, name) != ("clip_cov", "actor/pg_clipfrac")
-                name, counted = (name + suffix, chosen) if of_selected else (name, row["mask"])
+                name, counted = (name + suffix, trains) if of_selected else (name, row["mask"])
                 means[name].append(values.detach()[counted])
             if case.get("weights"):
                 token_loss = token_loss * row["weight"]
-            loss = token_loss[chosen].sum()
-            losses.append(loss / chosen.sum().clamp(min=1) if mode == "sapo" else loss)
+            loss = (token_loss * weight)[trains].sum()
+            losses.append(loss / weight.sum() if mode == "sapo" and trains.any() else loss)
             bonus.append(policy.rows[index].entropy[row["mask"]].sum())
             kl.append(((log_prob - row["ref_log_prob"])[row["mask"]] ** 2 / 2).sum())
 
     selected_tokens = sum(selection.selected_tokens for selection in selections)
+    total_weight = sum(weight.sum().item() for selection in selections for weight in selection.weights.values())
+    if "actor.entropy_veto.entropy" in case and "actor.entropy_top_scope" not in case:
+        # Each micro-batch takes the mean over its own weights, weighted by what topk selects.
+        begins = [0, *itertools.accumulate(len(selection.weights) for selection in selections)]
+        losses = [
+            loss * (selection.selected_tokens / sum(weight.sum() for weight in selection.weights.values()))
+            for selection, begin in zip(selections, begins, strict=False)
+            for loss in losses[begin : begin + len(selection.weights)]
+        ]
+        total_weight = selected_tokens
     response_tokens = sum(selection.response_tokens for selection in selections)
     thresholds = sum(selection.threshold * selection.response_tokens for selection in selections)
-    divisor, divisor_of_all = selected_tokens, response_tokens
+    divisor, divisor_of_all = total_weight, response_tokens
     if case.get("actor.entropy_top_normalize") == "response":
         divisor = response_tokens
     if case.get("actor.loss_agg_mode") == "seq-mean-token-sum":
@@ -278,6 +303,9 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
         for index, chosen in selection.masks.items()
     ]
     metrics |= {f"actor/entropy_token_ratio/{end.__name__}": end(shares) for end in (min, max)}
+    if "actor.entropy_veto.entropy" in case:
+        metrics["actor/entropy_veto_ratio"] = sum(selection.vetoed for selection in selections) / response_tokens
+        assert metrics["actor/entropy_veto_ratio"] > 0
     metrics |= {name: torch.cat(values).mean().item() for name, values in means.items()}
     if not only_selected:
         metrics["actor/entropy_loss"] = entropy.item()

@@ -1,20 +1,21 @@
 """verl's actor configurations with the entropy_top_* keys. User errors stop the driver before anything starts."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import verl.workers.config as verl
 
 from entropy_rl.config import LOSS_MODES, RULES, ConfigError, one_of
 from entropy_rl.integrations.verl import loss, plugin
-from entropy_rl.selection import contradiction, load_functions
+from entropy_rl.selection import contradiction, load_functions, setting
 
 _PREFIX = "actor_rollout_ref.actor."
-_RULES = {
-    f"entropy_top_{key}": RULES[f"{_PREFIX}entropy_top_{key}"]
-    for key in ("ratio", "score", "rule", "scope", "source", "ranks", "normalize")
-} | {"entropy_top_kernel": one_of("entropy_rl", "verl")}
+_KEYS = ("ratio", "score", "rule", "scope", "source", "ranks", "normalize")
+_OF_WEIGHTS = ("entropy_rest.weight", "entropy_veto.probability", "entropy_veto.entropy")
+_RULES = {key: RULES[f"{_PREFIX}{key}"] for key in (*(f"entropy_top_{key}" for key in _KEYS), "token_weight")} | {
+    "entropy_top_kernel": one_of("entropy_rl", "verl")
+}
 
 
 @dataclass
@@ -28,12 +29,21 @@ class _EntropyTop:
     entropy_top_source: str = "prepass"
     entropy_top_ranks: str = "local"
     entropy_top_normalize: str = "selected"
+    entropy_rest: dict[str, Any] = field(default_factory=lambda: {"weight": 0.0})
+    entropy_veto: dict[str, Any] = field(default_factory=lambda: {"probability": None, "entropy": None})
+    token_weight: str | None = None
     entropy_top_kernel: str = "entropy_rl"
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         for name, rule in _RULES.items():
             _check(name, getattr(self, name), rule)
+        for name in _OF_WEIGHTS:
+            _check(name, setting(self, name), RULES[f"{_PREFIX}{name}"])
+        found = contradiction(self)
+        if found is not None:
+            text = "null" if found.value is None else found.value
+            raise ConfigError(f"{_PREFIX}{found.key}={text}: {found.reason}")
         if self.entropy_top_ratio is None:
             return
         _check("policy_loss.loss_mode", self.policy_loss.loss_mode, one_of(*LOSS_MODES))  # type: ignore[attr-defined]
@@ -44,10 +54,6 @@ class _EntropyTop:
                 stacklevel=2,
             )
             return
-        found = contradiction(self)
-        if found is not None:
-            key, reason = found
-            raise ConfigError(f"{_PREFIX}{key}={getattr(self, key)}: {reason}")
         load_functions(self)
         plugin.require()
         from entropy_rl.integrations.verl import engine

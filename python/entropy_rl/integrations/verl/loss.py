@@ -121,5 +121,7 @@ def _tokens(data: TensorDict) -> TokenSelection | None:
     if TOKENS["mask"] not in data:
         return None
     tokens = TokenSelection(**{name: data.get(key, None) for name, key in TOKENS.items()})
-    tokens.mask = tokens.mask.bool()  # verl's batches hold masks as integers
+    for name in ("mask", "selected", "vetoed"):  # verl's batches hold masks as integers
+        value = getattr(tokens, name)
+        setattr(tokens, name, None if value is None else value.bool())
     return tokens
