@@ -50,3 +50,12 @@ def test_training_continues_with_an_empty_rank(results: dict[str, Any]) -> None:
     assert len(results["logs"]) == 2
     for line in results["logs"]:
         assert 0.15 < line["entropy_token_ratio"] < 0.25 and line["grad_norm"] > 0
+
+
+def test_the_completions_of_all_ranks_are_written(results: dict[str, Any]) -> None:
+    """Two micro-batches of four completions on each rank; those of the empty rank have no tokens."""
+    for step, line in enumerate(results["logs"], start=1):
+        rows = [(tokens, selected) for number, tokens, selected in results["written"] if number == step]
+        assert len(rows) == 16 and sum(tokens == 0 for tokens, _ in rows) == 8
+        tokens, selected = map(sum, zip(*rows, strict=True))
+        assert selected / tokens == pytest.approx(line["entropy_token_ratio"])

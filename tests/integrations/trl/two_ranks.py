@@ -13,6 +13,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from entropy_rl.integrations.trl import EntropyGRPOTrainer
+from entropy_rl.report.rollouts import read_rollouts
 from grpo import (
     LOSS_TYPES,
     MINI_BATCH,
@@ -96,12 +97,14 @@ def main(model: Path, output: Path) -> None:
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=2,
+        rollout_data_dir=str(output / "rollouts"),
         **MINI_BATCH,
     )
     trained.train()
     logs = [line for line in trained.state.log_history if "entropy_token_ratio" in line]
     if rank == 0:
-        torch.save({"steps": steps, "logs": logs}, output / "results.pt")
+        written = [(row.step, len(row.tokens), sum(row.selected or [])) for row in read_rollouts(output / "rollouts")]
+        torch.save({"steps": steps, "logs": logs, "written": written}, output / "results.pt")
 
 
 Trainer = Callable[..., GRPOTrainer]
