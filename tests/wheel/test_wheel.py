@@ -50,6 +50,7 @@ def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     assert not missing
     assert "entropy_rl_ext/_cpu.abi3.so" in names
     assert not any("_bindings" in name for name in names), "pybind11 cannot be built against the limited API"
+    assert not any("_cuda" in name for name in names), "built with CUDA: a release has the CPU kernels alone"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def libraries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 def test_wheel_brings_no_library_of_another_package(libraries: list[Path]) -> None:
     """A second copy of torch's or CUDA's libraries in a process would not share their state."""
-    assert {library.name for library in libraries} <= {"_cpu.abi3.so", "_cuda.abi3.so"}
+    assert {library.name for library in libraries} == {"_cpu.abi3.so"}
 
 
 def test_libraries_are_stripped(libraries: list[Path]) -> None:
