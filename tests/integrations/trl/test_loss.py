@@ -250,7 +250,9 @@ def test_a_weighted_mean(trainer: Callable[..., GRPOTrainer], loss_type: str, no
     ours = trainer(**settings, entropy_veto_probability=0.05, entropy_veto_entropy=4.07)
     seen = []
     select = ours.get_high_entropy_mask
-    ours.get_high_entropy_mask = lambda entropy, *rest: seen.append((entropy, ours._log_prob)) or select(entropy, *rest)
+    ours.get_high_entropy_mask = lambda entropy, *rest: (
+        seen.append((entropy, ours._recorded["log_probs"])) or select(entropy, *rest)
+    )
     loss, _, metrics = optimizer_step(ours, batch)
     ((entropy, log_prob),) = seen
     mask, advantages = batch["completion_mask"] != 0, batch["advantages"][:, None]
