@@ -188,20 +188,8 @@ def train_step(
         trained = None if config.actor_rollout_ref.actor.entropy_top_ratio is None else batch.response_mask.clone()
         experience = Experience(batch, advantage, old_log_prob, ref_log_prob, entropy, trained)
         updated = update(model, training.optimizer, experience, step, training.total_steps, config)
-    if config.trainer.rollout_data_dir is not None:
-        with timer.phase("dump_rollout_generations"):
-            own = rollouts(training.tokenizer, experience, group, rewards, torch.arange(len(rewards)), step)
-            of_ranks = distributed.gather_on_first(own)
-            if distributed.rank() == 0:
-                path = Path(config.trainer.rollout_data_dir).expanduser() / f"{step}.jsonl"
-                write_rollouts(path, itertools.chain(*of_ranks))
-    every = config.trainer.log_samples_freq
-    if is_due(step, training.total_steps, every) or (every > 0 and step == training.first_step + 1):
-        shown = rewards.argsort(stable=True)[[0, -1]].unique()  # of this rank: the lowest and the highest reward
-        logs.samples(step, rollouts(training.tokenizer, experience, group, rewards, shown, step))
-
-    if "tensorboard" in config.trainer.logger:
-        logs.histogram(step, "actor/entropy", entropy_histogram(entropy, batch.response_mask))
+    with timer.phase("dump_rollout_generations"):
+        record(training, experience, group, rewards, step, logs, config)
 
     steps_per_epoch = len(training.examples) // config.data.train_batch_size
     metrics = {"training/global_step": step, "training/epoch": (step - 1) // steps_per_epoch}
@@ -821,6 +809,35 @@ def autocast(device: torch.device, config: DictConfig) -> torch.autocast:
 
 
 # ---- Responses that are shown or written
+
+
+def record(
+    training: Training,
+    experience: Experience,
+    group: Sequence[Example],
+    rewards: Tensor,
+    step: int,
+    logs: Logs,
+    config: DictConfig,
+) -> None:
+    """Writes all responses to trainer.rollout_data_dir, and gives the logs samples and a histogram of the entropies.
+
+    `group` has the problems of this rank's responses, and `rewards`, [B], their rewards.
+    """
+    trainer, tokenizer = config.trainer, training.tokenizer
+    if trainer.rollout_data_dir is not None:
+        rows = torch.arange(len(rewards), device=rewards.device)
+        of_ranks = distributed.gather_on_first(rollouts(tokenizer, experience, group, rewards, rows, step))
+        if distributed.rank() == 0:
+            path = Path(trainer.rollout_data_dir).expanduser() / f"{step}.jsonl"
+            write_rollouts(path, itertools.chain(*of_ranks))
+    every = trainer.log_samples_freq
+    if is_due(step, training.total_steps, every) or (every > 0 and step == training.first_step + 1):
+        rows = rewards.argsort(stable=True)[[0, -1]].unique()  # of this rank: the lowest and the highest reward
+        logs.samples(step, rollouts(tokenizer, experience, group, rewards, rows, step))
+    if "tensorboard" in trainer.logger:
+        histogram = entropy_histogram(experience.old_entropy, experience.batch.response_mask)
+        logs.histogram(step, "actor/entropy", histogram)
 
 
 def rollouts(
