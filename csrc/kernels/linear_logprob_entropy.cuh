@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) linear_logprob_entropy_tile_ba
                            Acc(1) / tile.temperature_of(row), g_log_prob, g_entropy});
   const auto gradient_of = [&](Acc x, int column) {
     const Acc z = tile.transform(x, column);
-    return tile.transform.slope(z) * at(z, column == target ? at.pull : Acc(0));
+    return tile.transform.slope(z) * (at(z) + (column == target ? at.pull : Acc(0)));
   };
   const bool by_packs = sizeof(Acc) == sizeof(float) && Pack<Acc, kCount>::is_aligned(products) &&
                         Pack<Out, kCount>::is_aligned(out);

@@ -6,6 +6,8 @@
 // double). The state is double, since its roundings would add up over tiles and vocabulary shards.
 #pragma once
 
+#include <cstdint>
+
 #include "exp_log.h"
 #include "online_softmax.h"
 
@@ -53,10 +55,10 @@ struct LogitTransform {
 };
 
 // Column of a target in the tile that begins at vocab_start >= 0; one outside [0, width) means that
-// the target is in another tile. A target before the tile is not subtracted from: the difference of
-// a target that is no index of the vocabulary could overflow.
+// the target is in another tile. The subtraction wraps around for a target that is no index of the
+// vocabulary, where that of signed numbers could overflow.
 ENTROPY_RL_HD inline int64_t column_of_target(int64_t target, int64_t vocab_start) {
-  return target < vocab_start ? -1 : target - vocab_start;
+  return static_cast<int64_t>(static_cast<uint64_t>(target) - static_cast<uint64_t>(vocab_start));
 }
 
 // A row, or a part of it. Trivial, so that it can live in shared memory.

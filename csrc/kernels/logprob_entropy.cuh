@@ -275,13 +275,9 @@ __device__ __forceinline__ void write_gradient_packs(const PackReader<T>& reader
     const int64_t begin = part.head + static_cast<int64_t>(pack) * kCount;
     const int64_t in_pack = target - begin;
     if (in_pack >= 0 && in_pack < kCount) {
-      Acc at_target = 0;
+      // It is added before rounding to T; added after it, p - 1 would be rounded twice.
 #pragma unroll
-      for (int j = 0; j < kCount; ++j)
-        at_target = j == in_pack ? load_value(x.values[j]) : at_target;
-      at_target = gradient(at_target, gradient.pull);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) values[j] = j == in_pack ? at_target : values[j];
+      for (int j = 0; j < kCount; ++j) values[j] += j == in_pack ? gradient.pull : Acc(0);
     }
     rounded_pack<T>(values).store_streaming(grad_row + begin);
   };
@@ -335,7 +331,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<T>)
                              Acc(1) / in.temperature_of(row), g_log_prob, g_entropy});
     const T* x = in.row(row);
     part.for_each_single(in.vocab, [&](int j) {
-      store_value(gradient(load_value(x[j]), j == target ? gradient.pull : Acc(0)), grad_row + j);
+      store_value(gradient(load_value(x[j])) + (j == target ? gradient.pull : Acc(0)),
+                  grad_row + j);
     });
     const PackReader<T> reader(x + part.head, in.vocab - part.head);
     if (reader.misaligned == 0) {

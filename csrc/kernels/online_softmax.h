@@ -107,6 +107,22 @@ ENTROPY_RL_HD inline double larger(double a, double b) { return fmax(a, b); }
 ENTROPY_RL_HD inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 ENTROPY_RL_HD inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+// a b, rounded whatever is added to it.
+ENTROPY_RL_HD inline float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+ENTROPY_RL_HD inline double product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // Turns a difference of logits into an exponent. `floor` is a difference whose exponential is 0: a
 // difference that multiplies its exponential is clamped to it, since 0 * -inf is NaN. The clamp
 // loses a NaN difference, but its exponential is NaN.
@@ -191,8 +207,8 @@ struct SoftmaxGradient {
 };
 
 // The gradient, with the factors that all elements of a row share multiplied out: for an element
-// other than the target it is p (slope log p + offset), and for the target `pull` more. The fused
-// products are written out, as in LogitSums.
+// other than the target it is p (slope log p + offset), and for the target `pull` more. As in
+// LogitSums, the compiler does not choose which products are fused.
 template <class Acc>
 struct RowGradient {
   Acc shift;
@@ -210,11 +226,10 @@ struct RowGradient {
         offset(-(row.grad_log_prob + row.grad_entropy * row.entropy) * row.inverse_temperature),
         pull(row.grad_log_prob * row.inverse_temperature) {}
 
-  // `more` is `pull` for the target, else 0.
-  ENTROPY_RL_HD Acc operator()(Acc x, Acc more = 0) const {
+  ENTROPY_RL_HD Acc operator()(Acc x) const {
     const Acc log_p = multiply_add(x - shift, exponent, -log_sum);
     const Acc floored = larger(log_p, exponent_scale(ExpFloor<Acc>::value));
-    return multiply_add(exp_scaled(log_p), multiply_add(slope, floored, offset), more);
+    return product(exp_scaled(log_p), multiply_add(slope, floored, offset));
   }
 };
 
