@@ -79,7 +79,7 @@ OTHER_PARTS = (
     ("verl with FSDP1, vLLM, SGLang or Ulysses sequence parallelism", "not run", "not run", "**never executed**"),
     ("verl with Megatron", "configuration tested; Megatron needs a GPU", "not run", "**never executed**"),
     ("TRL's trainer, one and two processes", "tested with gloo", "not run", "**never executed**"),
-    ("TRL's trainer with LoRA (PEFT)", "run by hand on small models; no test", "not run", "**never executed**"),
+    ("TRL's trainer with LoRA (PEFT)", "tested on tiny models, one process", "not run", "**never executed**"),
     ("TRL's trainer with FSDP, DeepSpeed, vLLM or images", "not run", "not run", "**never executed**"),
 )
 

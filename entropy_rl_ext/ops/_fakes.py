@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
-def check_tensors(**arguments: Any) -> None:
-    """Raises TypeError for an argument that is neither a tensor nor None. PyTorch would print all of a list's data."""
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, Tensor):
+def check_tensors(*, optional: dict[str, Any] | None = None, **required: Any) -> None:
+    """Raises TypeError for an argument that is no tensor, by its type: PyTorch would print all of a list's data.
+
+    Args:
+        optional: arguments that may be None.
+    """
+    given = {name: value for name, value in (optional or {}).items() if value is not None}
+    for name, value in (required | given).items():
+        if not isinstance(value, Tensor):
             raise TypeError(f"{name} is of type {_type_name(value)}; it must be a torch.Tensor")
 
 

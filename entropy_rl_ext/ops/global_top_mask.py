@@ -103,7 +103,7 @@ def global_top_mask(
     Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that
     of TRL.
     """
-    check_tensors(entropy=entropy, response_mask=response_mask, group_ids=group_ids)
+    check_tensors(entropy=entropy, response_mask=response_mask, optional={"group_ids": group_ids})
     if group is None and not return_threshold:
         mask: Tensor = torch.ops.entropy_rl.global_top_mask(entropy, response_mask, top_ratio, rule, scope, group_ids)
         return mask

@@ -101,7 +101,7 @@ def linear_logprob_entropy(
     Source: the idea of a fused linear log-probability is that of Liger Kernel, cut-cross-entropy and TRL; leaving out
     the rows without a gradient follows from "Beyond the 80/20 Rule", arXiv 2506.01939.
     """
-    check_tensors(hidden=hidden, weight=weight, targets=targets, bias=bias, mask=mask)
+    check_tensors(hidden=hidden, weight=weight, targets=targets, optional={"bias": bias, "mask": mask})
     number, row_temperature = split_temperature(temperature, hidden)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.entropy_rl.linear_logprob_entropy(
         hidden,

@@ -41,7 +41,7 @@ def logprob_entropy(
             instead.
         TypeError: an argument that is no tensor.
     """
-    check_tensors(logits=logits, targets=targets, mask=mask)
+    check_tensors(logits=logits, targets=targets, optional={"mask": mask})
     number, row_temperature = split_temperature(temperature, logits)
     outputs: tuple[Tensor, Tensor] = torch.ops.entropy_rl.logprob_entropy(
         logits, targets, mask, number, row_temperature, entropy_grad

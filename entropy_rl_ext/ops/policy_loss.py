@@ -114,9 +114,11 @@ def policy_loss(
         old_log_prob=old_log_prob,
         advantages=advantages,
         response_mask=response_mask,
-        entropy_mask=entropy_mask,
-        covariance_mask=covariance_mask,
-        rollout_is_weights=rollout_is_weights,
+        optional={
+            "entropy_mask": entropy_mask,
+            "covariance_mask": covariance_mask,
+            "rollout_is_weights": rollout_is_weights,
+        },
     )
     # A warning cannot be part of a compiled graph.
     if entropy_mask is not None and loss_mode in ("gspo", "geo_mean") and not torch.compiler.is_compiling():

@@ -30,7 +30,7 @@ def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: fl
 
     Source: the token entropy of "Beyond the 80/20 Rule", arXiv 2506.01939, Eq. 1.
     """
-    check_tensors(logits=logits, mask=mask)
+    check_tensors(logits=logits, optional={"mask": mask})
     number, row_temperature = split_temperature(temperature, logits)
     entropy: Tensor = torch.ops.entropy_rl.token_entropy(logits, mask, number, row_temperature)
     return entropy

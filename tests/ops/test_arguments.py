@@ -59,6 +59,14 @@ def test_a_list_or_an_array_in_place_of_a_tensor_is_named(op, name, value, of):
     assert str(error.value) == f"{name} is of type {of}; it must be a torch.Tensor"
 
 
+@pytest.mark.parametrize("op", arguments_of_every_op())
+def test_none_in_place_of_a_tensor_is_named(op):
+    name = next(iter(arguments_of_every_op()[op]))
+    options = {"loss_mode": "kl_cov"} if op == "covariance_mask" else {}
+    with pytest.raises(TypeError, match=f"^{name} is of type NoneType; it must be a torch.Tensor$"):
+        getattr(ext, op)(**arguments_of_every_op()[op] | {name: None}, **options)
+
+
 @pytest.mark.parametrize("name", ["temperature", "batch_num_tokens", "global_batch_size", "seed"])
 def test_a_list_in_place_of_a_number_is_named(name):
     arguments = arguments_of_every_op()

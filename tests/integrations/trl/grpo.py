@@ -40,7 +40,12 @@ def share_of_digits(completions: list[str], **_: Any) -> list[float]:
 
 
 def make_trainer(
-    model: Path | PreTrainedModel, output: Path, trainer_class: type = EntropyGRPOTrainer, **settings: Any
+    model: Path | PreTrainedModel,
+    output: Path,
+    trainer_class: type = EntropyGRPOTrainer,
+    *,
+    peft_config: Any = None,
+    **settings: Any,
 ) -> GRPOTrainer:
     config_class = EntropyGRPOConfig if issubclass(trainer_class, EntropyGRPOTrainer) else GRPOConfig
     return trainer_class(
@@ -49,6 +54,7 @@ def make_trainer(
         args=config_class(output_dir=str(output), **SETTINGS | settings),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
+        peft_config=peft_config,
     )
 
 
