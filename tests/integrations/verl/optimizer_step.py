@@ -115,7 +115,7 @@ def entropy_times_advantage(log_prob: Any, entropy: Any, advantages: Any, respon
 
 def only_high_entropies(log_prob: Any, entropy: Any, advantages: Any, response_mask: Any) -> Any:
     """Weights of a user's; some are 0."""
-    return (entropy - 3.6).clamp(min=0)
+    return entropy * (entropy > 3.701)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
