@@ -97,7 +97,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "null": ({"actor.entropy_top_ratio": "null"}, (2,)),
     "stock": (
-        {"actor._target_": "verl.workers.config.FSDPActorConfig"}
+        # Hydra deletes no key whose value is null.
+        {"actor._target_": "verl.workers.config.FSDPActorConfig", "actor.token_weight": "unused"}
         | {
             f"~actor.entropy_top_{key}": None
             for key in ("ratio", "score", "rule", "scope", "source", "ranks", "normalize", "kernel")
