@@ -97,7 +97,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 NULL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "null": ({"actor.entropy_top_ratio": "null"}, (2,)),
     "stock": (
-        {"actor._target_": "verl.workers.config.FSDPActorConfig"}
+        # Hydra deletes no key whose value is null.
+        {"actor._target_": "verl.workers.config.FSDPActorConfig", "actor.token_weight": "unused"}
         | {
             f"~actor.entropy_top_{key}": None
             for key in ("ratio", "score", "rule", "scope", "source", "ranks", "normalize", "kernel")
@@ -115,7 +116,7 @@ def entropy_times_advantage(log_prob: Any, entropy: Any, advantages: Any, respon
 
 def only_high_entropies(log_prob: Any, entropy: Any, advantages: Any, response_mask: Any) -> Any:
     """Weights of a user's; some are 0."""
-    return (entropy - 3.6).clamp(min=0)
+    return entropy * (entropy > 3.701)
 
 
 def rows() -> list[dict[str, torch.Tensor]]:

@@ -226,7 +226,7 @@ def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selectio
         rest = case.get("actor.entropy_rest.weight", 0.0)
         weights[index] = torch.where(masks[index], 1.0, rest).double() * row["mask"]
         if "actor.token_weight" in case:
-            weights[index] = weights[index] * (entropy - 3.6).clamp(min=0)
+            weights[index] = weights[index] * entropy * (entropy > 3.701)
         if "actor.entropy_veto.entropy" in case:
             spurious = row["mask"] & (row["advantage"] > 0) & (entropy < case["actor.entropy_veto.entropy"])
             spurious &= policy.rows[index].log_prob.detach().exp() < case["actor.entropy_veto.probability"]
