@@ -49,10 +49,10 @@ LOWEST_SHARE, HIGHEST_SHARE = "actor/entropy_token_ratio/min", "actor/entropy_to
 
 _VETO = ("entropy_veto.probability", "entropy_veto.entropy")
 
-# The configuration keys. TRL's --help prints these texts.
+# The configuration keys. train.yaml and TRL's --help repeat these texts (a test compares train.yaml's).
 OPTIONS = {
     "entropy_top_ratio": "Share of the response tokens that carry the policy gradient, those of highest entropy, in "
-    "(0, 1]. None (null in YAML): all tokens train, and this package changes nothing.",
+    "(0, 1]. null (None in Python): all tokens train, and this package changes nothing.",
     "entropy_top_score": "What ranks the tokens. entropy: the entropy of the policy. surprisal: -log p of the token. "
     "random: a random number, the control experiment. FILE.py:function: a function of (log_prob, entropy, advantages, "
     "response_mask), each [B, S], that returns [B, S].",
@@ -75,10 +75,10 @@ OPTIONS = {
     "entropy_rest.weight": "Weight of the loss of the tokens that were not selected; that of a selected token is 1. 0: "
     "they do not train. 1: they train like the selected ones.",
     "entropy_veto.probability": "A token never trains if its advantage is above 0, its probability below this and its "
-    "entropy below entropy_veto's entropy. None: no token is vetoed.",
-    "entropy_veto.entropy": "The entropy of that rule, in nats; None exactly if its probability is.",
+    "entropy below entropy_veto.entropy. null: no token is vetoed.",
+    "entropy_veto.entropy": "The entropy of that rule, in nats; null exactly if its probability is.",
     "token_weight": "FILE.py:function of (log_prob, entropy, advantages, response_mask), each [B, S], that returns "
-    "[B, S], 0 or above: factors of the tokens' weights. None: 1.",
+    "[B, S], 0 or above: factors of the tokens' weights. null: 1.",
 }
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from entropy_rl import config as configuration
 from entropy_rl import train
 from entropy_rl.config import reference
+from entropy_rl.selection import OPTIONS
 from training import ACTOR, as_arguments, broken_copy
 
 YAML = Path(configuration.__file__).parent / "train.yaml"
@@ -212,6 +213,13 @@ def test_a_chat_template_that_refuses(
     message = capsys.readouterr().err
     assert "the tokenizer's chat template refuses a conversation: roles must alternate" in message
     assert message.count("\n") == 1
+
+
+def test_the_keys_of_the_selection_are_explained_once() -> None:
+    """In OPTIONS, which TRL's --help prints; train.yaml and thereby docs/configuration.md have the same texts."""
+    texts = {key: text for key, _, text in reference.entries(YAML.read_text())}
+    for name, text in OPTIONS.items():
+        assert texts[f"{ACTOR}.{name}"] == text
 
 
 def test_the_reference_is_current() -> None:
