@@ -135,6 +135,23 @@ def test_a_random_control_has_as_many_tokens(run: Run, tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize(
+    ("key", "body", "message"),
+    [
+        ("entropy_top_score", "return entropy.mean()", "it returned a float32 tensor of shape []"),
+        ("token_weight", "return entropy - 100", "it returned a weight below 0 or not finite for "),
+    ],
+)
+def test_a_function_that_is_wrong_ends_the_run_with_one_line(
+    key: str, body: str, message: str, overrides: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"def f(log_prob, entropy, advantages, response_mask):\n    {body}\n")
+    assert train.main(as_arguments(overrides | {f"{ACTOR}.{key}": f"{file}:f"})) == 2
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith(f"error: {key}={file}:f: {message}")
+
+
 def test_without_a_ratio_nothing_is_selected(run: Run) -> None:
     (line,) = run({f"{ACTOR}.entropy_top_ratio": "null"})
     assert not {"actor/entropy_token_ratio", "actor/entropy_threshold"} & line["data"].keys()

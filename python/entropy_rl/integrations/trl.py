@@ -209,8 +209,10 @@ class EntropyGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer`, the policy gradient on the tokens of highest entropy.
 
     Takes what `GRPOTrainer` takes, with an `EntropyGRPOConfig` as `args`. Beside TRL's metrics it logs
-    `entropy_token_ratio`, the share of the completion tokens that train, and `entropy_threshold`, the lowest entropy
-    among them in nats. Both cover all processes and micro-batches of an optimizer step, weighted by tokens.
+    `entropy_token_ratio`, the selected share of the completion tokens, its extremes over the completions
+    (`entropy_token_ratio/min` and `/max`), and `entropy_threshold`, the lowest selected entropy in nats
+    (`score_threshold` for another score). With `entropy_veto_probability` it logs `entropy_veto_ratio`, the share that
+    never trains. All cover all processes and micro-batches of an optimizer step; means are weighted by tokens.
     """
 
     loss_type: str  # TRL sets it
@@ -289,8 +291,9 @@ class EntropyGRPOTrainer(GRPOTrainer):
                 it and uses `entropy_top_ratio`.
 
         Returns:
-            [B, T] bool. In the loss, with `entropy_top_normalize="selected"`, float: the factor of each token that
-            turns TRL's mean over completion tokens into one over selected tokens.
+            [B, T] bool. In the loss, if tokens have weights, those; and with `entropy_top_normalize="selected"` the
+            factor of each token that turns TRL's mean over completion tokens into the (weighted) one over selected
+            tokens.
         """
         args, inputs = self.args, self._loss_inputs
         if inputs is None:

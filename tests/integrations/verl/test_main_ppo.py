@@ -232,6 +232,31 @@ def test_the_lm_head_runs_on_the_selected_rows_only(files: Path, tmp_path: Path)
         assert "actor/ppo_kl" not in metrics and "actor/entropy_loss" not in metrics
 
 
+def test_a_share_of_each_response_with_weights(files: Path, tmp_path: Path) -> None:
+    """The tables and the function of the weights reach the workers, and the extremes are those of all responses."""
+    (tmp_path / "mine.py").write_text(
+        "def half(log_prob, entropy, advantages, response_mask):\n    return 0.5 + 0 * entropy\n"
+    )
+    steps = main_ppo(
+        files,
+        tmp_path,
+        f"{ACTOR}entropy_top_ratio=0.2",
+        f"{ACTOR}entropy_top_scope=sequence",
+        f"{ACTOR}entropy_top_score=random",
+        f"{ACTOR}entropy_rest.weight=0.1",
+        f"{ACTOR}entropy_veto.probability=0.001",
+        f"{ACTOR}entropy_veto.entropy=9.0",
+        f"{ACTOR}token_weight={tmp_path}/mine.py:half",
+        f"{ACTOR}ppo_mini_batch_size=4",
+        f"{ACTOR}ppo_micro_batch_size_per_gpu=4",
+    )
+    for metrics in steps:
+        lowest, highest = (metrics[f"actor/entropy_token_ratio/{end}"] for end in ("min", "max"))
+        assert 0.2 <= lowest <= metrics["actor/entropy_token_ratio"] <= highest <= 1
+        assert 0 <= metrics["actor/entropy_veto_ratio"] < 0.5 and 0 < metrics["actor/score_threshold"] < 1
+        assert 0 < metrics["actor/grad_norm"] < float("inf")
+
+
 @pytest.mark.parametrize("loss_mode", ["vanilla", *(pytest.param(mode, marks=FULL) for mode in ("clip_cov", "kl_cov"))])
 def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path, loss_mode: str) -> None:
     steps = main_ppo(
