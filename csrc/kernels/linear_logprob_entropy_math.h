@@ -55,10 +55,9 @@ struct LogitTransform {
 };
 
 // Column of a target in the tile that begins at vocab_start >= 0; one outside [0, width) means that
-// the target is in another tile. The subtraction wraps around for a target that is no index of the
-// vocabulary, where that of signed numbers could overflow.
+// the target is in another tile. All targets below 0 count as -1, so that nothing overflows.
 ENTROPY_RL_HD inline int64_t column_of_target(int64_t target, int64_t vocab_start) {
-  return static_cast<int64_t>(static_cast<uint64_t>(target) - static_cast<uint64_t>(vocab_start));
+  return (target < 0 ? -1 : target) - vocab_start;
 }
 
 // A row, or a part of it. Trivial, so that it can live in shared memory.

@@ -346,6 +346,9 @@ class _Worker:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
         self._requests, self._replies = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        if self._is_closed:  # by another thread, which could not see the process yet
+            self.close()
+            raise RuntimeError("the scorer is closed")
         try:
             _send(self._requests, (self._source, self._time_limit, self._timeouts.fileno()))
             failure = pickle.load(self._replies)

@@ -38,15 +38,14 @@ TEST(LogitTransform, SlopeIsTheDerivative) {
 }
 
 TEST(ColumnOfTarget, IsOutsideTheTileForTargetsOfOthersAndGarbage) {
-  constexpr int64_t kWidest = int64_t{1} << 31;
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
   EXPECT_EQ(column_of_target(12, 10), 2);
   EXPECT_EQ(column_of_target(10, 10), 0);
   for (const int64_t target : {int64_t{9}, int64_t{-1}, std::numeric_limits<int64_t>::min()}) {
-    for (const int64_t vocab_start : {int64_t{10}, kWidest, int64_t{1} << 62}) {
-      const int64_t column = column_of_target(target, vocab_start);
-      EXPECT_TRUE(column < 0 || column >= kWidest) << target << " " << vocab_start;
-    }
+    EXPECT_LT(column_of_target(target, 10), 0);
+    EXPECT_LT(column_of_target(target, kLargest), 0);
   }
+  EXPECT_EQ(column_of_target(kLargest, 0), kLargest);
 }
 
 TEST(VocabPart, MergesInAnyOrder) {

@@ -223,6 +223,22 @@ def test_ctrl_c_does_not_wait_for_an_answer_that_takes_long(tmp_path: Path) -> N
     assert shown.rstrip().endswith(b"KeyboardInterrupt")
 
 
+def test_a_process_that_starts_while_the_scorer_closes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its thread would wait for it, and the interpreter for the thread."""
+    worker, started = rewards._Worker(custom(tmp_path, "time.sleep(600)"), None), []
+    start = subprocess.Popen
+
+    def close_meanwhile(*arguments: Any, **options: Any) -> Any:
+        started.append(start(*arguments, **options))
+        worker.close()
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", close_meanwhile)
+    with pytest.raises(RuntimeError, match="the scorer is closed"):
+        worker.score([("sums", "12", "12", {})])
+    assert started[0].wait(10) == -signal.SIGKILL
+
+
 # ---- In a run
 
 
