@@ -6,6 +6,7 @@
 // with +inf or NaN gives NaN, since its sum is NaN.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "macros.h"
@@ -20,16 +21,18 @@ ENTROPY_RL_HD inline bool is_temperature(Value value) {
 }
 
 // Below this exponent e^d is zero in the accumulate type. Where d multiplies e^d it is clamped to
-// the floor, so that `dot` and the gradient hold no 0 * inf.
+// the floor, so that `dot` and the gradient hold no 0 * inf. `lowest` is the lowest finite number.
 template <class Acc>
 struct ExpFloor;
 template <>
 struct ExpFloor<float> {
   static constexpr float value = -104.0f;
+  static constexpr float lowest = -FLT_MAX;
 };
 template <>
 struct ExpFloor<double> {
   static constexpr double value = -746.0;
+  static constexpr double lowest = -DBL_MAX;
 };
 
 // max(d, floor) that keeps a NaN d, unlike fmax.
@@ -123,9 +126,9 @@ ENTROPY_RL_HD inline double product(double a, double b) {
 #endif
 }
 
-// Turns a difference of logits into an exponent. `floor` is a difference whose exponential is 0: a
-// difference that multiplies its exponential is clamped to it, since 0 * -inf is NaN. The clamp
-// loses a NaN difference, but its exponential is NaN.
+// Turns a difference of logits into an exponent. A difference that multiplies its exponential is
+// clamped to `floor`, since 0 * -inf is NaN. `floor` is finite, and the exponential of every finite
+// difference below it is 0. The clamp loses a NaN difference, but its exponential is NaN.
 template <class Acc>
 struct RowScale {
   Acc inverse_temperature;
@@ -135,7 +138,7 @@ struct RowScale {
   ENTROPY_RL_HD explicit RowScale(Acc temperature)
       : inverse_temperature(Acc(1) / temperature),
         exponent(exponent_scale(inverse_temperature)),
-        floor(ExpFloor<Acc>::value * temperature) {}
+        floor(larger(ExpFloor<Acc>::value * temperature, ExpFloor<Acc>::lowest)) {}
 };
 
 // An OnlineSoftmax whose dot is sum_j e^d_j (x_j - max), which saves a product an element. Every
