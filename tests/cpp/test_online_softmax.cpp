@@ -249,13 +249,13 @@ TYPED_TEST(OnlineSoftmaxTest, GradientOfMinusInfinityIsZero) {
   EXPECT_EQ(gradient(x[1]), 0);
 }
 
-}  // namespace
-
 TEST(LogitSums, TheLargestTemperatureGivesTheUniformDistribution) {
   const RowScale<float> scale(0x1p126f);
   LogitSums<float> sums;
   sums.add({1.0f, 2.0f, 3.0f, 4.0f}, scale);
   EXPECT_NEAR(entropy(sums.state(scale)), std::log(4.0f), 1e-6f);
 }
+
+}  // namespace
 
 }  // namespace entropy_rl
