@@ -53,8 +53,7 @@ def main() -> int:
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     start = time.perf_counter()
-    # Matrices this small gain nothing from a second thread, and two threads wait for each other whenever something
-    # else keeps a core busy.
+    # Two threads would wait for each other whenever something else keeps a core busy.
     torch.set_num_threads(1)
 
     print("1/3 Warm-up of a small Qwen3 on Countdown traces")
