@@ -12,6 +12,7 @@
 # make performance docs/performance.md from benchmarks/results
 # make wheel       an sdist and the CPU wheel built from it, for torch 2.11 and Python 3.10 and later, in dist/
 # make release     make wheel, then the checks that a release must pass; make test-wheel: also under a newer torch
+# make release-cuda  the CUDA wheel in dist/cuda/, and the same checks
 # make cuda-build  the CUDA wheel, built and tested without a GPU; fails on local memory or narrow loads
 # make emulator    an emulated CUDA device, and the CUDA wheel for it
 # make test-emulated  tests of the CUDA wheel on the emulated device; make test-emulated-full: all of them
@@ -51,7 +52,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h tests/emulator/*.cu tests/emulator/src/*.cpp tests/emulator/src/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo model develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
+.PHONY: help demo model develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel release-cuda cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -100,8 +101,9 @@ gtest: .venv/build-tools
 	$(BIN)/cmake --build build/gtest -j $(JOBS) --target $(or $(TEST),all)
 	$(if $(TEST),build/gtest/$(TEST),$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS))
 
+# A process a core. Each has threads that sleep while they wait: those that spin would take the others' cores.
 pytest: .venv/libraries
-	$(BIN)/pytest tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist loadscope tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
 	@command -v chromedriver || { echo "test-report needs Chromium and its driver (Debian: chromium, chromium-driver)" >&2; exit 1; }
@@ -145,25 +147,30 @@ performance: .venv/libraries
 	PIP_CONSTRAINT= $(CUDA_BIN)/pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy pytest hypothesis
 	touch $@
 
-# `build` makes the sdist from this folder and the wheel from the sdist. auditwheel gives the wheel the oldest manylinux
-# tag that its symbols allow; torch and CUDA stay out of it.
-wheel: .venv/build-tools
-	rm -rf build/lib* build/temp* build/bdist* build/release dist
+# auditwheel gives a wheel the oldest manylinux tag that its symbols allow; torch and CUDA stay out of it.
+REPAIR := PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*'
+
+.venv/release-tools: .venv/build-tools
 	$(BIN)/pip install -q $(RELEASE_TOOLS)
-	ENTROPY_RL_ABI3=1 $(BIN)/python -m build --no-isolation --outdir build/release
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' \
-	  --wheel-dir dist build/release/*.whl
+	touch $@
+
+# `build` makes the sdist from this folder and the wheel from the sdist.
+wheel: .venv/release-tools
+	rm -rf build/lib* build/temp* build/bdist* build/release dist/*.whl dist/*.tar.gz
+	ENTROPY_RL_ABI3=1 ENTROPY_RL_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/release
+	$(REPAIR) --wheel-dir dist build/release/*.whl
 	cp build/release/*.tar.gz dist
 
 release: wheel
-	$(BIN)/twine check --strict dist/*
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/check-wheel-contents dist/*.whl
 	rm -rf build/kernels  # outside .venv, where transformers would load it and need another version
 	$(BIN)/pip install -q --target build/kernels 'kernels>=0.17'
 	$(BIN)/pip install -q pytest
 	$(BIN)/pytest tests/wheel -q
-	@for wheel in dist/*.whl; do $(BIN)/python -m zipfile --list $$wheel; done; ls -l dist
+	$(BIN)/python -m zipfile --list dist/*.whl
+	ls -l dist
 
 test-wheel: release .venv-cuda/environment
 	@echo "the wheel, built with torch $$($(BIN)/python -c 'import torch; print(torch.__version__)'), under another torch:"
@@ -171,26 +178,34 @@ test-wheel: release .venv-cuda/environment
 	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
-# The CUDA wheel, in dist/ until `make wheel` puts the CPU wheel there.
-dist/cuda: .venv-cuda/environment pyproject.toml $(SOURCES) $(shell find entropy_rl_ext python -name '*.py')
-	rm -rf build/lib* build/temp* build/bdist* build/wheel dist
-	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w dist
+dist/cuda/built: .venv-cuda/environment .venv/release-tools pyproject.toml $(SOURCES) $(shell find entropy_rl_ext python -name '*.py')
+	rm -rf build/lib* build/temp* build/bdist* build/cuda $(@D)
+	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w build/cuda
+	$(REPAIR) --wheel-dir $(@D) build/cuda/*.whl
 	touch $@
 
-cuda-build: dist/cuda .venv/libraries
-	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/*.whl
+release-cuda: dist/cuda/built
+	$(BIN)/twine check --strict dist/cuda/*.whl
+	$(BIN)/abi3audit --strict --summary dist/cuda/*.whl
+	$(BIN)/check-wheel-contents dist/cuda/*.whl
+	$(BIN)/python -m zipfile --list dist/cuda/*.whl
+	ls -l dist/cuda
+
+cuda-build: dist/cuda/built .venv/libraries
+	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/cuda/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
 	$(CUDA_BIN)/python tools/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
 	@echo "the same wheel under a CPU build of torch:"
-	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
+	rm -rf build/wheel
+	$(BIN)/pip install -q --no-deps --target build/wheel dist/cuda/*.whl
 	PYTHONPATH=build/wheel $(BIN)/pytest tests/test_registration.py tests/ops/test_token_entropy.py -q
 
 # The emulated CUDA device (docs/emulation.md): libcudaemu.so, the CUDA wheel and the PTX of its kernels.
-build/emulator/package: dist/cuda
+build/emulator/package: dist/cuda/built
 	rm -rf $@ build/emulator/ptx
 	mkdir -p build/emulator/ptx
-	$(CUDA_BIN)/pip install -q --no-deps --target $@ dist/*.whl
+	$(CUDA_BIN)/pip install -q --no-deps --target $@ dist/cuda/*.whl
 	cuobjdump=$$(PYTHONPATH=tools $(CUDA_BIN)/python -c 'import compile_report; print(compile_report.find_cuobjdump())'); \
 	  cd build/emulator/ptx && "$$cuobjdump" --extract-ptx all ../package/entropy_rl_ext/_cuda.abi3.so > /dev/null
 	touch $@
@@ -213,7 +228,7 @@ test-gpu:
 gpu-bundle: cuda-build
 	rm -rf build/gpu/wheels
 	$(CUDA_BIN)/pip download -q -d build/gpu/wheels --no-deps --only-binary=:all: --implementation py --abi none --platform any $(GPU_WHEELS)
-	cp dist/*.whl build/gpu/wheels
+	cp dist/cuda/*.whl build/gpu/wheels
 
 lint: .venv/libraries
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))

@@ -6,7 +6,8 @@ Three libraries, so that one wheel serves CPU and CUDA installations of PyTorch:
   entropy_rl_ext/_bindings  pybind11, build information  not in an abi3 wheel
 
 CUDA is built wherever the building torch is a CUDA build and a toolkit is found; a GPU is not needed.
-ENTROPY_RL_ABI3=1 makes the wheel that serves Python 3.10 and later.
+ENTROPY_RL_CUDA=0 leaves it out. ENTROPY_RL_ABI3=1 makes the wheel that serves Python 3.10 and later; with CUDA
+kernels its version ends in their CUDA version, 0.1.0+cu130, by which pip tells it from the CPU wheel.
 """
 
 import glob
@@ -54,7 +55,8 @@ os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.g
 import torch  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
-CUDA_ARCHS = "8.0;9.0+PTX"
+# Machine code of 10.0 and 12.0 needs nvcc 12.8; without it, the driver compiles the PTX of 9.0 on such a GPU.
+CUDA_ARCHS = ("8.0", "9.0+PTX", "10.0", "12.0")
 
 
 def find_cuda_toolkit():
@@ -68,6 +70,8 @@ def find_cuda_toolkit():
 
 def decide_cuda():
     """(build the CUDA kernels?, toolkit, the reason in words)"""
+    if os.environ.get("ENTROPY_RL_CUDA") == "0":
+        return False, None, "ENTROPY_RL_CUDA is 0"
     if torch.version.cuda is None:
         return False, None, f"torch {torch.__version__} is not a CUDA build"
     toolkit = find_cuda_toolkit()
@@ -80,10 +84,17 @@ def decide_cuda():
     )
 
 
+def cuda_archs(toolkit):
+    """Those of CUDA_ARCHS that this toolkit compiles for, as TORCH_CUDA_ARCH_LIST has them."""
+    known = subprocess.run([f"{toolkit}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True)
+    known = known.stdout.split()
+    return ";".join(arch for arch in CUDA_ARCHS if "sm_" + arch.partition("+")[0].replace(".", "") in known)
+
+
 BUILD_CUDA, TOOLKIT, REASON = decide_cuda()
 if BUILD_CUDA:
     cpp_extension.CUDA_HOME = TOOLKIT
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(TOOLKIT))
 print(f"entropy_rl_ext: building {'CPU and CUDA' if BUILD_CUDA else 'CPU only'}: {REASON}", file=sys.stderr)
 
 
@@ -194,6 +205,12 @@ def check_compiler():
         sys.exit(f"entropy_rl_ext: {compiler!r} does not compile C++17 ({reason}); install a newer g++, or set CXX")
 
 
+OPTIONS = {}
+if ABI3:
+    OPTIONS["bdist_wheel"] = {"py_limited_api": "cp310"}
+    if BUILD_CUDA:
+        OPTIONS["egg_info"] = {"tag_build": "+cu" + torch.version.cuda.replace(".", "")}
+
 setup(
     packages=[
         "entropy_rl_ext",
@@ -214,5 +231,5 @@ setup(
     },
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ABI3 else {},
+    options=OPTIONS,
 )

@@ -47,10 +47,11 @@ def test_workflow_runs_what_ci_runs() -> None:
     assert sorted(targets) == sorted(run)
 
 
-def test_release_workflow_builds_what_make_release_builds() -> None:
-    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["build"]["steps"]
-    made = [step["run"] for step in steps if "make " in step.get("run", "")]
-    assert len(made) == 1 and re.match(r"make release\b", made[0])
+@pytest.mark.parametrize(("job", "target"), [("build", "release"), ("build-cuda", "release-cuda")])
+def test_release_workflow_builds_what_make_release_builds(job: str, target: str) -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"][job]["steps"]
+    made = re.findall(r"\bmake ([a-z-]+) PYTHON", "\n".join(step.get("run", "") for step in steps))
+    assert made == [target]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_public_name_has_a_wrapper_and_a_reference(name):
 
 @pytest.mark.skipif(not HAS_CUDA, reason="this build, or this torch, has no CUDA; make cuda-build runs this test")
 def test_cuda_library_holds_machine_code_and_ptx():
-    """Machine code for sm_80 and sm_90, and PTX for what comes after, of every kernel file."""
+    """Machine code for each architecture of setup.py, and PTX for what comes after, of every kernel file."""
     cuobjdump = shutil.which("cuobjdump")
     if cuobjdump is None:  # Triton, which comes with a CUDA build of torch, carries one
         spec = find_spec("triton")
@@ -65,5 +65,6 @@ def test_cuda_library_holds_machine_code_and_ptx():
 
     elf, ptx = listed("--list-elf"), listed("--list-ptx")
     for source in LIBRARY.parent.glob("cuda/*.cu"):
-        assert f"{source.stem}.sm_80.cubin" in elf and f"{source.stem}.sm_90.cubin" in elf
+        for architecture in ("sm_80", "sm_90", "sm_100", "sm_120"):
+            assert f"{source.stem}.{architecture}.cubin" in elf
         assert f"{source.stem}.sm_90.ptx" in ptx

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 # Kernels that must move 16 bytes at a time: pattern of the name -> instructions that must be there. Kernels over keys
 # and tokens do so for elements of 4 bytes and more.

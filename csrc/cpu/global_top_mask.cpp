@@ -168,16 +168,14 @@ int64_t sum_of_counts(const char* name, const int64_t* counts, int64_t size) {
   return total;
 }
 
-Tensor new_number(const Tensor& like, ScalarType dtype) {
-  return torch::stable::new_empty(like, {}, dtype);
-}
+Tensor new_number(const Tensor& like, ScalarType dtype) { return new_tensor(like, {}, dtype); }
 
 Tensor global_top_mask_counts(const Tensor& values, const Tensor& mask, std::optional<Tensor> key,
                               int64_t shift) {
   const ProcessValues in(values, mask);
   const DigitArguments digit(shift, in.key_bits(), key, in.values);
   const int64_t n = in.values.numel();
-  Tensor result = torch::stable::new_zeros(in.values, {int64_t{1} << digit.bits}, ScalarType::Long);
+  Tensor result = new_zero_tensor(in.values, {int64_t{1} << digit.bits}, ScalarType::Long);
   int64_t* counts = mutable_data<int64_t>(result);
   dispatch_floating(in.values.scalar_type(), [&](auto element) {
     using Keys = EntropyKeys<decltype(element)>;
@@ -240,14 +238,14 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
   check_found(in, key, k, ties, process, next_key, weight);
   const FoundKey found{*const_data<int64_t>(key), *const_data<int64_t>(k)};
   const int64_t n = in.values.numel();
-  Tensor result = torch::stable::new_empty(in.values, shape_of(in.values), ScalarType::Bool);
+  Tensor result = new_tensor(in.values, shape_of(in.values), ScalarType::Bool);
   Tensor lowest = new_number(in.values, accumulate_dtype(in.values.scalar_type()));
   dispatch_floating(in.values.scalar_type(), [&](auto element) {
     using Keys = EntropyKeys<decltype(element)>;
     using Key = typename Keys::Key;
     ProcessCut<Key> cut = cut_at<Key>(found);
     if (ties) {
-      const Tensor all = torch::stable::contiguous(*ties);
+      const Tensor all = contiguous_tensor(*ties);
       const int64_t* of_process = const_data<int64_t>(all);
       sum_of_counts("ties", of_process, all.numel());
       cut = cut_ties<Key>(found, sum_of_counts("ties", of_process, process), of_process[process]);

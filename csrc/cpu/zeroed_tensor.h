@@ -86,7 +86,7 @@ class ZeroedTensor {
       }
     }
     if (!mapping.memory) {  // small, or out of memory, which torch's allocator reports
-      tensor_ = torch::stable::new_empty(like, shape);
+      tensor_ = new_tensor(like, shape);
       return;
     }
     std::vector<int64_t> strides(shape.size(), 1);

@@ -10,8 +10,8 @@ template <class T>
 class DeviceArray {
  public:
   DeviceArray(const Tensor& on_device_of, int64_t count)
-      : storage_(torch::stable::new_empty(on_device_of, {count * static_cast<int64_t>(sizeof(T))},
-                                          ScalarType::Byte)) {}
+      : storage_(new_tensor(on_device_of, {count * static_cast<int64_t>(sizeof(T))},
+                            ScalarType::Byte)) {}
   T* data() const { return mutable_data<T>(storage_); }
 
  private:

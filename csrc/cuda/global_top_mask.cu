@@ -202,7 +202,7 @@ Tensor global_top_mask_counts(const Tensor& values, const Tensor& mask, std::opt
   const DeviceScope device(in.values);
   const int64_t n = in.values.numel();
   check_fits_radix("values", n);
-  Tensor result = torch::stable::new_zeros(in.values, {int64_t{1} << digit.bits}, ScalarType::Long);
+  Tensor result = new_zero_tensor(in.values, {int64_t{1} << digit.bits}, ScalarType::Long);
   if (n == 0) return result;
   const TileLayout layout = process_layout(n);
   dispatch_floating(in.values.scalar_type(), [&](auto element) {
@@ -219,8 +219,8 @@ std::tuple<Tensor, Tensor> global_top_mask_key(const Tensor& counts, std::option
                                                const Tensor& k, int64_t shift) {
   const CountsArguments in(counts, key, k, shift);
   const DeviceScope device(in.counts);
-  Tensor found = torch::stable::new_empty(in.counts, {}, ScalarType::Long);
-  Tensor k_left = torch::stable::new_empty(in.counts, {}, ScalarType::Long);
+  Tensor found = new_tensor(in.counts, {}, ScalarType::Long);
+  Tensor k_left = new_tensor(in.counts, {}, ScalarType::Long);
   radix_key_kernel<int64_t><<<1, kRadixThreads, 0, device.stream()>>>(
       const_data<int64_t>(in.counts), in.digits, static_cast<int>(shift), const_data<int64_t>(key),
       const_data<int64_t>(k), mutable_data<int64_t>(found), mutable_data<int64_t>(k_left));
@@ -234,8 +234,7 @@ Tensor global_top_mask_next_key(const Tensor& values, const Tensor& mask, const 
   const DeviceScope device(in.values);
   const int64_t n = in.values.numel();
   const bool wide = in.key_bits() == 64;
-  Tensor result =
-      torch::stable::new_empty(in.values, {}, wide ? ScalarType::Long : ScalarType::Int);
+  Tensor result = new_tensor(in.values, {}, wide ? ScalarType::Long : ScalarType::Int);
   dispatch_floating(in.values.scalar_type(), [&](auto element) {
     using Keys = EntropyKeys<decltype(element)>;
     using Key = typename Keys::Key;
@@ -261,16 +260,15 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
   const DeviceScope device(in.values);
   const int64_t n = in.values.numel();
   check_fits_radix("values", n);
-  if (ties) ties = torch::stable::contiguous(*ties);
+  if (ties) ties = contiguous_tensor(*ties);
   const FoundOnDevice found{const_data<int64_t>(key),
                             const_data<int64_t>(k),
                             const_data<int64_t>(ties),
                             process,
                             next_key ? next_key->const_data_ptr() : nullptr,
                             const_data<double>(weight)};
-  Tensor result = torch::stable::new_empty(in.values, shape_of(in.values), ScalarType::Bool);
-  Tensor lowest =
-      torch::stable::new_empty(in.values, {}, accumulate_dtype(in.values.scalar_type()));
+  Tensor result = new_tensor(in.values, shape_of(in.values), ScalarType::Bool);
+  Tensor lowest = new_tensor(in.values, {}, accumulate_dtype(in.values.scalar_type()));
   dispatch_floating(in.values.scalar_type(), [&](auto element) {
     using Keys = EntropyKeys<decltype(element)>;
     using Key = typename Keys::Key;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../kernels/dtypes.h"
+#include "new_tensor.h"
 
 namespace entropy_rl {
 
@@ -108,8 +109,8 @@ inline Choice parse_choice(const char* argument, const std::string& value,
 
 inline Tensor as_contiguous(const Tensor& tensor, ScalarType dtype) {
   Tensor result = tensor;
-  if (tensor.scalar_type() != dtype) result = torch::stable::to(tensor, dtype);
-  return torch::stable::contiguous(result);
+  if (tensor.scalar_type() != dtype) result = to_dtype(tensor, dtype);
+  return contiguous_tensor(result);
 }
 
 // Whether an argument is a number as the kernels' ops take it (library.cpp): 0-dim float64 on the
@@ -174,10 +175,10 @@ inline void check_zeros_and_ones(const char* name, const Tensor& mask) {
 // most often an additive mask, or a tensor that is no mask. On CUDA, where looking would wait for
 // the device, the results become NaN instead (entropy_rl_ext/ops/_mask.py).
 inline Tensor as_bool_mask(const char* name, const Tensor& mask) {
-  const Tensor values = torch::stable::contiguous(mask);
+  const Tensor values = contiguous_tensor(mask);
   if (mask.scalar_type() == ScalarType::Bool) return values;
   if (mask.is_cpu() && is_floating(mask.scalar_type())) check_zeros_and_ones(name, values);
-  return torch::stable::to(values, ScalarType::Bool);
+  return to_dtype(values, ScalarType::Bool);
 }
 
 }  // namespace entropy_rl

@@ -65,14 +65,12 @@ struct TopMaskArguments {
       columns *= rows;
       rows = 1;
     }
-    entropy = torch::stable::contiguous(entropy);
+    entropy = contiguous_tensor(entropy);
     mask = as_bool_mask("response_mask", response_mask);
   }
 
   // Bool, contiguous, the shape of entropy.
-  Tensor new_mask() const {
-    return torch::stable::new_empty(entropy, shape_of(entropy), ScalarType::Bool);
-  }
+  Tensor new_mask() const { return new_tensor(entropy, shape_of(entropy), ScalarType::Bool); }
 };
 
 // ---- The steps for values that several processes hold ----
@@ -86,7 +84,7 @@ struct ProcessValues {
     check_floating("values", values);
     check_shape("mask", mask, shape_of(values), "the shape of values");
     check_same_device("mask", mask, "values", values);
-    values = torch::stable::contiguous(values);
+    values = contiguous_tensor(values);
     mask = as_bool_mask("mask", mask);
   }
   int key_bits() const { return values.scalar_type() == ScalarType::Double ? 64 : 32; }
@@ -136,7 +134,7 @@ struct CountsArguments {
     check(shift >= 0 && shift < 64, "shift is ", shift, "; it must be in [0, 64)");
     if (key) check_number("key", *key, ScalarType::Long, "counts", counts);
     check_number("k", k, ScalarType::Long, "counts", counts);
-    counts = torch::stable::contiguous(counts);
+    counts = contiguous_tensor(counts);
     digits = static_cast<int>(counts.numel());
   }
 };

@@ -22,8 +22,7 @@ struct RowOutputs {
 
   RowOutputs(const LogitsRows& in, const std::optional<Tensor>& targets)
       : targets(targets),
-        log_prob(targets ? in.new_row_tensor()
-                         : torch::stable::new_empty(in.logits, {0}, in.accumulate_dtype())),
+        log_prob(targets ? in.new_row_tensor() : new_tensor(in.logits, {0}, in.accumulate_dtype())),
         entropy(in.new_row_tensor()),
         max_log_sum(in.new_max_log_sum()) {}
 };

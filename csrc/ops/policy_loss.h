@@ -145,21 +145,20 @@ LossTuple policy_loss_forward(
     TokenInputs<T> inputs = tokens.inputs<T>();
     std::optional<Tensor> sequence;
     if (mode == LossMode::kGspo) {
-      sequence = torch::stable::new_empty(tokens.values, {tokens.rows}, tokens.dtype);
+      sequence = new_tensor(tokens.values, {tokens.rows}, tokens.dtype);
       Backend::sequence_log_ratios(inputs, *sequence);
       inputs.sequence_log_ratio = const_data<T>(*sequence);
     }
     const auto choose = [&](const auto& key) {
       if (!seed) {
-        seed = torch::stable::new_zeros(tokens.values, {}, ScalarType::Long);
+        seed = new_zero_tensor(tokens.values, {}, ScalarType::Long);
       }
       check(seed->numel() == 1 && is_integer(seed->scalar_type()), "seed is a ",
             dtype_name(seed->scalar_type()), " tensor of shape ", shape_name(shape_of(*seed)),
             "; it must be one integer");
       check_same_device("seed", *seed, "log_prob", tokens.values);
       if (!covariance_mask) {
-        covariance_mask =
-            torch::stable::new_empty(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
+        covariance_mask = new_tensor(tokens.values, {tokens.rows, tokens.cols}, ScalarType::Byte);
         Backend::choose(key, inputs, as_contiguous(*seed, ScalarType::Long), *covariance_mask);
       }
       inputs.chosen = const_data<uint8_t>(covariance_mask);

@@ -87,24 +87,21 @@ struct LogitsRows {
   // The dtype of sums and of results.
   ScalarType accumulate_dtype() const { return entropy_rl::accumulate_dtype(logits.scalar_type()); }
 
-  Tensor new_row_tensor() const {
-    return torch::stable::new_empty(logits, row_shape, accumulate_dtype());
-  }
+  Tensor new_row_tensor() const { return new_tensor(logits, row_shape, accumulate_dtype()); }
 
   // [..., vocab], contiguous.
-  Tensor new_grad_logits() const { return torch::stable::new_empty(logits, row_shape_with(vocab)); }
+  Tensor new_grad_logits() const { return new_tensor(logits, row_shape_with(vocab)); }
 
   // What the backward needs of each row beside the logits: its maximum, and its log sum.
   Tensor new_max_log_sum() const {
-    return torch::stable::new_empty(logits, row_shape_with(2), accumulate_dtype());
+    return new_tensor(logits, row_shape_with(2), accumulate_dtype());
   }
 
  private:
   void set_layout() {
-    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1)
-      logits = torch::stable::contiguous(logits);
+    if (vocab > 1 && logits.stride(logits.dim() - 1) != 1) logits = contiguous_tensor(logits);
     if (!merge_dimensions()) {
-      logits = torch::stable::contiguous(logits);
+      logits = contiguous_tensor(logits);
       merge_dimensions();
     }
   }

@@ -107,10 +107,10 @@ struct LossOutputs {
   Tensor row_scale;  // [rows]
 
   explicit LossOutputs(const TokenTensors& in)
-      : loss(torch::stable::new_empty(in.values, {}, in.dtype)),
-        metrics(torch::stable::new_empty(in.values, {kMetrics}, in.dtype)),
-        gradient(torch::stable::new_empty(in.values, shape_of(in.values), in.dtype)),
-        row_scale(torch::stable::new_empty(in.values, {in.rows}, in.dtype)) {}
+      : loss(new_tensor(in.values, {}, in.dtype)),
+        metrics(new_tensor(in.values, {kMetrics}, in.dtype)),
+        gradient(new_tensor(in.values, shape_of(in.values), in.dtype)),
+        row_scale(new_tensor(in.values, {in.rows}, in.dtype)) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const {
     return {loss, metrics, gradient, row_scale};
@@ -205,7 +205,7 @@ Tensor loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tens
   const LossGradient in{rows, cols, input("grad_loss", grad_loss, {}),
                         input("gradient", gradient, shape_of(values)),
                         input("row_scale", row_scale, {rows})};
-  Tensor out = torch::stable::new_empty(values, shape_of(values));
+  Tensor out = new_tensor(values, shape_of(values));
   dispatch_floating(values.scalar_type(),
                     [&](auto element) { Backend::template scale<decltype(element)>(in, out); });
   return out;

@@ -1,8 +1,9 @@
-"""Selection of the largest values among those that several processes hold, without exchanging the values.
+"""Selection of the largest values among those that several processes hold.
 
-A radix select finds the key of the k-th largest value in rounds of 11 bits. Each round all-reduces one histogram of the
-keys that share the digits found so far. Keys are integers, so the result does not depend on how the values are split
-over the processes. Every number stays on the device, so nothing waits for it.
+Few values on the CPU are gathered, and every process selects from all of them. Other values are not exchanged: a radix
+select finds the key of the k-th largest value in rounds of 11 bits. Each round all-reduces one histogram of the keys
+that share the digits found so far. Every number stays on the device, so nothing waits for it. Keys are integers, so
+the result does not depend on how the values are split over the processes, nor on which of the two ways is taken.
 
 Four ops do the work of one process. `values` are float32, bfloat16, float16 or float64 of any shape. `mask` has their
 shape and any dtype; values where it is 0 are ignored. A key is the unsigned integer that stands for a value
@@ -40,6 +41,10 @@ from ._fakes import check_same_device
 
 _DIGIT_BITS = 11
 
+# Up to this number of values on each process, gathering them takes less time than the rounds do
+# (benchmarks/selection_over_ranks.py).
+_FEW = 2**15
+
 
 class Ranks:
     """The ranks of a process group, or this process alone for None."""
@@ -52,6 +57,24 @@ class Ranks:
     def all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         if self._group is not None:
             dist.all_reduce(tensor, operation, group=self._group)
+
+    def gather_if_few(self, values: Tensor, mask: Tensor) -> list[Tensor] | None:
+        """Every rank's values in its bool mask, if no rank has more than _FEW; None on all ranks if one has.
+
+        Only on the CPU: elsewhere, reading how many each rank has would wait for the device.
+        """
+        if self.size == 1 or not values.is_cpu:
+            return None
+        counts = torch.empty(self.size, 1, dtype=torch.int64)
+        dist.all_gather(list(counts), mask.sum().view(1), group=self._group)
+        most = int(counts.max())
+        if most > _FEW:
+            return None
+        padded = values.new_zeros(most)
+        padded[: counts[self.own]] = values[mask]
+        gathered = values.new_empty(self.size, most)
+        dist.all_gather(list(gathered), padded, group=self._group)
+        return [row[:count] for row, count in zip(gathered, counts.flatten().tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -72,6 +95,14 @@ def select_over_ranks(
         rule: "topk", "threshold" or "quantile". Only "quantile" uses the weight.
         ranks: whose values compete. Every rank must call, with the same rule and dtype.
     """
+    gathered = ranks.gather_if_few(values, mask)
+    if gathered is not None:
+        everywhere = torch.cat(gathered)
+        all_of_them = torch.ones_like(everywhere, dtype=torch.bool)
+        kept, lowest = select_over_ranks(everywhere, all_of_them, rank_of, rule, Ranks(None))
+        own = kept.split([len(part) for part in gathered])[ranks.own]
+        return torch.zeros_like(mask).masked_scatter_(mask, own), lowest
+
     ops = torch.ops.entropy_rl
     values, mask = values.contiguous(), mask.contiguous()
     key = k = weight = None

@@ -258,3 +258,23 @@ def test_any_rank_and_key(k, key):
         assert selected.any() <= (k > 0)
     _, k_left = OPS.global_top_mask_key(torch.tensor([3, 4]), key, k, 0)
     assert 0 <= k_left <= 4
+
+
+# ---- Memory
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 does not give its message to extensions")
+def test_a_lack_of_memory_is_told_in_torchs_words(device):
+    """accelerate's find_executable_batch_size looks for these words."""
+    words = "CUDA out of memory" if device.type == "cuda" else "can't allocate memory: you tried to allocate"
+    # Results of 2^46 elements, and a copy that makes as many contiguous.
+    huge = torch.zeros(1, device=device).expand(1 << 23, 1 << 23)
+    with pytest.raises(RuntimeError, match=words):
+        ext.global_top_mask(huge, huge)
+    with pytest.raises(RuntimeError, match=words):
+        ext.token_entropy(huge.t())
+    with pytest.raises(RuntimeError, match=words):
+        ext.logprob_entropy(
+            torch.zeros(1, 1, device=device).expand(1 << 46, 1),
+            torch.zeros(1, dtype=torch.int64, device=device).expand(1 << 46),
+        )

@@ -5,6 +5,7 @@ import inspect
 import math
 import random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -40,6 +41,9 @@ class ReplayedRanks:
         if result is None:
             raise Stopped(tensor, operation)
         tensor.copy_(result)
+
+    def gather_if_few(self, values: Tensor, mask: Tensor) -> None:
+        """The rounds, whatever the number of values."""
 
 
 def select(values: list[Tensor], masks: list[Tensor], k: Tensor, rule: str, weight: Tensor | None = None):
@@ -317,14 +321,20 @@ def test_bad_input_of_steps(call, arguments, message, device):
 # ---- global_top_mask over a process group
 
 
-def differences(size: int, seed: int, tokens: int, kind: str, dtype: torch.dtype, rule: str, ratio: float) -> list[str]:
-    """How this rank's results for its part of a batch differ from those for the unsplit batch."""
+def differences(
+    size: int, few: int, seed: int, tokens: int, kind: str, dtype: torch.dtype, rule: str, ratio: float
+) -> list[str]:
+    """How this rank's results for its part of a batch differ from those for the unsplit batch.
+
+    Values are gathered where no rank has more than `few`.
+    """
     if dist.get_rank() >= size:
         return []
     entropy, mask, _ = make_inputs((tokens,), dtype, kind, seed, "cpu")
     unsplit = global_top_mask(entropy, mask, ratio, rule=rule)
     own = list(cut_up([entropy, mask, unsplit], size, random.Random(seed)))[dist.get_rank()]
-    found, threshold = global_top_mask(*own[:2], ratio, rule=rule, group=GROUPS[size - 1], return_threshold=True)
+    with mock.patch.object(_select_over_ranks, "_FEW", few):
+        found, threshold = global_top_mask(*own[:2], ratio, rule=rule, group=GROUPS[size - 1], return_threshold=True)
     errors = [] if torch.equal(found, own[2]) else [f"{found} is not {own[2]}"]
     if threshold.item() != lowest_of(entropy, unsplit):
         errors.append(f"threshold {threshold} is not {lowest_of(entropy, unsplit)}")
@@ -339,6 +349,7 @@ def lowest_of(entropy: Tensor, kept: Tensor) -> float:
 @settings(deadline=None, max_examples=400)
 @given(
     size=st.integers(1, 8),
+    few=st.sampled_from([-1, 50, 400]),
     seed=st.integers(0, 2**31),
     tokens=st.integers(0, 400),
     kind=st.sampled_from(KINDS),
@@ -355,7 +366,8 @@ def test_any_split_gives_the_mask_of_the_unsplit_batch(eight: Ranks, **case: Any
 def test_large_batches(rule: str, dtype: torch.dtype, eight: Ranks) -> None:
     """Many keys to a digit in every round, and ties on all ranks."""
     for kind in ("random", "tied", "special"):
-        assert eight.run(differences, 5, 7, 200_003, kind, dtype, rule, 0.2) == [[]] * 8
+        for few in (-1, 200_003):
+            assert eight.run(differences, 5, few, 7, 200_003, kind, dtype, rule, 0.2) == [[]] * 8
 
 
 def quantile_of_neighbours(ratio: float) -> list[bool]:
@@ -436,9 +448,9 @@ def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]
             if not inspect.isfunction(attribute) or name in ("get_rank", "get_world_size"):
                 return attribute
 
-            def call(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
-                sent.append((name, tensor.nbytes))
-                return attribute(tensor, *arguments, **named)
+            def call(*tensors: Any, **named: Any) -> Any:
+                sent.append((name, tensors[name == "all_gather"].nbytes))
+                return attribute(*tensors, **named)
 
             return call
 
@@ -454,23 +466,38 @@ def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]
     return sent
 
 
-@pytest.mark.parametrize("tokens", [0, 100, 100_000])
 @pytest.mark.parametrize("rule", RULES)
-def test_what_is_sent_does_not_depend_on_the_tokens(rule: str, tokens: int, eight: Ranks) -> None:
+def test_many_tokens_are_not_sent(rule: str, eight: Ranks) -> None:
     """The bytes that docs/distributed.md states."""
+    tokens = 100_000
     of_rule = {"topk": [8 * 8], "threshold": [], "quantile": [4]}
     float32 = [16_384, 16_384, 8_192] + of_rule[rule]
-    assert eight.run(payloads, tokens, torch.float32, rule) == [[("all_reduce", size) for size in float32]] * 8
+    count = ("all_gather", 8)
+    sent = [count, *(("all_reduce", size) for size in float32)]
+    assert eight.run(payloads, tokens, torch.float32, rule) == [sent] * 8
     of_rule["quantile"] = [8]
     float64 = [16_384] * 5 + [4_096] + of_rule[rule]
-    assert eight.run(payloads, tokens, torch.float64, rule) == [[("all_reduce", size) for size in float64]] * 8
+    sent = [count, *(("all_reduce", size) for size in float64)]
+    assert eight.run(payloads, tokens, torch.float64, rule) == [sent] * 8
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_are_gathered(dtype: torch.dtype, tokens: int, eight: Ranks) -> None:
+    most = max(int(make_inputs((tokens,), dtype, "tied", rank, "cpu")[1].sum()) for rank in range(8))
+    gathered = [("all_gather", size) for size in (8, most * dtype.itemsize)]
+    for rule in RULES:
+        assert eight.run(payloads, tokens, dtype, rule) == [gathered] * 8
 
 
 def test_what_a_choice_by_covariance_sends(eight: Ranks) -> None:
-    """Counts and sums, then a selection among covariances or among random numbers of 64 bits."""
-    first, float32, float64 = [9 * 8, 2 * 8], [16_384, 16_384, 8_192, 8 * 8], [*[16_384] * 5, 4_096, 8 * 8]
-    for mode, sizes in {"kl_cov": first + float32, "clip_cov": first + float64}.items():
-        assert eight.run(payloads, 100, torch.float32, mode) == [[("all_reduce", size) for size in sizes]] * 8
+    """Counts and sums, then a selection among covariances or, for clip_cov, among random numbers of 64 bits."""
+    float32, float64 = [16_384, 16_384, 8_192, 8 * 8], [*[16_384] * 5, 4_096, 8 * 8]
+    for mode, sizes in {"kl_cov": float32, "clip_cov": float64}.items():
+        sent = eight.run(payloads, 100_000, torch.float32, mode)[0]
+        assert sent[:3] == [("all_reduce", 9 * 8), ("all_reduce", 2 * 8), ("all_gather", 8)]
+        # Few tokens are eligible for clip_cov.
+        assert [size for _, size in sent[3:]] == sizes if mode == "kl_cov" else len(sent) == 4
 
 
 @pytest.fixture
@@ -478,7 +505,19 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A group of eight ranks that sends nothing; this process is its fourth."""
     for name, value in {"all_reduce": None, "get_rank": 3, "get_world_size": 8}.items():
         monkeypatch.setattr(dist, name, lambda *_, value=value, **__: value)
+    # Only values on the CPU are gathered, and those of the tests below stand for others.
+    monkeypatch.setattr(_select_over_ranks.Ranks, "gather_if_few", lambda *_: None)
     return object()
+
+
+def test_no_values_are_gathered_from_a_device(eight: Ranks) -> None:
+    """Reading how many each rank has would wait for it."""
+    assert eight.run(gathered_from_a_device) == [True] * 8
+
+
+def gathered_from_a_device() -> bool:
+    values = torch.ones(3, device="meta")
+    return _select_over_ranks.Ranks(dist.group.WORLD).gather_if_few(values, values > 0) is None
 
 
 @pytest.mark.parametrize("rule", RULES)
