@@ -74,7 +74,8 @@ def global_top_mask(
         group: process group whose ranks' tokens compete as one batch, rank after rank; for scope "batch" only.
             Every rank calls, also one without tokens, with the same top_ratio, rule and dtype; shapes may
             differ. The ranks exchange histograms, not entropies; on the CPU they gather the entropies if no rank
-            has more than 32,768 response tokens. The backend must reduce tensors of this device. None: this process alone. `torch.distributed.group.WORLD` is the default group.
+            has more than 32,768 response tokens. The backend must reduce tensors of this device. None: this process
+            alone. `torch.distributed.group.WORLD` is the default group.
         return_threshold: also return the lowest entropy that the rule keeps; for scope "batch" only.
 
     Returns:
