@@ -193,7 +193,7 @@ def run(processes: int, overrides: Overrides) -> list[dict[str, Any]]:
         torchrun(processes, *as_arguments(overrides)),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
@@ -352,14 +352,14 @@ def test_a_rank_that_dies_ends_the_run(machines: int, small_run: Overrides, tmp_
         for _ in range(machines)
     ]
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while len(list(pids.iterdir())) < 2 or not all(path.read_text() for path in pids.iterdir()):
             assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
             time.sleep(0.1)
         of_rank = {path.name: int(path.read_text()) for path in pids.iterdir()}
         os.kill(of_rank["1"], signal.SIGKILL)
         killed = time.monotonic()
-        errors = [process.communicate(timeout=60)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
         assert time.monotonic() - killed < 60
         assert all(process.returncode != 0 for process in processes)
         assert any("SIGKILL" in error or "Signal 9" in error for error in errors)
