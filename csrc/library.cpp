@@ -97,21 +97,23 @@ STABLE_TORCH_LIBRARY(entropy_rl, m) {
       "policy_loss(Tensor log_prob, Tensor old_log_prob, Tensor advantages, Tensor response_mask, "
       "Tensor? entropy_mask=None, Tensor? covariance_mask=None, Tensor? rollout_is_weights=None, "
       "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? seed=None, "
+      "Tensor? token_clip_ratio_low=None, Tensor? token_clip_ratio_high=None, "
       "*" POLICY_LOSS_OPTIONS ") -> (Tensor loss, Tensor metrics)");
   m.def(
       "policy_loss_forward(Tensor log_prob, Tensor old_log_prob, Tensor advantages, "
       "Tensor response_mask, Tensor? entropy_mask=None, Tensor? covariance_mask=None, "
       "Tensor? rollout_is_weights=None, Tensor? batch_num_tokens=None, "
-      "Tensor? global_batch_size=None, Tensor? seed=None, *" POLICY_LOSS_OPTIONS
+      "Tensor? global_batch_size=None, Tensor? seed=None, "
+      "Tensor? token_clip_ratio_low=None, Tensor? token_clip_ratio_high=None, *" POLICY_LOSS_OPTIONS
       ") -> " LOSS_OUTPUTS);
   m.def("policy_loss_backward(" LOSS_GRADIENT ", Tensor log_prob) -> Tensor");
   m.def(
       "kl_loss(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "
-      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, "
+      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? weights=None, *, "
       "str kl_loss_type=\"low_var_kl\"" AGGREGATION_OPTIONS ") -> Tensor");
   m.def(
       "kl_loss_forward(Tensor log_prob, Tensor ref_log_prob, Tensor response_mask, "
-      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, *, "
+      "Tensor? batch_num_tokens=None, Tensor? global_batch_size=None, Tensor? weights=None, *, "
       "str kl_loss_type=\"low_var_kl\"" AGGREGATION_OPTIONS ") -> " LOSS_OUTPUTS);
   m.def("kl_loss_backward(" LOSS_GRADIENT ", Tensor log_prob) -> Tensor");
   m.def(

@@ -198,6 +198,7 @@ def kl_loss(
     ref_log_prob: Tensor,
     response_mask: Tensor,
     *,
+    weights: Tensor | None = None,
     kl_loss_type: str = "low_var_kl",
     loss_agg_mode: str = "token-mean",
     **batch: Any,
@@ -218,6 +219,8 @@ def kl_loss(
         value = (torch.exp(-d) + d - 1).clamp(-10, 10)
     if kl_loss_type.endswith("+"):
         value = value.detach() + k2 - k2.detach()
+    if weights is not None:
+        value = value * _inside(weights, mask).detach()
     return aggregate(value, mask, loss_agg_mode=loss_agg_mode, **batch).to(
         torch.float64 if log_prob.dtype == torch.float64 else torch.float32
     )
@@ -225,11 +228,11 @@ def kl_loss(
 
 @dataclass(frozen=True)
 class _Options:
-    """Numbers of the loss modes."""
+    """Options of the loss modes: numbers, and clip ratios that are numbers or [B, S]."""
 
     clip_ratio: float = 0.2
-    clip_ratio_low: float | None = None
-    clip_ratio_high: float | None = None
+    clip_ratio_low: float | Tensor | None = None
+    clip_ratio_high: float | Tensor | None = None
     clip_ratio_c: float = 3.0
     clip_cov_ratio: float = 0.0002
     clip_cov_lb: float = 1.0
@@ -242,12 +245,17 @@ class _Options:
     seed: int = 0
 
     @property
-    def low(self) -> float:
-        return self.clip_ratio if self.clip_ratio_low is None else self.clip_ratio_low
+    def low(self) -> Tensor:
+        return self._clip_ratio(self.clip_ratio_low)
 
     @property
-    def high(self) -> float:
-        return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high
+    def high(self) -> Tensor:
+        return self._clip_ratio(self.clip_ratio_high)
+
+    def _clip_ratio(self, given: float | Tensor | None) -> Tensor:
+        """Float64, [] or [B, S]."""
+        value = self.clip_ratio if given is None else given
+        return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

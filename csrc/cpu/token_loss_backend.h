@@ -29,6 +29,8 @@ struct Chunk {
   T selected[kChunkTokens];
   T chosen[kChunkTokens];
   T sequence_log_ratio[kChunkTokens];
+  T clip_low[kChunkTokens];
+  T clip_high[kChunkTokens];
   int count;
 
   __attribute__((always_inline)) Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin,
@@ -41,6 +43,8 @@ struct Chunk {
     load(in.response_mask, begin, T(1), response);
     load(in.entropy_mask, begin, T(1), selected);
     load(in.chosen, begin, T(0), chosen);
+    load(in.clip_low, begin, T(0), clip_low);
+    load(in.clip_high, begin, T(0), clip_high);
     const T sequence = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
     for (int i = 0; i < count; ++i) {
       selected[i] *= response[i];
@@ -49,7 +53,8 @@ struct Chunk {
   }
 
   __attribute__((always_inline)) Token<T> token(int i) const {
-    return {log_prob[i], old_log_prob[i], advantage[i], sequence_log_ratio[i], chosen[i] != 0};
+    return {log_prob[i],    old_log_prob[i], advantage[i], sequence_log_ratio[i],
+            chosen[i] != 0, clip_low[i],     clip_high[i]};
   }
 
  private:
@@ -115,8 +120,8 @@ struct TokenLosses {
     double loss = 0;
     for (int64_t row = 0; row < in.rows; ++row) {
       const LossSums<double> tokens = row_sum(sums.data(), row, in.tiles_per_row());
-      const RowLoss result =
-          row_loss<TokenLoss>(tokens, batch, normalization, static_cast<double>(in.rows));
+      const RowLoss result = row_loss<kIsSequenceLoss<TokenLoss>>(tokens, batch, normalization,
+                                                                  static_cast<double>(in.rows));
       loss += result.loss;
       row_scale[row] = static_cast<T>(result.scale);
     }

@@ -22,7 +22,7 @@ struct TokenLosses {
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
     // Also writes the zeros of a batch without tokens.
-    finish_loss_kernel<T, TokenLoss><<<1, kLossRowThreads, 0, device.stream()>>>(
+    finish_loss_kernel<T, kIsSequenceLoss<TokenLoss>><<<1, kLossRowThreads, 0, device.stream()>>>(
         sums.data(), in.rows, in.tiles_per_row(), normalization, mutable_data<T>(out.loss),
         mutable_data<T>(out.metrics), mutable_data<T>(out.row_scale));
     STD_CUDA_KERNEL_LAUNCH_CHECK();

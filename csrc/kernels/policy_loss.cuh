@@ -65,13 +65,14 @@ __global__ void covariance_keys_kernel(CovarianceKey key, TokenInputs<T> in,
                                        const CovarianceMoments* moments /*[]*/,
                                        const int64_t* seed /*[]*/,
                                        typename CovarianceKey::Key* keys /*[rows, cols]*/) {
+  constexpr bool clips = kReadsClipRatios<CovarianceKey>;
   const CovarianceMoments batch = *moments;
   const uint64_t seed_value = static_cast<uint64_t>(*seed);
   for (int64_t tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
-    const bool aligned = tile_is_aligned(in, tile);
+    const bool aligned = tile_is_aligned<clips>(in, tile);
     for_each_pack(in.cols, tile, [&](int64_t row, int64_t index, int count) {
       using Key = typename CovarianceKey::Key;
-      const PackedTokens<T> tokens(in, row, index, count, aligned);
+      const PackedTokens<T, clips> tokens(in, row, index, count, aligned);
       TokenPack<Key> pack;
 #pragma unroll
       for (int j = 0; j < kPackTokens; ++j) {

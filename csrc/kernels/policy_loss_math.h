@@ -5,6 +5,8 @@
 // for both.
 #pragma once
 
+#include <limits>
+
 #include "ratio.h"
 #include "selection.h"
 
@@ -44,6 +46,11 @@ template <class T>
 struct VanillaLoss {
   T low, high, dual_clip;
 
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = T(1) - below;
+    high = T(1) + above;
+  }
+
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
     TokenResult<T> out =
@@ -73,6 +80,12 @@ struct GpgLoss {
 template <class T>
 struct ClipCovLoss {
   T low, high;
+
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = T(1) - below;
+    high = T(1) + above;
+  }
+  ENTROPY_RL_HD const ClipCovLoss& at(const Token<T>&) const { return *this; }
 
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T d = token.log_prob - token.old_log_prob;
@@ -109,6 +122,11 @@ template <class T>
 struct GspoLoss {
   T low, high;
 
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = T(1) - below;
+    high = T(1) + above;
+  }
+
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T log_ratio = token.sequence_log_ratio;
     const bool inside = log_ratio <= T(10);
@@ -126,6 +144,11 @@ struct GspoLoss {
 template <class T>
 struct GeoMeanLoss {
   T low, high;
+
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = -below;
+    high = above;
+  }
 
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T d = token.log_prob - token.old_log_prob;
@@ -169,6 +192,11 @@ template <class T>
 struct DppoTvLoss {
   T low, high, truncation;
 
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = below;
+    high = above;
+  }
+
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T moved = ratio_exp(token.log_prob) - ratio_exp(token.old_log_prob);
     const bool up = token.advantage > 0;
@@ -182,6 +210,11 @@ struct DppoTvLoss {
 template <class T>
 struct DppoKlLoss {
   T low, high, truncation;
+
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = below;
+    high = above;
+  }
 
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const T p = ratio_exp(token.log_prob);
@@ -237,6 +270,11 @@ template <class T>
 struct CispoLoss {
   T low, high;
 
+  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
+    low = T(1) - below;
+    high = T(1) + above;
+  }
+
   ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
     const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
     const T ratio = clamped(r.ratio, low, high);
@@ -248,6 +286,38 @@ struct CispoLoss {
     return out;
   }
 };
+
+// ---- Clip ratios of each token ----
+
+// A loss that clips, with the clip ratios of each token in place of its own two numbers; a separate
+// type, so that losses with numbers load nothing more. A clip ratio below 0, infinite or NaN gives
+// NaN.
+template <class T, class Loss>
+struct ClippedByToken {
+  Loss loss;
+
+  // The loss that a token has.
+  ENTROPY_RL_HD Loss at(const Token<T>& token) const {
+    Loss own = loss;
+    own.set_clip_ratios(token.clip_low, token.clip_high);
+    return own;
+  }
+  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
+    const T largest = std::numeric_limits<T>::max();
+    const bool valid =
+        within(token.clip_low, T(0), largest) & within(token.clip_high, T(0), largest);
+    TokenResult<T> out = at(token)(token);
+    out.loss = valid ? out.loss : T(NAN);
+    out.gradient = valid ? out.gradient : T(NAN);
+    return out;
+  }
+};
+
+template <class T, class Loss>
+inline constexpr bool kReadsClipRatios<ClippedByToken<T, Loss>> = true;
+
+template <class T, class Loss>
+inline constexpr bool kIsSequenceLoss<ClippedByToken<T, Loss>> = kIsSequenceLoss<Loss>;
 
 // ---- Sums before the pass ----
 
@@ -310,10 +380,10 @@ ENTROPY_RL_HD inline uint64_t mixed(uint64_t x) {
 // kIneligibleKey.
 
 // clip_cov: random keys for the unclipped tokens whose covariance lies between two bounds.
-template <class T>
+template <class T, class Loss = ClipCovLoss<T>>
 struct ClipCovKey {
   using Key = uint32_t;
-  ClipCovLoss<T> loss;
+  Loss loss;
   T lower, upper;
   double ratio;
   static constexpr double kEpsilon = kCountEpsilon;
@@ -321,8 +391,9 @@ struct ClipCovKey {
   ENTROPY_RL_HD Key operator()(const Token<T>& token, const CovarianceMoments& moments,
                                uint64_t seed, int64_t index) const {
     const T ratio = ratio_exp(token.log_prob - token.old_log_prob);
+    const ClipCovLoss<T> own = loss.at(token);
     const bool clipped =
-        clipped_surrogate(token.advantage, ratio, ratio, loss.low, loss.high).clipped != T(0);
+        clipped_surrogate(token.advantage, ratio, ratio, own.low, own.high).clipped != T(0);
     const T covariance = moments.covariance(token.log_prob, token.advantage);
     const bool eligible = !clipped & (covariance > lower) & (covariance < upper);
     const Key drawn = static_cast<Key>(mixed(mixed(seed) + static_cast<uint64_t>(index)) >> 32);
@@ -331,6 +402,9 @@ struct ClipCovKey {
     return static_cast<Key>(eligible) * (drawn + static_cast<Key>(drawn == 0));
   }
 };
+
+template <class T, class Loss>
+inline constexpr bool kReadsClipRatios<ClipCovKey<T, Loss>> = kReadsClipRatios<Loss>;
 
 // kl_cov: the covariance itself.
 template <class T>

@@ -30,8 +30,9 @@ __device__ __forceinline__ BatchSums shuffle_xor(const BatchSums& value, int lan
 
 // Up to four consecutive tokens of a row, tokens index ... index + count - 1. What the caller did
 // not give is 0, a weight 1. Values of tokens that the mask leaves out may be NaN, and are not
-// used.
-template <class T>
+// used. Without `clips` the clip ratios are not loaded, so that a loss that has numbers in their
+// place pays nothing for them.
+template <class T, bool clips = false>
 struct PackedTokens {
   TokenPack<T> log_prob;
   TokenPack<T> old_log_prob;
@@ -40,6 +41,8 @@ struct PackedTokens {
   TokenPack<uint8_t> response_mask;
   TokenPack<uint8_t> entropy_mask;
   TokenPack<uint8_t> chosen;
+  TokenPack<T> clip_low;
+  TokenPack<T> clip_high;
   T sequence_log_ratio;
 
   __device__ __forceinline__ PackedTokens(const TokenInputs<T>& in, int64_t row, int64_t index,
@@ -54,12 +57,21 @@ struct PackedTokens {
     response_mask = load(in.response_mask, uint8_t{0});
     entropy_mask = load(in.entropy_mask, uint8_t{1});
     chosen = load(in.chosen, uint8_t{0});
+    if constexpr (clips) {
+      clip_low = load(in.clip_low, T(0));
+      clip_high = load(in.clip_high, T(0));
+    }
     sequence_log_ratio = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
   }
   __device__ __forceinline__ bool is_response(int j) const { return response_mask.values[j] != 0; }
   __device__ __forceinline__ Token<T> token(int j) const {
-    return {log_prob.values[j], old_log_prob.values[j], advantages.values[j], sequence_log_ratio,
-            chosen.values[j] != 0};
+    Token<T> token{log_prob.values[j], old_log_prob.values[j], advantages.values[j],
+                   sequence_log_ratio, chosen.values[j] != 0};
+    if constexpr (clips) {
+      token.clip_low = clip_low.values[j];
+      token.clip_high = clip_high.values[j];
+    }
+    return token;
   }
 };
 
@@ -77,14 +89,15 @@ __device__ __forceinline__ void for_each_pack(int64_t cols, int64_t tile, Fn fn)
   }
 }
 
-// Whether the packs of a tile are aligned in every array that is given.
-template <class T>
+// Whether the packs of a tile are aligned in every array that PackedTokens loads.
+template <bool clips = false, class T>
 __device__ __forceinline__ bool tile_is_aligned(const TokenInputs<T>& in, int64_t tile) {
   const int64_t index = tile / in.tiles_per_row() * in.cols;  // tiles begin at multiples of 4
   const auto fits = [&](const auto* values) {
     using Element = std::decay_t<decltype(*values)>;
     return !values || TokenPack<Element>::is_aligned(values + index);
   };
+  if (clips && !(fits(in.clip_low) && fits(in.clip_high))) return false;
   return fits(in.log_prob) && fits(in.old_log_prob) && fits(in.advantages) && fits(in.weights) &&
          fits(in.response_mask) && fits(in.entropy_mask) && fits(in.chosen);
 }
@@ -92,12 +105,13 @@ __device__ __forceinline__ bool tile_is_aligned(const TokenInputs<T>& in, int64_
 template <class T, class TokenLoss>
 __global__ void token_loss_kernel(TokenLoss token_loss, TokenInputs<T> in,
                                   T* gradient /*[rows, cols]*/, LossSums<T>* sums /*[tiles]*/) {
+  constexpr bool clips = kReadsClipRatios<TokenLoss>;
   __shared__ LossSums<T> shared[kMaxWarps];
   for (int64_t tile = blockIdx.x; tile < in.tiles(); tile += gridDim.x) {
     LossSums<T> sum{};
-    const bool aligned = tile_is_aligned(in, tile);
+    const bool aligned = tile_is_aligned<clips>(in, tile);
     for_each_pack(in.cols, tile, [&](int64_t row, int64_t index, int count) {
-      const PackedTokens<T> tokens(in, row, index, count, aligned);
+      const PackedTokens<T, clips> tokens(in, row, index, count, aligned);
       TokenPack<T> gradients;
 #pragma unroll
       for (int j = 0; j < kPackTokens; ++j) {
@@ -153,7 +167,7 @@ __device__ __forceinline__ Sums<double> shared_row_sum(const Sums<T>* tile_sums,
 }
 
 // Launched with one block.
-template <class T, class TokenLoss>
+template <class T, bool is_sequence_loss>
 __global__ void finish_loss_kernel(const LossSums<T>* sums /*[tiles]*/, int64_t rows,
                                    int64_t tiles_per_row, Normalization normalization,
                                    T* loss /*[]*/, T* metrics /*[kMetrics]*/,
@@ -179,7 +193,7 @@ __global__ void finish_loss_kernel(const LossSums<T>* sums /*[tiles]*/, int64_t 
     const LossSums<double> row_sums = shared_row_sum(sums, row, rows, tiles_per_row, lanes);
     if (!is_first_lane || row >= rows) continue;
     const RowLoss result =
-        row_loss<TokenLoss>(row_sums, batch, normalization, static_cast<double>(rows));
+        row_loss<is_sequence_loss>(row_sums, batch, normalization, static_cast<double>(rows));
     sum += result.loss;
     row_scale[row] = static_cast<T>(result.scale);
   }

@@ -24,6 +24,8 @@ struct Token {
   T advantage;
   T sequence_log_ratio;  // log of the probability ratio's geometric mean over the row
   bool chosen;           // because of its covariance (clip_cov, kl_cov)
+  T clip_low;            // the token's own clip ratios, where a loss reads them (below)
+  T clip_high;
 };
 
 template <class T>
@@ -40,6 +42,10 @@ struct TokenResult {
 template <class TokenLoss>
 inline constexpr bool kIsSequenceLoss = false;
 
+// Whether a loss, or a key of a choice, reads the clip ratios of each token.
+template <class TokenLoss>
+inline constexpr bool kReadsClipRatios = false;
+
 // ---- Sums ----
 
 // The inputs of a call, contiguous [rows, cols]; null where the caller gave none.
@@ -53,6 +59,8 @@ struct TokenInputs {
   const uint8_t* entropy_mask;   // nonzero = in; null: all
   const uint8_t* chosen;
   const T* sequence_log_ratio;  // [rows]
+  const T* clip_low;            // given exactly where kReadsClipRatios
+  const T* clip_high;
   int64_t rows;
   int64_t cols;
 
@@ -182,10 +190,10 @@ ENTROPY_RL_HD inline RowLoss sequence_loss(const LossSums<double>& row, double r
   return {loss, loss / count};
 }
 
-template <class TokenLoss>
+template <bool is_sequence_loss>
 ENTROPY_RL_HD inline RowLoss row_loss(const LossSums<double>& row, const BatchSums& batch,
                                       const Normalization& normalization, double rows) {
-  if constexpr (kIsSequenceLoss<TokenLoss>) {
+  if constexpr (is_sequence_loss) {
     return sequence_loss(row, rows);
   } else {
     return sum_loss(row, batch, normalization);

@@ -21,8 +21,8 @@ void with_kl_penalty(KlPenalty penalty, Fn fn) {
 template <class Backend>
 LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
                           const Tensor& response_mask, std::optional<Tensor> batch_num_tokens,
-                          std::optional<Tensor> global_batch_size, std::string kl_loss_type,
-                          std::string loss_agg_mode, int64_t dp_size,
+                          std::optional<Tensor> global_batch_size, std::optional<Tensor> weights,
+                          std::string kl_loss_type, std::string loss_agg_mode, int64_t dp_size,
                           std::optional<double> loss_scale_factor) {
   const std::pair<const char*, std::pair<KlPenalty, bool>> types[] = {
       {"kl", {KlPenalty::kK1, false}},         {"k1", {KlPenalty::kK1, false}},
@@ -35,6 +35,7 @@ LossTuple kl_loss_forward(const Tensor& log_prob, const Tensor& ref_log_prob,
   const std::pair<KlPenalty, bool> type = parse_choice("kl_loss_type", kl_loss_type, types);
   TokenTensors tokens("log_prob", log_prob, "response_mask", response_mask);
   tokens.old_log_prob = tokens.floats_of("ref_log_prob", ref_log_prob);
+  if (weights) tokens.weights = tokens.floats_of("weights", *weights);
   const CheckedNormalization normalization(
       {loss_agg_mode, "response", dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
       tokens);

@@ -42,48 +42,55 @@ struct PolicyLossNumbers {
 };
 
 // Calls fn with the token loss of a mode; before it, for the two losses that choose tokens by
-// covariance, choose with their key.
+// covariance, choose with their key. `by_token`: the clip ratios are those of each token.
 template <class T, class Choose, class Fn>
-void with_policy_loss(LossMode mode, const PolicyLossNumbers& numbers, Choose choose, Fn fn) {
+void with_policy_loss(LossMode mode, const PolicyLossNumbers& numbers, bool by_token, Choose choose,
+                      Fn fn) {
   const auto scalar = [](double value) { return static_cast<T>(value); };
   const auto ratio_low = [&] { return scalar(1.0 - numbers.clip_low()); };
   const auto ratio_high = [&] { return scalar(1.0 + numbers.clip_high()); };
   const auto dual_clip = [&](double bound) {
     return scalar(above(bound, "clip_ratio_c", numbers.clip_ratio_c));
   };
+  // Calls then with a loss that clips.
+  const auto clipping = [&](const auto& loss, const auto& then) {
+    by_token ? then(ClippedByToken<T, std::decay_t<decltype(loss)>>{loss}) : then(loss);
+  };
   switch (mode) {
-    case LossMode::kVanilla: return fn(VanillaLoss<T>{ratio_low(), ratio_high(), dual_clip(1)});
+    case LossMode::kVanilla:
+      return clipping(VanillaLoss<T>{ratio_low(), ratio_high(), dual_clip(1)}, fn);
     case LossMode::kGpg: return fn(GpgLoss<T>{});
-    case LossMode::kClipCov: {
-      const ClipCovLoss<T> loss{ratio_low(), ratio_high()};
+    case LossMode::kClipCov:
       above(0, "clip_cov_ratio", numbers.clip_cov_ratio);
       check(numbers.clip_cov_lb < numbers.clip_cov_ub, "clip_cov_lb is ", numbers.clip_cov_lb,
             "; it must be below clip_cov_ub, ", numbers.clip_cov_ub);
-      choose(ClipCovKey<T>{loss, scalar(numbers.clip_cov_lb), scalar(numbers.clip_cov_ub),
-                           numbers.clip_cov_ratio});
-      return fn(loss);
-    }
+      return clipping(ClipCovLoss<T>{ratio_low(), ratio_high()}, [&](const auto& loss) {
+        using Loss = std::decay_t<decltype(loss)>;
+        choose(ClipCovKey<T, Loss>{loss, scalar(numbers.clip_cov_lb), scalar(numbers.clip_cov_ub),
+                                   numbers.clip_cov_ratio});
+        fn(loss);
+      });
     case LossMode::kKlCov:
       check(numbers.kl_cov_ratio > 0 && numbers.kl_cov_ratio <= 1, "kl_cov_ratio is ",
             numbers.kl_cov_ratio, "; it must be in (0, 1]");
       choose(KlCovKey<T>{numbers.kl_cov_ratio});
       return fn(KlCovLoss<T>{scalar(at_least_zero("ppo_kl_coef", numbers.ppo_kl_coef))});
-    case LossMode::kGspo: return fn(GspoLoss<T>{ratio_low(), ratio_high()});
+    case LossMode::kGspo: return clipping(GspoLoss<T>{ratio_low(), ratio_high()}, fn);
     case LossMode::kGeoMean:
-      return fn(GeoMeanLoss<T>{scalar(-numbers.clip_low()), scalar(numbers.clip_high())});
+      return clipping(GeoMeanLoss<T>{scalar(-numbers.clip_low()), scalar(numbers.clip_high())}, fn);
     case LossMode::kDppoTv:
-      return fn(
-          DppoTvLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()), dual_clip(0)});
+      return clipping(
+          DppoTvLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()), dual_clip(0)}, fn);
     case LossMode::kDppoKl:
-      return fn(
-          DppoKlLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()), dual_clip(0)});
+      return clipping(
+          DppoKlLoss<T>{scalar(numbers.clip_low()), scalar(numbers.clip_high()), dual_clip(0)}, fn);
     case LossMode::kSapo:
       return fn(SapoLoss<T>{scalar(above(0, "tau_pos", numbers.tau_pos)),
                             scalar(above(0, "tau_neg", numbers.tau_neg))});
     case LossMode::kDro:
       check(numbers.dro_beta.has_value(), "dro_beta is None; loss_mode 'dro' needs it");
       return fn(DroLoss<T>{scalar(above(0, "dro_beta", *numbers.dro_beta))});
-    case LossMode::kCispo: return fn(CispoLoss<T>{ratio_low(), ratio_high()});
+    case LossMode::kCispo: return clipping(CispoLoss<T>{ratio_low(), ratio_high()}, fn);
   }
 }
 
@@ -93,8 +100,9 @@ LossTuple policy_loss_forward(
     const Tensor& response_mask, std::optional<Tensor> entropy_mask,
     std::optional<Tensor> covariance_mask, std::optional<Tensor> rollout_is_weights,
     std::optional<Tensor> batch_num_tokens, std::optional<Tensor> global_batch_size,
-    std::optional<Tensor> seed, std::string loss_mode, std::string normalize, double clip_ratio,
-    std::optional<double> clip_ratio_low, std::optional<double> clip_ratio_high,
+    std::optional<Tensor> seed, std::optional<Tensor> token_clip_ratio_low,
+    std::optional<Tensor> token_clip_ratio_high, std::string loss_mode, std::string normalize,
+    double clip_ratio, std::optional<double> clip_ratio_low, std::optional<double> clip_ratio_high,
     double clip_ratio_c, double clip_cov_ratio, double clip_cov_lb, double clip_cov_ub,
     double kl_cov_ratio, double ppo_kl_coef, double tau_pos, double tau_neg,
     std::optional<double> dro_beta, std::string loss_agg_mode, int64_t dp_size,
@@ -135,9 +143,22 @@ LossTuple policy_loss_forward(
   const CheckedNormalization normalization(
       {loss_agg_mode, normalize, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor},
       tokens);
-  const PolicyLossNumbers numbers{clip_ratio,     clip_ratio_low, clip_ratio_high, clip_ratio_c,
-                                  clip_cov_ratio, clip_cov_lb,    clip_cov_ub,     kl_cov_ratio,
-                                  ppo_kl_coef,    tau_pos,        tau_neg,         dro_beta};
+  PolicyLossNumbers numbers{clip_ratio,     clip_ratio_low, clip_ratio_high, clip_ratio_c,
+                            clip_cov_ratio, clip_cov_lb,    clip_cov_ub,     kl_cov_ratio,
+                            ppo_kl_coef,    tau_pos,        tau_neg,         dro_beta};
+
+  const bool by_token = token_clip_ratio_low.has_value() || token_clip_ratio_high.has_value();
+  if (by_token) {
+    check(!(token_clip_ratio_low && clip_ratio_low) && !(token_clip_ratio_high && clip_ratio_high),
+          "a clip ratio is given as a number and as a tensor; it must be one of them");
+    tokens.clip_low = token_clip_ratio_low
+                          ? tokens.clip_ratios_of("clip_ratio_low", *token_clip_ratio_low)
+                          : tokens.filled(numbers.clip_low());
+    tokens.clip_high = token_clip_ratio_high
+                           ? tokens.clip_ratios_of("clip_ratio_high", *token_clip_ratio_high)
+                           : tokens.filled(numbers.clip_high());
+    numbers.clip_ratio_low = numbers.clip_ratio_high = 0;  // no loss uses them then
+  }
 
   const LossOutputs out(tokens);
   dispatch_accumulate(tokens.dtype, [&](auto element) {
@@ -163,7 +184,7 @@ LossTuple policy_loss_forward(
       }
       inputs.chosen = const_data<uint8_t>(covariance_mask);
     };
-    with_policy_loss<T>(mode, numbers, choose, [&](const auto& token_loss) {
+    with_policy_loss<T>(mode, numbers, by_token, choose, [&](const auto& token_loss) {
       Backend::run(token_loss, inputs, normalization, out);
     });
   });

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "../kernels/token_loss_math.h"
@@ -35,6 +36,11 @@ inline void check_rows(const char* name, const Tensor& values) {
         "; it must be [rows, tokens], or [tokens] for one row");
 }
 
+template <class Fn>
+void dispatch_accumulate(ScalarType dtype, Fn fn) {
+  dtype == ScalarType::Double ? fn(double{}) : fn(float{});
+}
+
 // The inputs of a call: [rows, cols], or [cols] for one row. 16-bit tensors are converted to
 // float32 here, since in practice log-probs are float32 already.
 struct TokenTensors {
@@ -47,6 +53,8 @@ struct TokenTensors {
   std::optional<Tensor> advantages;
   std::optional<Tensor> weights;
   std::optional<Tensor> entropy_mask;
+  std::optional<Tensor> clip_low;
+  std::optional<Tensor> clip_high;
 
   TokenTensors(const char* values_name, const Tensor& values_in, const char* mask_name,
                const Tensor& mask)
@@ -67,6 +75,22 @@ struct TokenTensors {
     check_fits(name, tensor);
     return as_contiguous(tensor, dtype);
   }
+  // Clip ratios of each token. On CUDA, where looking would wait for the device, the loss answers a
+  // wrong one with NaN.
+  Tensor clip_ratios_of(const char* name, const Tensor& tensor) const {
+    const Tensor ratios = floats_of(name, tensor);
+    if (ratios.is_cpu()) {
+      dispatch_accumulate(
+          dtype, [&](auto element) { check_clip_ratios<decltype(element)>(name, ratios); });
+    }
+    return ratios;
+  }
+  // One number for all tokens.
+  Tensor filled(double value) const {
+    Tensor out = torch::stable::new_empty(values, shape_of(values), dtype);
+    torch::stable::fill_(out, value);
+    return out;
+  }
   Tensor mask_of(const char* name, const Tensor& mask) const {
     check_fits(name, mask);
     return as_bool_mask(name, mask);
@@ -85,11 +109,31 @@ struct TokenTensors {
             const_data<uint8_t>(entropy_mask),
             nullptr,
             nullptr,
+            const_data<T>(clip_low),
+            const_data<T>(clip_high),
             rows,
             cols};
   }
 
  private:
+  template <class T>
+  void check_clip_ratios(const char* name, const Tensor& ratios) const {
+    const T* values = const_data<T>(ratios);
+    const uint8_t* inside = const_data<uint8_t>(response_mask);
+    const auto wrong = [&](int64_t i) {
+      const bool fits = (values[i] >= 0) & (values[i] <= std::numeric_limits<T>::max());
+      return (inside[i] != 0) & !fits;
+    };
+    const int64_t count = rows * cols;
+    // Counted without a branch, so that the loop vectorises.
+    int32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found |= wrong(i);
+    for (int64_t i = 0; i < count && found; ++i) {
+      check(!wrong(i), name, "[", i, "] (flat index) is ", values[i],
+            "; it must be a finite number, 0 or above");
+    }
+  }
+
   void check_fits(const char* name, const Tensor& tensor) const {
     const std::string why = std::string("the shape of ") + name_;
     check_shape(name, tensor, shape_of(values), why.c_str());
@@ -173,11 +217,6 @@ struct CheckedNormalization : Normalization {
     }
   }
 };
-
-template <class Fn>
-void dispatch_accumulate(ScalarType dtype, Fn fn) {
-  dtype == ScalarType::Double ? fn(double{}) : fn(float{});
-}
 
 // The factors that the backward of every loss op multiplies, in the accumulate dtype.
 struct LossGradient {

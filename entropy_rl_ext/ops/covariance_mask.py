@@ -22,8 +22,8 @@ def covariance_mask(
     *,
     group: dist.ProcessGroup | None = None,
     clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
+    clip_ratio_low: float | Tensor | None = None,
+    clip_ratio_high: float | Tensor | None = None,
     clip_cov_ratio: float = 0.0002,
     clip_cov_lb: float = 1.0,
     clip_cov_ub: float = 5.0,
@@ -63,19 +63,20 @@ def covariance_mask(
     if loss_mode not in LOSS_MODES:
         raise ValueError(f"loss_mode is {loss_mode!r}; it must be one of {', '.join(map(repr, LOSS_MODES))}")
     batch = {"old_log_prob": old_log_prob, "advantages": advantages, "response_mask": response_mask}
-    for name, tensor in batch.items():
+    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    clips = {"clip_ratio_low": low, "clip_ratio_high": high}
+    of_tokens = {name: value for name, value in clips.items() if isinstance(value, Tensor)}
+    for name, tensor in (batch | of_tokens).items():
         if tensor.shape != log_prob.shape:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; it must be {list(log_prob.shape)}, that of log_prob"
             )
-    low = clip_ratio if clip_ratio_low is None else clip_ratio_low
-    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
     # policy_loss checks the other arguments, before anything is sent.
     policy_loss(
         *(tensor.new_empty(0, 0) for tensor in (log_prob, *batch.values())),
         loss_mode=loss_mode,
-        clip_ratio_low=low,
-        clip_ratio_high=high,
+        **(clips | {name: tensor.new_empty(0, 0) for name, tensor in of_tokens.items()}),
         clip_cov_ratio=clip_cov_ratio,
         clip_cov_lb=clip_cov_lb,
         clip_cov_ub=clip_cov_ub,
@@ -95,7 +96,8 @@ def covariance_mask(
         values, eligible, share = covariance, inside, kl_cov_ratio
     else:
         ratio = (log_p - old).exp()
-        clipped = -advantage * ratio.clamp(1 - low, 1 + high) > -advantage * ratio
+        lowest, highest = (torch.as_tensor(bound, dtype=dtype, device=ratio.device) for bound in (1 - low, 1 + high))
+        clipped = -advantage * ratio.clamp(lowest, highest) > -advantage * ratio
         eligible = inside & ~clipped & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
         place = inside.flatten().cumsum(0).view(inside.shape) - 1 + counts[: ranks.own].sum()
         values, share = random_numbers(first_seed, place), clip_cov_ratio

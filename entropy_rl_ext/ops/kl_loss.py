@@ -14,6 +14,7 @@ def kl_loss(
     ref_log_prob: Tensor,
     response_mask: Tensor,
     *,
+    weights: Tensor | None = None,
     kl_loss_type: str = "low_var_kl",
     loss_agg_mode: str = "token-mean",
     dp_size: int = 1,
@@ -38,6 +39,7 @@ def kl_loss(
         ref_log_prob: the same shape.
         response_mask: the same shape, any dtype, nonzero = in. Other tokens contribute exactly 0. Floats must be 0 or
             1; on CUDA, where looking would wait for the device, others give NaN.
+        weights: factor of each token's estimate: the same shape, floating. Divisors do not change. None: 1.
         kl_loss_type: one of the names above.
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as in `aggregate`.
 
@@ -51,13 +53,16 @@ def kl_loss(
 
     Sources: verl 0.9.1, kl_penalty; joschu.net/blog/kl-approx.html.
     """
-    check_tensors(log_prob=log_prob, ref_log_prob=ref_log_prob, response_mask=response_mask)
+    check_tensors(
+        log_prob=log_prob, ref_log_prob=ref_log_prob, response_mask=response_mask, optional={"weights": weights}
+    )
     loss: Tensor = torch.ops.entropy_rl.kl_loss(
         log_prob,
         ref_log_prob,
         response_mask,
         scalar_tensor("batch_num_tokens", batch_num_tokens, log_prob.device),
         scalar_tensor("global_batch_size", global_batch_size, log_prob.device),
+        weights,
         kl_loss_type=kl_loss_type,
         loss_agg_mode=loss_agg_mode,
         dp_size=dp_size,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._fakes import check_tensors
+from ._fakes import check_number, check_tensors
 from ._loss import loss_and_metrics, register_loss, scalar_tensor
 
 # The op returns all metrics; each loss mode reports those that verl reports for it.
@@ -33,8 +33,8 @@ def policy_loss(
     loss_agg_mode: str = "token-mean",
     normalize: str = "selected",
     clip_ratio: float = 0.2,
-    clip_ratio_low: float | None = None,
-    clip_ratio_high: float | None = None,
+    clip_ratio_low: float | Tensor | None = None,
+    clip_ratio_high: float | Tensor | None = None,
     clip_ratio_c: float = 3.0,
     clip_cov_ratio: float = 0.0002,
     clip_cov_lb: float = 1.0,
@@ -76,7 +76,11 @@ def policy_loss(
             (TRL). At ratio 0.2, "selected" gives a loss and a gradient five times as large. A row counts in a
             mean over rows if it has such a token.
         clip_ratio, clip_ratio_low, clip_ratio_high: how far the ratio may go below and above 1 before it is
-            clipped; for dppo_tv and dppo_kl the divergence allowed. clip_ratio is the default of the other two.
+            clipped; for dppo_tv and dppo_kl the divergence allowed. clip_ratio, a number, is the default of the other
+            two. Each of those is a number, or a tensor with the clip ratio of each token, of the shape of log_prob,
+            float32, bfloat16, float16 or float64, finite and 0 or above in response tokens. gspo clips the sequence's
+            ratio, and geo_mean the token's log-ratio, with the clip ratios of the token. The arithmetic with a tensor
+            is that of the result's dtype; with numbers, 1 - low and 1 + high are computed in float64.
         clip_ratio_c: dual clip of vanilla (above 1); truncation of the ratio for dppo_tv and dppo_kl.
         clip_cov_ratio, clip_cov_lb, clip_cov_ub: clip_cov drops max(1, int(ratio * response tokens)) tokens,
             drawn at random from the unclipped ones whose covariance lies between the bounds.
@@ -92,8 +96,9 @@ def policy_loss(
         loss_scale_factor: divisor of seq-mean-token-sum-norm; None: S.
 
     `seed`, `batch_num_tokens` and `global_batch_size` may be 0-dim tensors on the device. On CUDA, where looking at
-    values would wait for the device, a divisor below 0 gives a loss of NaN, and a float in a mask that is neither 0 nor
-    1 gives a loss and metrics of NaN.
+    values would wait for the device, a divisor below 0 gives a loss of NaN, a clip ratio in a tensor that is below 0 or
+    not finite gives its token a loss and a gradient of NaN, and a float in a mask that is neither 0 nor 1 gives a loss
+    and metrics of NaN.
 
     Returns:
         (loss, metrics). The loss is 0-dim, float32 (float64 for float64 log-probs), as is all arithmetic. The
@@ -120,6 +125,8 @@ def policy_loss(
             "rollout_is_weights": rollout_is_weights,
         },
     )
+    low, token_low = _number_or_tensor("clip_ratio_low", clip_ratio_low)
+    high, token_high = _number_or_tensor("clip_ratio_high", clip_ratio_high)
     # A warning cannot be part of a compiled graph.
     if entropy_mask is not None and loss_mode in ("gspo", "geo_mean") and not torch.compiler.is_compiling():
         _warn_not_applied(loss_mode)
@@ -134,11 +141,13 @@ def policy_loss(
         scalar_tensor("batch_num_tokens", batch_num_tokens, log_prob.device),
         scalar_tensor("global_batch_size", global_batch_size, log_prob.device),
         scalar_tensor("seed", seed, log_prob.device) if loss_mode == "clip_cov" else None,
+        token_low,
+        token_high,
         loss_mode=loss_mode,
         normalize=normalize,
         clip_ratio=clip_ratio,
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
         clip_ratio_c=clip_ratio_c,
         clip_cov_ratio=clip_cov_ratio,
         clip_cov_lb=clip_cov_lb,
@@ -157,6 +166,13 @@ def policy_loss(
     if entropy_mask is None:
         unreported = unreported | {"actor/entropy_token_ratio"}
     return loss, {name: value for name, value in metrics.items() if name not in unreported}
+
+
+def _number_or_tensor(name: str, value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    if isinstance(value, Tensor):
+        return None, value
+    check_number(name, value)
+    return value, None
 
 
 @functools.cache

@@ -190,6 +190,38 @@ TEST(PolicyLoss, Cispo) {
   }
 }
 
+// Every loss with the clip ratios of a token is the loss with those two numbers.
+template <class Loss>
+void expect_clip_ratios(const Loss& with_numbers, Loss any) {
+  any.low = any.high = kNan;  // not used
+  const ClippedByToken<double, Loss> by_token{any};
+  for (Token<double> t : tokens()) {
+    t.sequence_log_ratio = t.log_prob - t.old_log_prob;
+    t.clip_low = 0.125;
+    t.clip_high = 0.25;
+    EXPECT_EQ(by_token(t).loss, with_numbers(t).loss);
+    EXPECT_EQ(by_token(t).gradient, with_numbers(t).gradient);
+    EXPECT_EQ(by_token(t).clipped, with_numbers(t).clipped);
+    for (const double wrong : {-0.1, kNan, double(INFINITY)}) {
+      for (const bool low : {false, true}) {
+        Token<double> bad = t;
+        (low ? bad.clip_low : bad.clip_high) = wrong;
+        EXPECT_TRUE(std::isnan(by_token(bad).loss) && std::isnan(by_token(bad).gradient));
+      }
+    }
+  }
+}
+
+TEST(PolicyLoss, ClipRatiosOfEachToken) {
+  expect_clip_ratios(VanillaLoss<double>{0.875, 1.25, 3}, {0, 0, 3});
+  expect_clip_ratios(ClipCovLoss<double>{0.875, 1.25}, {});
+  expect_clip_ratios(GspoLoss<double>{0.875, 1.25}, {});
+  expect_clip_ratios(GeoMeanLoss<double>{-0.125, 0.25}, {});
+  expect_clip_ratios(DppoTvLoss<double>{0.125, 0.25, 1.2}, {0, 0, 1.2});
+  expect_clip_ratios(DppoKlLoss<double>{0.125, 0.25, 1.2}, {0, 0, 1.2});
+  expect_clip_ratios(CispoLoss<double>{0.875, 1.25}, {});
+}
+
 TEST(PolicyLoss, NanIsKept) {
   const Token<double> bad{kNan, -1, 1, kNan, false};
   EXPECT_TRUE(std::isnan(VanillaLoss<double>({kLow, kHigh, 3})(bad).loss));
@@ -332,6 +364,39 @@ TYPED_TEST(PolicyLossKernels, GeoMeanIsAFunctionOfRowSums) {
       EXPECT_NEAR(run.row_scale[row], row_loss / count, kTolerance<T>);
     }
     EXPECT_NEAR(run.loss[0], loss, kTolerance<T>);
+  }
+}
+
+// Aligned rows and others, where the packs of the clip ratios are loaded one by one.
+TYPED_TEST(PolicyLossKernels, ClipRatiosOfEachToken) {
+  using T = TypeParam;
+  for (const int64_t cols : {int64_t{1}, int64_t{100}, int64_t{101}, kTileTokens + 53}) {
+    TokenBatch<T> batch(3, cols);
+    simt::Buffer<T> low(3 * cols + 1), high(3 * cols + 1);
+    for (int64_t i = 0; i <= 3 * cols; ++i) {
+      low[i] = static_cast<T>(i % 3 == 0 ? 0.05 : 0.3);
+      high[i] = static_cast<T>(i % 2 == 0 ? 0.05 : 0.5);
+    }
+    TokenInputs<T> in = batch.inputs();
+    for (const int64_t misaligned : {0, 1}) {
+      in.clip_low = low.data() + misaligned;
+      in.clip_high = high.data();
+      using Loss = ClippedByToken<T, VanillaLoss<T>>;
+      LossRun<T, Loss> run({{T(0), T(0), T(1.5)}}, in, normalization(Aggregation::kTokenSum));
+      double loss = 0;
+      for (int64_t i = 0; i < 3 * cols; ++i) {
+        double gradient = 0;
+        if (batch.selected(i)) {
+          const double below = low[i + misaligned], above = high[i];
+          const TokenResult<double> result =
+              VanillaLoss<double>{1 - below, 1 + above, 1.5}(batch.token(i));
+          loss += result.loss * double(batch.weights[i]);
+          gradient = result.gradient * double(batch.weights[i]);
+        }
+        EXPECT_NEAR(run.gradient[i], gradient, kTolerance<T>) << i;
+      }
+      EXPECT_NEAR(run.loss[0], loss, kTolerance<T> * std::max<double>(1, cols));
+    }
   }
 }
 

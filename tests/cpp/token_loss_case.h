@@ -68,6 +68,8 @@ struct TokenBatch {
             entropy_mask.data(),
             nullptr,
             nullptr,
+            nullptr,
+            nullptr,
             rows,
             cols};
   }
@@ -94,8 +96,8 @@ struct LossRun {
         row_scale(in.rows) {
     simt::launch(kBlocks, kThreads, token_loss_kernel<T, TokenLoss>, token_loss, in,
                  gradient.data(), sums.data());
-    simt::launch(1, kThreads, finish_loss_kernel<T, TokenLoss>, sums.data(), in.rows,
-                 in.tiles_per_row(), by, loss.data(), metrics.data(), row_scale.data());
+    simt::launch(1, kThreads, finish_loss_kernel<T, kIsSequenceLoss<TokenLoss>>, sums.data(),
+                 in.rows, in.tiles_per_row(), by, loss.data(), metrics.data(), row_scale.data());
   }
 };
 

@@ -39,7 +39,7 @@ def arguments_of_every_op():
         "get_global_entropy_top_mask": selection,
         "covariance_mask": batch,
         "policy_loss": batch | {"entropy_mask": x, "covariance_mask": None, "rollout_is_weights": x},
-        "kl_loss": {"log_prob": x, "ref_log_prob": x, "response_mask": x},
+        "kl_loss": {"log_prob": x, "ref_log_prob": x, "response_mask": x, "weights": x},
         "aggregate": {"values": x, "mask": x},
     }
 

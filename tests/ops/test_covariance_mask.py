@@ -32,6 +32,23 @@ def test_equals_reference(mode: str, device: torch.device) -> None:
         assert torch.equal(chosen, reference.covariance_mask(*batch, mode, seed=seed, **OPTIONS[mode]))
 
 
+def test_clip_ratios_of_each_token(device: torch.device) -> None:
+    """clip_cov draws from other tokens where their clip ratios differ; all of the same value are that number."""
+    batch = [value.to(device) for value in make_steps(1000, 5, False, torch.float64)]
+    options = OPTIONS["clip_cov"] | {"clip_cov_ratio": 1.0}
+    low, high = (torch.where(batch[0] > batch[0].mean(), *values) for values in ((0.0, 0.5), (0.05, 0.6)))
+    low, high = low.double(), high.double()
+    for ratios in ({"clip_ratio_low": low, "clip_ratio_high": high}, {"clip_ratio_high": high}):
+        chosen = covariance_mask(*batch, "clip_cov", **ratios, **options)
+        assert torch.equal(chosen, reference.covariance_mask(*batch, "clip_cov", **ratios, **options))
+        assert not torch.equal(chosen, covariance_mask(*batch, "clip_cov", **options))
+    full = torch.full_like(low, 0.2)
+    assert torch.equal(
+        covariance_mask(*batch, "clip_cov", clip_ratio_low=full, clip_ratio_high=full, **options),
+        covariance_mask(*batch, "clip_cov", **options),
+    )
+
+
 def differences(size: int, seed: int, tokens: int, tied: bool, dtype: torch.dtype, mode: str) -> Any:
     """Where this rank's choice from its part of a batch differs from the choice from the unsplit batch."""
     if dist.get_rank() >= size:
@@ -120,6 +137,7 @@ def test_nothing_to_choose_from(mode: str, device: torch.device) -> None:
         ({"clip_cov_ratio": 0.0}, "clip_cov_ratio is 0"),
         ({"loss_mode": "kl_cov", "kl_cov_ratio": 2.0}, "kl_cov_ratio is 2"),
         ({"clip_ratio": -1.0}, "clip_ratio_low is -1"),
+        ({"clip_ratio_low": torch.ones(3)}, r"clip_ratio_low has shape \[3\]; it must be \[2, 3\], that of log_prob"),
         ({"seed": -1}, "seed is -1; it must be 0 or above"),
     ],
     ids=str,

@@ -44,6 +44,22 @@ def test_parity_over_aggregations(device, kind):
         assert_equal_to_reference(batch, 4.0 * 1500, kl_loss_type=kind, **aggregation)
 
 
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights(device, kind, dtype):
+    """A factor of each token's estimate, in every aggregation; the divisors stay. NaN outside the mask is ignored."""
+    batch = make_batch((5, 300), dtype, device)
+    weights = torch.where(batch["response_mask"], batch["weights"], math.nan)
+    for aggregation in with_batch_numbers():
+        loss, gradient = run(kl_loss, batch, kl_loss_type=kind, weights=weights, **aggregation)
+        wide = {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
+        expected = run(reference.kl_loss, wide, kl_loss_type=kind, weights=weights.double(), **aggregation)
+        assert_within(loss, expected[0], 8.0 * 1500)
+        assert_within(gradient, expected[1], 8.0 * 1500 / batch["response_mask"].sum().item())
+    ones = torch.ones_like(weights)
+    assert torch.equal(run(kl_loss, batch, weights=ones)[1], run(kl_loss, batch)[1])
+
+
 def test_aliases(device):
     batch = make_batch((3, 9), torch.float32, device)
     for alias, name in (("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl")):
@@ -102,7 +118,7 @@ def test_packed_tokens_are_one_row(device):
 
 def test_opcheck(device):
     batch = make_batch((3, 9), torch.float32, device)
-    tensors = tuple(batch[name] for name in NAMES)
+    tensors = (*(batch[name] for name in NAMES), None, None, batch["weights"])
     tensors[0].requires_grad_()
     for op in (torch.ops.entropy_rl.kl_loss, torch.ops.entropy_rl.kl_loss_forward):
         torch.library.opcheck(op, tensors, {"kl_loss_type": "k3+"})
@@ -128,5 +144,7 @@ def test_bad_input(device):
         kl_loss(log_prob, ref_log_prob[:, 1:], mask)
     with pytest.raises(ValueError, match="ref_log_prob is int64"):
         kl_loss(log_prob, ref_log_prob.long(), mask)
+    with pytest.raises(ValueError, match=r"weights has shape \[3\]; it must be \[3, 9\], the shape of log_prob"):
+        kl_loss(log_prob, ref_log_prob, mask, weights=torch.ones(3, device=device))
     with pytest.raises(ValueError, match="must be on the same device"):
         kl_loss(log_prob, ref_log_prob, mask.to("meta"))

@@ -119,6 +119,164 @@ def test_a_covariance_mask_stands_in_for_the_choice(device, mode, dtype, shape):
         assert_equal_to_reference(batch, mode, LARGEST_LOSS, **options)
 
 
+# ---- Clip ratios of each token ---------------------------------------------------------------------------
+
+CLIPPING_MODES = ["vanilla", "clip_cov", "gspo", "geo_mean", "dppo_tv", "dppo_kl", "cispo"]
+
+
+# Two values of each clip ratio, as a step with selected and other tokens has them.
+TWO_RATIOS = {"clip_ratio_low": (0.1, 0.3), "clip_ratio_high": (0.2, 0.5)}
+
+
+def scale_of(mode):
+    """The ratios of gspo are means over a sequence, which are near 1."""
+    return 0.1 if mode == "gspo" else 1.0
+
+
+def clip_ratios(batch, mode="vanilla"):
+    """The clip ratios of each token, NaN outside the response."""
+    inside, chosen = batch["response_mask"], batch["entropy_mask"]
+    own = {name: torch.where(chosen, high, low) * scale_of(mode) for name, (low, high) in TWO_RATIOS.items()}
+    return {name: torch.where(inside, value.to(batch["log_prob"]), math.nan) for name, value in own.items()}
+
+
+def both_clip_ratios(batch, mode, **options):
+    ratios = clip_ratios(batch, mode)
+    wide = widened(ratios)
+    actual = run(policy_loss, batch, mode, **options, **ratios)
+    return actual, run(reference.policy_loss, widened(batch), mode, **options, **wide)
+
+
+@pytest.mark.parametrize("mode", CLIPPING_MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_with_clip_ratios_of_each_token(device, mode, shape, dtype):
+    batch = make_batch(shape, dtype, device)
+    for options in ({}, {"entropy": True, "weights": True}):
+        (loss, metrics, gradient), (expected_loss, expected_metrics, expected_gradient) = both_clip_ratios(
+            batch, mode, **options
+        )
+        assert_within(loss, expected_loss, LARGEST_LOSS)
+        assert_within(gradient, expected_gradient, expected_gradient.abs().max())
+        assert metrics.keys() == expected_metrics.keys()
+        for name, value in metrics.items():
+            assert_within(value, expected_metrics[name], 1.0)
+
+
+@pytest.mark.parametrize("mode", CLIPPING_MODES)
+def test_clip_ratios_of_each_token_matter(device, mode):
+    """What the parity tests compare is not what one number gives."""
+    batch = make_batch((5, 300), torch.float64, device)
+    own = run(policy_loss, batch, mode, **clip_ratios(batch, mode))
+    for place in (0, 1):
+        numbers = {name: values[place] * scale_of(mode) for name, values in TWO_RATIOS.items()}
+        one = run(policy_loss, batch, mode, **numbers)
+        assert own[0] != one[0] and not torch.equal(own[2], one[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["clip_ratio_low", "clip_ratio_high"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5000), (70, 33)], ids=str)
+def test_one_clip_ratio_for_all_tokens_is_that_number(device, mode, name, shape):
+    """To the bit in float64, where 1 - 0.2 is the same number however it is computed; the other ratio is a number."""
+    batch = make_batch(shape, torch.float64, device)
+    full = torch.full(shape, NUMBERS[name], dtype=torch.float64, device=device)
+    expected = run(policy_loss, batch, mode, entropy=True, weights=True)
+    for value in (full, full[:, :1].expand(shape)):
+        actual = run(policy_loss, batch, mode, entropy=True, weights=True, **{name: value})
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+        assert actual[1] == expected[1]
+    one = run(policy_loss, {k: v[0] for k, v in batch.items()}, mode, **{name: full[0]})
+    row = run(policy_loss, {k: v[:1] for k, v in batch.items()}, mode)
+    assert torch.equal(one[0], row[0]) and torch.equal(one[2], row[2][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clip_ratios_of_any_dtype(device, dtype):
+    batch = make_batch((4, 300), torch.float32, device)
+    ratios = {name: value.to(dtype) for name, value in clip_ratios(batch).items()}
+    loss, _, gradient = run(policy_loss, batch, "vanilla", **ratios)
+    expected = run(reference.policy_loss, widened(batch), "vanilla", **widened(ratios))
+    assert_within(loss, expected[0], LARGEST_LOSS)
+    assert_within(gradient, expected[2], expected[2].abs().max())
+
+
+@pytest.mark.parametrize("mode", CLIPPING_MODES)
+def test_opcheck_with_clip_ratios(device, mode):
+    batch = make_batch((3, 9), torch.float32, device)
+    names = ("log_prob", "old_log_prob", "advantages", "response_mask")
+    tensors = [batch[name] for name in names] + [None] * 5
+    seed = torch.tensor(3, device=device)
+    tensors[0].requires_grad_()
+    ratios = [value.nan_to_num(0.2) for value in clip_ratios(batch).values()]
+    for op in (torch.ops.entropy_rl.policy_loss, torch.ops.entropy_rl.policy_loss_forward):
+        torch.library.opcheck(op, (*tensors, seed, *ratios), {"loss_mode": mode})
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "geo_mean"])
+def test_compile_with_clip_ratios(device, mode):
+    def step(batch, low, high):
+        tensors = [batch[name] for name in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+        return policy_loss(*tensors, loss_mode=mode, clip_ratio_low=low, clip_ratio_high=high)[0]
+
+    compiled, counter = compile_counting(step, dynamic=True)
+    for rows in (4, 7, 12):
+        batch = make_batch((rows, 17), torch.float32, device)
+        ratios = [value.nan_to_num(0.2) for value in clip_ratios(batch).values()]
+        assert torch.equal(compiled(batch, *ratios), step(batch, *ratios))
+    assert counter.graphs == 1
+
+
+def test_clip_ratios_are_constants(device):
+    batch = make_batch((3, 9), torch.float32, device)
+    ratio = torch.full((3, 9), 0.2, device=device, requires_grad=True)
+    tensors = [batch[name] for name in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+    tensors[0].requires_grad_()
+    policy_loss(*tensors, clip_ratio_low=ratio)[0].backward()
+    assert tensors[0].grad is not None and ratio.grad is None
+
+
+@pytest.mark.parametrize("mode", CLIPPING_MODES)
+@pytest.mark.parametrize("name", ["clip_ratio_low", "clip_ratio_high"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_a_wrong_clip_ratio_of_a_token(device, mode, name, value):
+    """An error on the CPU, and NaN on CUDA; outside the response it may be anything."""
+    batch = make_batch((3, 9), torch.float32, device)
+    batch["response_mask"][:, :2] = torch.tensor([True, False], device=device)
+    ratios = torch.full((3, 9), 0.2, device=device)
+    ratios[1, 1] = value  # outside
+    expected = run(policy_loss, batch, mode, **{name: torch.full_like(ratios, 0.2)})
+    actual = run(policy_loss, batch, mode, **{name: ratios})
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    ratios[1, 0] = value
+    if device.type == "cuda":
+        loss, _, gradient = run(policy_loss, batch, mode, **{name: ratios})
+        assert loss.isnan() and gradient[1, 0].isnan() and not gradient[0].isnan().any()
+    else:
+        with pytest.raises(
+            ValueError, match=rf"{name}\[9\] \(flat index\) is .*; it must be a finite number, 0 or above"
+        ):
+            run(policy_loss, batch, mode, **{name: ratios})
+
+
+@pytest.mark.parametrize("name", ["clip_ratio_low", "clip_ratio_high"])
+def test_clip_ratios_that_do_not_fit(device, name):
+    batch = make_batch((3, 9), torch.float32, device)
+    for shape in ((), (1,), (3, 1), (9,), (2, 9)):
+        with pytest.raises(ValueError, match=rf"{name} has shape .*; it must be \[3, 9\], the shape of log_prob"):
+            run(policy_loss, batch, "vanilla", **{name: torch.ones(shape, device=device)})
+    with pytest.raises(ValueError, match=f"{name} is int64; it must be float32, float64, bfloat16 or float16"):
+        run(policy_loss, batch, "vanilla", **{name: torch.ones(3, 9, dtype=torch.int64, device=device)})
+    with pytest.raises(ValueError, match=f"{name} is .*on .*meta.* must be on the same device|{name} is on"):
+        run(policy_loss, batch, "vanilla", **{name: torch.ones(3, 9, device="meta")})
+    with pytest.raises(TypeError, match=f"{name} is of type list; it must be a number or a torch.Tensor"):
+        run(policy_loss, batch, "vanilla", **{name: [0.2] * 9})
+    with pytest.raises(ValueError, match="a clip ratio is given as a number and as a tensor"):
+        tensors = [batch[key] for key in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+        ratios = {f"token_{name}": torch.ones(3, 9, device=device), name: 0.2}
+        torch.ops.entropy_rl.policy_loss(*tensors, **ratios)
+
+
 # ---- The gradient ----------------------------------------------------------------------------------------
 
 # The other modes detach a factor of the loss; the parity tests compare their gradients with the reference.
