@@ -257,7 +257,36 @@ def test_characters_of_several_tokens(tmp_path: Path, browser: WebDriver) -> Non
     assert min(widths) > 5, "each token of a character can be pointed at"
     ActionChains(browser).move_to_element(token(browser, 2)).perform()
     tip = browser.find_element(By.ID, "tip").text
-    assert "⟨98⟩" in tip and "bytes 2 of 3 of 春" in tip
+    assert "⟨98⟩" in tip and "part 2 of 3 of 春" in tip
+
+
+@pytest.mark.parametrize(
+    ("words", "glyphs"),
+    [
+        (["👍", "🏽"], {"👍🏽": 8}),
+        (["👩", "\u200d", "🔬", "👩"], {"👩\u200d🔬": 11, "👩": 4}),
+        (["🇩", "🇪", "🇫", "🇷"], {"🇩🇪": 8, "🇫🇷": 8}),
+        (["❤", "\ufe0f", "x"], {"❤\ufe0f": 6}),
+        (["e", "\u0301", "e"], {"e\u0301": 3}),
+        (["👩", "\u200d", " x"], {"👩\u200d": 7}),
+    ],
+    ids=["color", "joiner", "flags", "variation", "mark", "unfinished"],
+)
+@pytest.mark.parametrize("split", [True, False], ids=["bytes", "characters"])
+def test_characters_of_several_code_points(
+    split: bool, words: list[str], glyphs: dict[str, int], tmp_path: Path, browser: WebDriver
+) -> None:
+    """One glyph, whether its tokens are bytes or code points."""
+    parts = [[f"⟨{byte:02x}⟩" for byte in w.encode()] if split and not w.isascii() else [w] for w in words]
+    tokens = [part for of_word in parts for part in of_word]
+    rollout = Rollout("", "", 0.0, 1, tokens, entropies=[1.0] * len(tokens))
+    write_rollout_page(tmp_path / "page.html", [rollout], title="a run")
+    open_page(browser, tmp_path / "page.html")
+    found = browser.find_elements(By.CLASS_NAME, "glyph")
+    drawn = {str(g.get_property("textContent")): len(g.find_elements(By.CLASS_NAME, "t")) for g in found}
+    expected = glyphs if split else {text: len(text) for text in glyphs if len(text) > 1}
+    assert drawn == expected
+    assert len(browser.find_elements(By.CSS_SELECTOR, "article .t")) == len(tokens)
 
 
 def test_copy(one: list[Measurement], pages: Path, browser: WebDriver) -> None:
