@@ -418,7 +418,8 @@ const bars = (heights) => [...heights].map((h, i) => {
 }).join("");
 
 const chartOf = (name) => document.querySelector(`[data-chart=${name}]`);
-const curve = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${(100 - 98 * y).toFixed(2)}`).join("");
+const curve = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${(100 - 98 * y).toFixed(2)}`).join("")
+  + (points.length === 1 ? "h0" : ""); // a dot
 const across = (x) => `<line class="at" x1="${x}" x2="${x}" y1="0" y2="100"/>`;
 const shareGuide = () => {
   const y = 100 - 98 * (batch.n ? shown().count / batch.n : 0);
