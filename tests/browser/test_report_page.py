@@ -219,7 +219,10 @@ def test_an_address_names_a_token(one: list[Measurement], pages: Path, browser: 
     browser.get(path.as_uri() + "#3.2")
     WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, ".t.cursor"))
     assert browser.find_element(By.CSS_SELECTOR, ".t.cursor").get_attribute("data-i") == "302"
-    assert "token 2 of completion 3" in browser.find_element(By.ID, "tip").text
+    tip = browser.find_element(By.ID, "tip")
+    assert "token 2 of completion 3" in tip.text
+    probability = f"{100 * one[0].log_prob[302].exp():.1f} %"  # read after the first paint
+    WebDriverWait(browser, 20).until(lambda _: probability in tip.text)
     for wrong in ("#9.1", "#1.999", "#x", "#step3-1.1"):
         browser.execute_script("location.hash = arguments[0]", wrong)
     assert browser.get_log("browser") == []

@@ -701,7 +701,8 @@ function startBatch() {
   drawSteps();
   // After the first paint.
   const started = batch;
-  started.complete = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); }).then(() => readProbabilities(started));
+  started.complete = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); })
+    .then(() => readProbabilities(started)).then(completeTip);
 }
 
 // ---- The token under the pointer or the cursor
@@ -741,6 +742,11 @@ function showTip(span) {
   const below = at.bottom + 8;
   tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - box.width - 8))}px`;
   tip.style.top = `${below + box.height < innerHeight ? below : Math.max(8, at.top - box.height - 8)}px`;
+}
+
+function completeTip() { // of a token that was opened before its probabilities had been read
+  const span = document.querySelector(".t.cursor");
+  if (span && !byId("tip").hidden) showTip(span);
 }
 
 const hideTip = () => { byId("tip").hidden = true; };
@@ -877,7 +883,7 @@ byId("models").title = byId("models").textContent;
 const same = data.sampledAt === null || data.sampledAt === data.temperature;
 byId("temperatures").textContent = same
   ? (data.temperature ?? 1) === 1 ? "" : `temperature ${data.temperature}`
-  : `sampled at temperature ${data.sampledAt}, measured at ${data.temperature}`;
+  : `temperature ${data.sampledAt}, measured at ${data.temperature}`;
 document.title = `Forking tokens: ${data.title}`;
 
 choice(byId("table-order"), "order", [[true, "highest"], [false, "lowest"]], true, (value) => { state.highest = value; drawTable(); });
