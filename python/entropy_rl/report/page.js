@@ -4,7 +4,7 @@ const CHUNK = 20; // the completions of a chunk; its elements exist only while i
 const BLOCK_TOKENS = 400; // the tokens of a block of a completion; its elements too exist only near the window
 const BLOCK_LIMIT = 800; // the length at which a block ends even without a line break
 const FILL_AT_ONCE = 2000; // the tokens of a chunk that are drawn without waiting for the observer
-const GLYPH_TOKENS = 16; // the most tokens that are tried as parts of one character
+const GLYPH_TOKENS = 32; // the most tokens that are tried as parts of one character
 const TABLE_ROWS = 20;
 const BINS = 64;
 
@@ -83,23 +83,41 @@ const bytesOf = data.vocabulary.map((text) => {
   const found = /^⟨([0-9a-f]{2}(?: [0-9a-f]{2})*)⟩$/.exec(text);
   return found && found[1].split(" ").map((byte) => parseInt(byte, 16));
 });
+// Whether two texts are one character: a letter with its marks, an emoji with its color, emoji with a joiner between
+// them, the two letters of a flag.
+const joined = (text, next) => /^[\p{M}\p{Emoji_Modifier}\u200d]/u.test(next)
+  || (text.endsWith("\u200d") && /^\p{Extended_Pictographic}/u.test(next))
+  || (/^\p{RI}$/u.test(text) && /^\p{RI}$/u.test(next));
+const isPart = data.vocabulary.map((text, t) => bytesOf[t] !== null || joined("", text) || /^\p{RI}$/u.test(text));
 
-// The runs of tokens that are parts of the same characters: first token -> { end, text }.
+// The runs of tokens that are parts of the same character: first token -> { end, text }.
 function findGlyphs({ tokens, lengths, starts }) {
   const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
   const glyphs = new Map();
-  if (!bytesOf.some(Boolean)) return glyphs;
+  if (!isPart.some(Boolean)) return glyphs;
+  const read = (i, last) => { // what begins at token i: a token's text, or a character of several tokens
+    const bytes = [];
+    for (let end = i; end < Math.min(i + GLYPH_TOKENS, last) && bytesOf[tokens[end]]; end++) {
+      bytes.push(...bytesOf[tokens[end]]);
+      try {
+        return { end: end + 1, text: decoder.decode(Uint8Array.from(bytes)) };
+      } catch { /* the character needs more tokens, or the model never completed it */ }
+    }
+    return { end: i + 1, text: data.vocabulary[tokens[i]] };
+  };
   lengths.forEach((_, c) => {
-    for (let i = starts[c]; i < starts[c + 1]; i++) {
-      const bytes = [];
-      for (let end = i; end < Math.min(i + GLYPH_TOKENS, starts[c + 1]) && bytesOf[tokens[end]]; end++) {
-        bytes.push(...bytesOf[tokens[end]]);
-        try {
-          glyphs.set(i, { end: end + 1, text: decoder.decode(Uint8Array.from(bytes)) });
-          i = end;
-          break;
-        } catch { /* the character needs more tokens, or the model never completed it */ }
+    const last = starts[c + 1];
+    for (let i = starts[c]; i < last; i++) {
+      if (!isPart[tokens[i]] && !isPart[tokens[i + 1]]) continue;
+      let { end, text } = read(i, last);
+      const whole = end === i + 1 && [...text.trimStart()].length > 1; // a word, not one character
+      while (!whole && end < Math.min(i + GLYPH_TOKENS, last)) {
+        const next = read(end, last);
+        if (!joined(text, next.text)) break;
+        [end, text] = [next.end, text + next.text];
       }
+      if (end > i + 1) glyphs.set(i, { end, text });
+      i = end - 1;
     }
   });
   return glyphs;
@@ -400,7 +418,8 @@ const bars = (heights) => [...heights].map((h, i) => {
 }).join("");
 
 const chartOf = (name) => document.querySelector(`[data-chart=${name}]`);
-const curve = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${(100 - 98 * y).toFixed(2)}`).join("");
+const curve = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${(100 - 98 * y).toFixed(2)}`).join("")
+  + (points.length === 1 ? "h0" : ""); // a dot
 const across = (x) => `<line class="at" x1="${x}" x2="${x}" y1="0" y2="100"/>`;
 const shareGuide = () => {
   const y = 100 - 98 * (batch.n ? shown().count / batch.n : 0);
@@ -682,7 +701,8 @@ function startBatch() {
   drawSteps();
   // After the first paint.
   const started = batch;
-  started.complete = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); }).then(() => readProbabilities(started));
+  started.complete = new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); })
+    .then(() => readProbabilities(started)).then(completeTip);
 }
 
 // ---- The token under the pointer or the cursor
@@ -715,13 +735,18 @@ function showTip(span) {
   tip.replaceChildren(
     element("div", { className: "token" }, visible(data.vocabulary[batch.tokens[i]])),
     element("div", { className: "where" }, `token ${count(i - batch.starts[c] + 1)} of completion ${c + 1}${selected ? ", selected" : ""}`),
-    ...(glyph ? [element("div", { className: "where" }, `bytes ${i - glyph.first + 1} of ${glyph.end - glyph.first} of ${visible(glyph.text)}`)] : []),
+    ...(glyph ? [element("div", { className: "where" }, `part ${i - glyph.first + 1} of ${glyph.end - glyph.first} of ${visible(glyph.text)}`)] : []),
     element("div", { className: "columns" }, ...batch.models.map((model, m) => describe(model, m, i))));
   tip.hidden = false;
   const at = span.getClientRects()[0], box = tip.getBoundingClientRect();
   const below = at.bottom + 8;
   tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - box.width - 8))}px`;
   tip.style.top = `${below + box.height < innerHeight ? below : Math.max(8, at.top - box.height - 8)}px`;
+}
+
+function completeTip() { // of a token that was opened before its probabilities had been read
+  const span = document.querySelector(".t.cursor");
+  if (span && !byId("tip").hidden) showTip(span);
 }
 
 const hideTip = () => { byId("tip").hidden = true; };
