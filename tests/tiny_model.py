@@ -17,15 +17,15 @@ SHARED = {
 }
 
 
-def save_tiny_model(path: Path, *, tied: bool = True, positions: int = 512) -> Path:
+def save_tiny_model(path: Path, *, tied: bool = True, positions: int = 512, heads: int = 2) -> Path:
     """Saves a Qwen3 of 20 thousand parameters with a token for each printable character."""
     config = Qwen3Config(
         **SHARED,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         head_dim=16,
         max_position_embeddings=positions,
         tie_word_embeddings=tied,

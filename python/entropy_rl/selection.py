@@ -281,7 +281,7 @@ class StepSelection:
 
     before_step: bool  # whether the selection is made before the first micro-batch: the scopes mini_batch and sequence
     old_policy: bool  # whether that selection uses the entropies of the old policy
-    draws: bool  # whether it needs a seed
+    draws: bool  # whether the selection or clip_cov needs a seed
     threshold_name: str  # of the metric: the lowest score that the rule keeps
     tokens: Tensor  # [ranks, micro-batches] int64: response tokens
     response_tokens: Tensor  # []: their sum
@@ -311,13 +311,14 @@ class StepSelection:
         self._rest = setting(config, "entropy_rest.weight") or 0.0
         self._veto = tuple(setting(config, key) for key in _VETO)
         self._token_weight = getattr(config, "token_weight", None)
-        self.draws = self._ratio is not None and self._score == "random"
+        self._random = self._ratio is not None and self._score == "random"
         self.threshold_name = f"actor/{'entropy' if self._score == 'entropy' else 'score'}_threshold"
         selects = self._ratio is not None and not in_micro_batches
         self.before_step = selects and config.entropy_top_scope != "micro_batch"
         self.old_policy = getattr(config, "entropy_top_source", "prepass") == "old_policy"
         policy = getattr(config, "policy_loss", None)
         self._loss_mode = None if policy is None else policy.loss_mode
+        self.draws = self._random or self._loss_mode == "clip_cov"
         # [2] of each micro-batch so far: the lowest share of a response, negated, and the highest; -inf without any.
         self.shares: list[Tensor] = []
 
@@ -365,7 +366,7 @@ class StepSelection:
         self, number: int, log_prob: Tensor, entropy: Tensor, advantages: Tensor | None, response_mask: Tensor
     ) -> Tensor:
         """[B, S]: what ranks the tokens of micro-batch `number`."""
-        if self.draws:
+        if self._random:
             return random_scores(self._seed, response_mask, self._before[number])
         return token_scores(self._score, log_prob.detach(), entropy.detach(), advantages, response_mask)
 
@@ -404,7 +405,7 @@ class StepSelection:
             seed: of clip_cov's draw and of the score random; the first rank's is used.
             only_selected: whether the step will run the LM head on the selected tokens only.
         """
-        if self.draws:
+        if self._random:
             count = (response_mask != 0).sum()
             gathered = self._gather(torch.stack([count, count.new_full((), seed)]))
             scores = random_scores(gathered[0, 1], response_mask, gathered[: self._own_rank(), 0].sum())

@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node RANKS optimizer_step.py MODELS OUTPUT [CASE...]
 
-MODELS/tied and MODELS/untied are models whose LM head shares, or does not share, the weights of the embeddings.
+MODELS/tied and MODELS/untied are models whose LM head shares, or does not share, the weights of the embeddings;
+MODELS/four_heads has four attention heads and a tied LM head.
 """
 
 import sys
@@ -89,8 +90,43 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     },
     "fused-remove-padding": (FUSED | OLD_POLICY | REMOVE_PADDING, (2, 0)),
     # An LM head that FSDP2 shards separately.
-    "fused-untied": (FUSED | {"tied": False, "actor.entropy_coeff": 0.01}, (2,)),
-    "fused-untied-old-policy": (FUSED | OLD_POLICY | {"tied": False}, (1, 2)),
+    "fused-untied": (FUSED | {"model": "untied", "actor.entropy_coeff": 0.01}, (2,)),
+    "fused-untied-old-policy": (FUSED | OLD_POLICY | {"model": "untied"}, (1, 2)),
+}
+
+
+def _ulysses(size: int) -> dict[str, Any]:
+    """Sequence parallelism over `size` ranks."""
+    return REMOVE_PADDING | {
+        "actor.ulysses_sequence_parallel_size": size,
+        "model.override_config.attn_implementation": "packed_cpu",
+        "model": "tied" if size == 2 else "four_heads",
+    }
+
+
+# For four ranks: 2 of data times 2 of a sequence, or 4 of a sequence.
+ULYSSES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "ulysses-2": (_ulysses(2), (2,)),
+    "ulysses-2-random": (_ulysses(2) | MINI_BATCH | {"actor.entropy_top_score": "random"}, (2,)),
+    "ulysses-2-clip_cov": (
+        _ulysses(2) | MINI_BATCH | {"actor.policy_loss.loss_mode": "clip_cov"} | COVARIANCE_MODES["clip_cov"],
+        (2,),
+    ),
+    "ulysses-2-fused": (_ulysses(2) | FUSED, (2,)),
+    "ulysses-2-fused-bonus": (_ulysses(2) | FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, (2,)),
+    "ulysses-2-fused-sequence": (_ulysses(2) | FUSED | SEQUENCE, (2,)),
+    "ulysses-2-fused-untied": (_ulysses(2) | FUSED | OLD_POLICY | {"model": "untied"}, (2,)),
+    "ulysses-2-fused-bucket": (
+        # Padding to a multiple of 23, and then to one of the ranks.
+        _ulysses(2)
+        | FUSED
+        | OLD_POLICY
+        | {"actor.fsdp_config.pad_to_length": True, "actor.fsdp_config.pad_to_length_bucket": 23},
+        (2,),
+    ),
+    "ulysses-4": (_ulysses(4) | MINI_BATCH, (2,)),
+    "ulysses-4-fused": (_ulysses(4) | FUSED | MINI_BATCH, (1,)),
+    "ulysses-4-fused-old-policy": (_ulysses(4) | FUSED | OLD_POLICY, (4, 0)),
 }
 
 # All tokens train: with this package installed, and with verl's own configuration.
@@ -175,7 +211,7 @@ def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
             "global_batch_size": ROWS,
             "micro_batch_size_per_gpu": len(indices) // max(1, count),
             "use_dynamic_bsz": count == 0,
-            "max_token_len_per_gpu": 80,
+            "max_token_len_per_gpu": 80 // case.get("actor.ulysses_sequence_parallel_size", 1),
             "use_remove_padding": case.get("model.use_remove_padding", False),
             "use_fused_kernels": case.get("model.use_fused_kernels", False),
             "calculate_entropy": False,
@@ -184,19 +220,18 @@ def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
 
 
 def directory(case: dict[str, Any]) -> str:
-    return "tied" if case.get("tied", True) else "untied"
+    return case.get("model", "tied")
 
 
 def run(models: str, name: str) -> dict[int, dict[str, Any]]:
     """The results of a step, for each number of micro-batches."""
-    import torch.distributed as dist
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
     from transformers import Qwen3ForCausalLM
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    case, counts = (CASES | NULL)[name]
+    case, counts = (CASES | ULYSSES | NULL)[name]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
             "ppo_trainer",
@@ -219,9 +254,10 @@ def run(models: str, name: str) -> dict[int, dict[str, Any]]:
     worker = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
     worker.init_model()
     ours = hasattr(FSDPEngineWithLMHead.prepare_model_outputs, "__wrapped__")
-    assert ours == (name in CASES and case.get("actor.entropy_top_kernel") != "verl")
-    share = ROWS // dist.get_world_size()
-    mine = list(range(dist.get_rank() * share, (dist.get_rank() + 1) * share))
+    assert ours == (name not in NULL and case.get("actor.entropy_top_kernel") != "verl")
+    share = ROWS // worker.actor.engine.get_data_parallel_size()
+    first = worker.actor.engine.get_data_parallel_rank() * share
+    mine = list(range(first, first + share))
     try:
         return {count: step(worker, batch(mine, case, count)) for count in counts}
     finally:
@@ -229,23 +265,37 @@ def run(models: str, name: str) -> dict[int, dict[str, Any]]:
 
 
 def step(worker: Any, data: Any) -> dict[str, Any]:
-    """One optimizer step's gradients and metrics, with the rows of each micro-batch of each rank."""
+    """One optimizer step's gradients and metrics, with the rows of each micro-batch of each data-parallel rank.
+
+    And how many tokens met the fused LM head in the forward that trains, in all micro-batches of a step.
+    """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
     from verl.utils.metric import Metric
     from verl.workers.engine.fsdp import transformer_impl
 
-    torch.manual_seed(SEED)
+    from entropy_rl.integrations.verl import engine as ours
+
+    torch.manual_seed(SEED + dist.get_rank())  # the seed of the first rank counts
     engine = worker.actor.engine
     partition: list[list[int]] = []
-    prepare = transformer_impl.prepare_micro_batches
+    head_rows: list[int] = []
+    prepare, op = transformer_impl.prepare_micro_batches, ours.linear_logprob_entropy
 
     def watch(*args: Any, **options: Any) -> Any:
         micro_batches, indices = prepare(*args, **options)
         partition[:] = [micro_batch["row"].tolist() for micro_batch in micro_batches]  # a prepass has the same
         return micro_batches, indices
 
-    transformer_impl.prepare_micro_batches = watch
+    def count(hidden: Any, weight: Any, targets: Any, *, mask: Any = None, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            head_rows.append(targets.numel() if mask is None else int(mask.sum()))
+        return op(hidden, weight, targets, mask=mask, **options)
+
+    outputs: dict[int, tuple[torch.Tensor, ...]] = {}
+    if engine.use_ulysses_sp:
+        outputs = response_outputs(engine, data)
+    transformer_impl.prepare_micro_batches, ours.linear_logprob_entropy = watch, count
     try:
         with engine.train_mode():
             engine.optimizer_zero_grad()
@@ -255,19 +305,35 @@ def step(worker: Any, data: Any) -> dict[str, Any]:
                 for name, p in engine.module.named_parameters()
             }
     finally:
-        transformer_impl.prepare_micro_batches = prepare
+        transformer_impl.prepare_micro_batches, ours.linear_logprob_entropy = prepare, op
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (partition, output["metrics"]))
-    metrics = [metrics for _, metrics in everyone]
+    dist.all_gather_object(everyone, (partition, head_rows, outputs, output["metrics"]))
+    # As verl collects them: from the first rank of each sequence.
+    metrics = [metrics for *_, metrics in everyone[:: engine.ulysses_sequence_parallel_size]]
     return {
         "gradients": gradients,
-        "micro_batches": [partition for partition, _ in everyone],  # of each rank
+        "micro_batches": [partition for partition, *_ in everyone[:: engine.ulysses_sequence_parallel_size]],
+        "head_rows": [rows for _, rows, *_ in everyone],  # of each rank and micro-batch
+        "outputs": [outputs for *_, outputs, _ in everyone],
         "metrics": {
             name: Metric.aggregate_dp([each[name] for each in metrics])
             for name, value in metrics[0].items()
             if isinstance(value, Metric)
         },
     }
+
+
+def response_outputs(engine: Any, data: Any) -> dict[int, tuple[torch.Tensor, ...]]:
+    """Log-probs and entropies of the response tokens of each row, from a forward of the engine."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import response_from_nested
+
+    data = data.clone(recurse=False)
+    tu.assign_non_tensor(data, calculate_entropy=True)
+    with engine.eval_mode():
+        output = engine.forward_backward_batch(data, None, forward_only=True)["model_output"]
+    nested = (response_from_nested(output[name], data["response_mask"]) for name in ("log_probs", "entropy"))
+    return dict(zip(data["row"].tolist(), zip(*(values.unbind() for values in nested), strict=True), strict=True))
 
 
 def main(models: str, output: str, *names: str) -> None:

@@ -15,8 +15,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **ot
 '''
 
 
-def save_model(directory: Path, *, tied: bool = True) -> Path:
-    save_tiny_model(directory, tied=tied)
+def save_model(directory: Path, *, tied: bool = True, heads: int = 2) -> Path:
+    save_tiny_model(directory, tied=tied, heads=heads)
     # verl looks up the id of <|im_end|> in a Qwen3 tokenizer, and gets that of the unknown token.
     tokenizer = AutoTokenizer.from_pretrained(directory, unk_token="?")
     tokenizer.chat_template = TEMPLATE

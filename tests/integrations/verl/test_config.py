@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
 from entropy_rl import extras
+from entropy_rl.config import ConfigError
 from entropy_rl.integrations.verl import hooks, plugin
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipe").rglob("*.sh"))
@@ -209,3 +211,18 @@ def test_recipes_compose(recipe: Path, tmp_path: Path) -> None:
 
 def test_recipes_are_found() -> None:
     assert {recipe.name for recipe in RECIPES} >= {"run_entropy_top20.sh", "run_dapo_14b_entropy_top20.sh"}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_ulysses_without_flash_attention_is_refused(attention: str) -> None:
+    """verl would let each rank attend to its own slice alone."""
+    from entropy_rl.integrations.verl import engine
+
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(_attn_implementation=attention))
+    fsdp = SimpleNamespace(model_config=model_config, use_ulysses_sp=True)
+    with pytest.raises(ConfigError, match=f"attn_implementation={attention}: it must be flash attention"):
+        engine._check_attention(fsdp)
+    fsdp.use_ulysses_sp = False
+    engine._check_attention(fsdp)
+    model_config.hf_config._attn_implementation, fsdp.use_ulysses_sp = "flash_attention_2", True
+    engine._check_attention(fsdp)

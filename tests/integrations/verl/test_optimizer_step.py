@@ -13,7 +13,7 @@ import optimizer_step
 import pytest
 import task
 import torch
-from optimizer_step import CASES, TEMPERATURE
+from optimizer_step import CASES, TEMPERATURE, ULYSSES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
     task.save_model(directory / "tied")
     task.save_model(directory / "untied", tied=False)
+    task.save_model(directory / "four_heads", heads=4)
     return directory
 
 
@@ -54,6 +55,11 @@ def run(ranks: int, models: Path, output: Path, *cases: str, **environment: str)
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
 def results(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(request.param, models, tmp_path_factory.mktemp("output") / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def ulysses_results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(4, models, tmp_path_factory.mktemp("output") / "results.pt", *ULYSSES)
 
 
 def competitors(micro_batches: list[list[list[int]]], case: dict[str, Any]) -> list[list[int]]:
@@ -311,15 +317,42 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
         metrics["actor/entropy_loss"] = entropy.item()
     if case.get("actor.use_kl_loss"):
         metrics["kl_loss"] = penalty.item()
-    return {"gradients": dict(zip(parameters, gradients, strict=True)), "metrics": metrics}
+    trained = sum(int((weight > 0).sum()) for selection in selections for weight in selection.weights.values())
+    return {
+        "gradients": dict(zip(parameters, gradients, strict=True)),
+        "metrics": metrics,
+        "head_rows": trained if only_selected else response_tokens,
+    }
 
 
-@pytest.mark.parametrize(
-    "name, count",
-    [pytest.param(name, n, id=f"{name}-{n or 'dynamic'}") for name, (_, counts) in CASES.items() for n in counts],
-)
+def each_count(cases: dict[str, tuple[dict[str, Any], tuple[int, ...]]]) -> list[Any]:
+    return [pytest.param(name, n, id=f"{name}-{n or 'dynamic'}") for name, (_, counts) in cases.items() for n in counts]
+
+
+@pytest.mark.parametrize("name, count", each_count(CASES))
 def test_gradients_and_metrics(results: Any, policies: dict[str, Policy], name: str, count: int) -> None:
-    case, result = CASES[name][0], results[name][count]
+    check(results[name][count], policies, CASES[name][0], count)
+
+
+@pytest.mark.parametrize("name, count", each_count(ULYSSES))
+def test_sequence_parallel(ulysses_results: Any, policies: dict[str, Policy], name: str, count: int) -> None:
+    case, result = ULYSSES[name][0], ulysses_results[name][count]
+    size = case["actor.ulysses_sequence_parallel_size"]
+    assert len(result["micro_batches"]) == 4 // size
+    check(result, policies, case, count)
+    # Each rank of a sequence has rows of its own, and no rank has all of them.
+    head_rows = torch.tensor(result["head_rows"]).unflatten(0, (-1, size))
+    assert "fused" not in name or (head_rows < head_rows.sum(1, keepdim=True)).all()
+    # All of them get the log-probs and entropies of all tokens.
+    for rank, outputs in enumerate(result["outputs"]):
+        assert sorted(outputs) == sorted(index for rows in result["micro_batches"][rank // size] for index in rows)
+        for index, (log_prob, entropy) in outputs.items():
+            mask, known = optimizer_step.rows()[index]["mask"], policies[optimizer_step.directory(case)].rows[index]
+            for got, wanted in ((log_prob, known.log_prob), (entropy, known.entropy)):
+                torch.testing.assert_close(got[mask].double(), wanted.detach()[mask], atol=1e-5, rtol=0)
+
+
+def check(result: Any, policies: dict[str, Policy], case: dict[str, Any], count: int) -> None:
     micro_batches = result["micro_batches"]
     assert sorted(index for rank in micro_batches for rows in rank for index in rows) == list(
         range(optimizer_step.ROWS)
@@ -337,6 +370,8 @@ def test_gradients_and_metrics(results: Any, policies: dict[str, Policy], name: 
     # kl_cov's token losses have magnitude 1 and nearly cancel, so their float32 mean has an absolute error.
     cancels = case.get("actor.policy_loss.loss_mode") == "kl_cov"
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6, abs=5e-8 if cancels else 0)
+    if case.get("model.use_fused_kernels"):
+        assert sum(map(sum, result["head_rows"])) == expected["head_rows"]
 
 
 def test_null_is_bit_identical_to_verl_without_the_plugin(models: Path, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
     VERL_USE_EXTERNAL_MODULES=entropy_rl.integrations.verl.cpu python -m verl.trainer.main_ppo +entropy_rl=cpu ...
 
-This module registers two things with verl: a platform (device cpu, collectives by gloo), and the rollout backend
-`hf_cpu`, a Ray actor that runs Hugging Face's `generate` and receives the trainer's weights after every step. Ray,
-TransferQueue, the agent loop, FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml has the other settings
-that a CPU needs.
+This module registers three things with verl: a platform (device cpu, collectives by gloo); the rollout backend
+`hf_cpu`, a Ray actor that runs Hugging Face's `generate` and receives the trainer's weights after every step; and the
+attention implementation `packed_cpu`, which takes the place of flash attention. Ray, TransferQueue, the agent loop,
+FSDP2 and checkpoints are verl's own. conf/entropy_rl/cpu.yaml has the other settings that a CPU needs.
 """
 
 import asyncio
@@ -20,11 +20,15 @@ from typing import Any
 
 import ray
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import flash_attention
+from transformers.masking_utils import flash_attention_mask
 from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
 
 NAME = "hf_cpu"
+ATTENTION = "packed_cpu"
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +118,7 @@ set_platform(CPUPlatform())
 # verl registers its engines for cuda and npu only. FSDP2 itself uses the platform's device.
 os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
 
+from verl.models.transformers import monkey_patch  # noqa: E402
 from verl.utils import distributed, fsdp_utils  # noqa: E402
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout  # noqa: E402
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput  # noqa: E402
@@ -124,6 +129,37 @@ distributed.initialize_global_process_group_ray = functools.partial(
 )
 # verl pins the memory of a reference policy, and pinning needs an accelerator.
 fsdp_utils.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
+
+
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    query_length: int,
+    *_: Any,
+    position_ids: Tensor | None = None,
+    softmax_scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """[B, S, heads, D], as by flash attention, for packed sequences. Each begins where position_ids, [B, S], are 0."""
+    others = sorted(name for name in ("dropout", "sliding_window", "softcap", "s_aux") if options.get(name))
+    if others or attention_mask is not None or position_ids is None:
+        found = ", ".join(others) or ("a padded batch" if attention_mask is not None else "no position_ids")
+        raise ValueError(f"attn_implementation={ATTENTION} got {found}; it takes packed sequences and causal attention")
+    sequence = (position_ids == 0).cumsum(-1)
+    mask = (sequence[:, :, None] == sequence[:, None, :]).tril()[:, None]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=softmax_scale, enable_gqa=True
+    )
+    return output.transpose(1, 2)
+
+
+# verl puts Ulysses's exchange of heads and sequences around flash attention only, and then calls this name.
+monkey_patch._flash_attention_forward = _packed_attention
+AttentionInterface.register(ATTENTION, flash_attention.flash_attention_forward)
+AttentionMaskInterface.register(ATTENTION, flash_attention_mask)
 
 
 class Server:

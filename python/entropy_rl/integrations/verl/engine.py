@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,9 +19,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.experimental import torch_functional
 from verl.utils.kernel import linear_cross_entropy
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine.fsdp import transformer_impl as fsdp
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
+from entropy_rl.config import ConfigError
 from entropy_rl.integrations.verl import loss
 from entropy_rl.lm_head import patched_forward
 from entropy_rl.selection import StepSelection, prepass
@@ -71,8 +74,10 @@ def _with_numbers(prepare_micro_batches: Callable[..., Any]) -> Callable[..., An
             counts = [_values(micro_batch["response_mask"]).bool().sum() for micro_batch in micro_batches]
             seed = _seed() if step.draws and not step.before_step else 0
             step.count_tokens(torch.stack(counts).to(get_device_id()), seed=seed)
+            own_seed = seed + (0 if dp_group is None else dist.get_rank(dp_group)) * len(micro_batches)
             for number, micro_batch in enumerate(micro_batches):
-                tu.assign_non_tensor(micro_batch, **{loss.NUMBER: number}, calculate_entropy=True)
+                fields = {loss.NUMBER: number, loss.SEED: own_seed + number}
+                tu.assign_non_tensor(micro_batch, **fields, calculate_entropy=True)
         return micro_batches, indices
 
     return wrapped
@@ -87,6 +92,7 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
     def wrapped(self: Any, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         config = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and loss.applies(config):
+            _check_attention(self)
             step = StepSelection(config, self.get_data_parallel_group())
             if step.before_step:
                 # The loss of a distillation reads all tokens.
@@ -97,6 +103,16 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
         return forward_backward_batch(self, data, loss_function, forward_only)
 
     return wrapped
+
+
+def _check_attention(engine: Any) -> None:
+    """Raises ConfigError for Ulysses with an attention around which verl does not exchange heads and sequences."""
+    attention = getattr(engine.model_config.hf_config, "_attn_implementation", None)
+    if getattr(engine, "use_ulysses_sp", False) and attention in ("eager", "sdpa", "flex_attention"):
+        raise ConfigError(
+            f"actor_rollout_ref.model.override_config.attn_implementation={attention}: it must be flash attention (on "
+            "a CPU packed_cpu) with ulysses_sequence_parallel_size above 1; verl exchanges heads around no other"
+        )
 
 
 def _select_mini_batch(
@@ -112,7 +128,7 @@ def _select_mini_batch(
         response_mask,
         old_log_prob=old_log_prob,
         advantages=advantages,
-        seed=_seed() if step.draws or config.policy_loss.loss_mode == "clip_cov" else 0,
+        seed=_seed() if step.draws else 0,
         only_selected=only_selected,
     )
     for name, key in loss.TOKENS.items():
@@ -147,7 +163,10 @@ def _prepass(data: TensorDict, forward: Callable[[], Any]) -> tuple[Tensor, Tens
 
 
 def _seed() -> int:
-    return int(torch.randint(2**62, ()))
+    """A random number that all ranks get: those with the same tokens must draw the same. A collective."""
+    seed = torch.randint(2**62, ()).to(get_device_id())
+    dist.broadcast(seed, 0)
+    return int(seed)
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -224,8 +243,8 @@ def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, micro_batch: TensorDict, *args: Any, **options: Any) -> Any:
         if not tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False):
             return forward_step(self, micro_batch, *args, **options)
-        trains = "advantages" in micro_batch and not self.use_ulysses_sp
-        head = _FusedHead(self.module.get_output_embeddings(), _rows(micro_batch) if trains else None)
+        trains = "advantages" in micro_batch
+        head = _FusedHead(self.module.get_output_embeddings(), _rows(self, micro_batch) if trains else None)
         token = _fused_head.set(head)
         try:
             return forward_step(self, micro_batch, *args, **options)
@@ -235,8 +254,11 @@ def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
-    """The rows of the selected tokens if only those meet the LM head, else of the response tokens."""
+def _rows(engine: Any, micro_batch: TensorDict) -> tuple[Tensor, int] | None:
+    """The rows of the selected tokens if only those meet the LM head, else of the response tokens; their number.
+
+    Both are of this rank's inputs: under Ulysses of its slice of the packed sequences.
+    """
     only_selected = loss.TOKENS["log_prob"] in micro_batch
     mask = micro_batch[loss.TOKENS["mask"] if only_selected else "response_mask"]
     input_ids = micro_batch["input_ids"]
@@ -247,11 +269,14 @@ def _rows(micro_batch: TensorDict) -> tuple[Tensor, int] | None:
     index = torch.arange(len(mask.values()), device=shift.device) + shift.repeat_interleave(mask.offsets().diff())
     rows = torch.zeros(len(input_ids.values()), dtype=torch.bool, device=shift.device)
     rows[index] = mask.values().bool()
-    count = int(rows.sum())  # on the CPU: verl moves the micro-batch to the device later
     if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-        rows = rows[None]
+        # As the engine pads and slices the input ids.
+        rows = nn.functional.pad(rows[None], (0, engine._get_packed_pad_size(len(rows))))
+        if engine.use_ulysses_sp:
+            rows, _, _ = ulysses_pad_and_slice_inputs(rows, sp_size=engine.ulysses_sequence_parallel_size)
     else:
         rows = torch.nested.nested_tensor_from_jagged(rows.long(), input_ids.offsets()).to_padded_tensor(0).bool()
+    count = int(rows.sum())  # on the CPU: verl moves the micro-batch to the device later
     return rows.to(get_device_id()), count
 
 
@@ -288,8 +313,6 @@ def fused_log_prob_and_entropy(
     mask = count = None
     if head is not None and head.rows is not None:
         mask, count = head.rows
-        # verl pads to a fixed length at the end.
-        mask = nn.functional.pad(mask, (0, targets.shape[-1] - mask.shape[-1]))
 
     def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         log_prob, entropy = linear_logprob_entropy(

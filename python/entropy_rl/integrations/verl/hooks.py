@@ -22,6 +22,8 @@ _KERNEL = {
     f"{_HEAD}.prepare_model_outputs": "self, output, output_args, micro_batch, ...",
     f"{_HEAD}.forward_step": "self, micro_batch, ...",
     f"{_HEAD}._gather_and_unpad_packed": "self, tensor, pad_size",
+    f"{_HEAD}._get_packed_pad_size": "self, packed_length",
+    "verl.utils.ulysses:ulysses_pad_and_slice_inputs": "input_ids_rmpad, position_ids_rmpad, sp_size, ...",
     "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward": (
         "self, hidden_states, vocab_weights, input_ids, temperature"
     ),

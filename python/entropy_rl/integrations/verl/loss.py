@@ -3,7 +3,6 @@
 from dataclasses import fields
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -23,9 +22,11 @@ from entropy_rl_ext import aggregate, kl_loss
 
 verl_ppo_loss = losses.ppo_loss
 
-# Fields that `engine` adds to a micro-batch: the optimizer step's StepSelection, and the number of the micro-batch.
+# Fields that `engine` adds to a micro-batch: the optimizer step's StepSelection, the number of the micro-batch, and the
+# seed of clip_cov's draw.
 STEP = "entropy_top_step"
 NUMBER = "entropy_top_micro_batch"
+SEED = "entropy_top_seed"
 # If the selection is made before the step, its part of the TokenSelection: one field per tensor, [B, S] as
 # response_mask.
 TOKENS = {field.name: f"entropy_top_{field.name}" for field in fields(TokenSelection)}
@@ -69,7 +70,7 @@ def ppo_loss(
             "it; actor_rollout_ref.actor.strategy must be fsdp, fsdp2 or megatron"
         )
     step: StepSelection = tu.get_non_tensor_data(data, STEP, None)
-    number, ranks = data[NUMBER], data["dp_size"]
+    number, seed, ranks = data[NUMBER], data[SEED], data["dp_size"]
     log_prob, entropy = (no_padding_2_padding(model_output[name], data) for name in ("log_probs", "entropy"))  # [B, S]
     if config.entropy_coeff == 0:
         entropy = entropy.detach()
@@ -83,7 +84,6 @@ def ppo_loss(
     tensors = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob", *TOKENS.values())
     data = data.select(*tensors, strict=False).to_padded_tensor()
     response_mask, tokens = data["response_mask"].bool(), _tokens(data)
-    draws = config.policy_loss.loss_mode == "clip_cov" and tokens is None
     loss, means = step.policy_loss(
         number,
         log_prob,
@@ -93,7 +93,7 @@ def ppo_loss(
         response_mask,
         tokens,
         rollout_is_weights=data.get("rollout_is_weights", None),
-        seed=int(torch.randint(2**62, ())) if draws else 0,
+        seed=seed,
         **aggregation,
     )
     # verl adds up over micro-batches and averages over ranks.
