@@ -88,6 +88,7 @@ def make_work() -> dict[str, tuple[int, Callable[[], Any]]]:
         "token_entropy bf16 [2, 65536]": (2 << 16, entropy_work(logits(2, 1 << 16))),
         "token_entropy bf16 [2, 65536], misaligned": (2 << 16, entropy_work(logits(2, 1 << 16, offset=1))),
         "token_entropy bf16 [800, 2048]": (800 << 11, entropy_work(logits(800, 2048))),
+        "token_entropy bf16 [2, 151936]": (2 * 151936, entropy_work(logits(2, 151936))),
         "token_entropy fp32 [2, 65536]": (2 << 16, entropy_work(logits(2, 1 << 16, dtype=torch.float32))),
         "linear_logprob_entropy bf16 [8, 65536]": (8 << 16, linear_work(8, 1 << 16)),
         "global_top_mask fp32 [1, 131072], radix": (tokens, selection_work(1, tokens, "batch", "radix")),

@@ -57,7 +57,10 @@ struct RowParts {
     return row_packs - begin(part) < packs ? row_packs : begin(part) + packs;
   }
 };
-constexpr int kMaxRowParts = kWarpSize;  // so that a warp merges them
+// A part ends with a merge of each warp's threads, which takes as many instructions as ten elements
+// of a thread. So parts are long, but enough that 16 rows of a large vocabulary fill a GPU.
+constexpr int kMaxRowParts = 16;
+static_assert(kMaxRowParts <= kWarpSize, "a warp merges the parts of a row");
 
 template <class T>
 ENTROPY_RL_HD inline RowParts row_parts(int vocab, int threads) {
