@@ -43,6 +43,25 @@ def _selecting(title: str, ratio: str, complement: str = "false", **keys: str) -
     return Arm(title, [f"{_ACTOR}.entropy_top_{key}={value}" for key, value in keys.items()])
 
 
+def _with(arm: Arm, keys: dict[str, str]) -> Arm:
+    return Arm(arm.title, arm.overrides + [f"{_ACTOR}.{key}={value}" for key, value in keys.items()])
+
+
+# Dual-token constraints, with the values of the authors' script (docs/methods.md).
+_ARCHER = {
+    "clip_ratio_low": "0.5",
+    "clip_ratio_high": "0.5",
+    "use_kl_loss": "true",
+    "kl_loss_coef": "0",
+    "entropy_rest.weight": "1",
+    "entropy_rest.clip_ratio_low": "0.2",
+    "entropy_rest.clip_ratio_high": "0.2",
+    "entropy_rest.kl_loss_coef": "0.001",
+}
+# Spurious tokens silenced. The paper's bound on the entropy is a quantile of the batch. 0.1 nats is the entropy of a
+# choice of 98 % to 2 %: the policy was all but certain of another token.
+_STAPO = {"entropy_veto.probability": "0.002", "entropy_veto.entropy": "0.1"}
+
 _ARMS = dict(
     zip(
         ARMS,
@@ -55,6 +74,8 @@ _ARMS = dict(
             _selecting("random 20 %", "0.2", score="random"),
             _selecting("random 50 %", "0.5", score="random"),
             _selecting("top 20 % of each response", "0.2", scope="sequence"),
+            _with(_selecting("dual-token constraints", "0.2", rule="quantile", scope="sequence"), _ARCHER),
+            _with(_selecting("spurious tokens silenced", "1"), _STAPO),
         ),
         strict=True,
     )

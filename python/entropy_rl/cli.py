@@ -60,7 +60,7 @@ COMMANDS = {"inspect": "entropy_rl.report.inspect", "ablate": "entropy_rl.ablate
 
 # The arms of `ablate`: which response tokens carry the policy gradient. The first ones run by default.
 DEFAULT_ARMS = ("all", "top_50", "top_20", "top_10", "bottom_80", "random_20")
-ARMS = (*DEFAULT_ARMS, "random_50", "sequence_20")
+ARMS = (*DEFAULT_ARMS, "random_50", "sequence_20", "archer", "stapo")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_rl.scores import names_function, random_scores, token_function, token_scores
-from entropy_rl_ext import covariance_mask, global_top_mask, policy_loss
+from entropy_rl_ext import covariance_mask, global_top_mask, kl_loss, policy_loss
 from entropy_rl_ext.ops.global_top_mask import top_k_count
 
 Rule = Literal["topk", "threshold", "quantile"]
@@ -41,6 +41,9 @@ RULES, SCOPES, RANKS = get_args(Rule), get_args(Scope), get_args(Ranks)
 # Loss modes with one probability ratio per sequence: they accept a selection of tokens and do not apply it.
 SEQUENCE_MODES = ("gspo", "geo_mean")
 
+# Loss modes without a clip range.
+UNCLIPPED_MODES = ("gpg", "kl_cov", "sapo", "dro")
+
 # Loss modes that choose tokens by covariance among all response tokens.
 COVARIANCE_MODES = ("clip_cov", "kl_cov")
 
@@ -48,6 +51,8 @@ COVARIANCE_MODES = ("clip_cov", "kl_cov")
 LOWEST_SHARE, HIGHEST_SHARE = "actor/entropy_token_ratio/min", "actor/entropy_token_ratio/max"
 
 _VETO = ("entropy_veto.probability", "entropy_veto.entropy")
+_REST_CLIP = ("entropy_rest.clip_ratio_low", "entropy_rest.clip_ratio_high")
+_REST_KL = "entropy_rest.kl_loss_coef"
 
 # The configuration keys. train.yaml and TRL's --help repeat these texts (a test compares train.yaml's).
 OPTIONS = {
@@ -74,6 +79,12 @@ OPTIONS = {
     "of selected is five times that of response.",
     "entropy_rest.weight": "Weight of the loss of the tokens that were not selected; that of a selected token is 1. 0: "
     "they do not train. 1: they train like the selected ones.",
+    "entropy_rest.clip_ratio_low": "clip_ratio_low of the tokens that were not selected. null: the same as that of the "
+    "selected ones.",
+    "entropy_rest.clip_ratio_high": "clip_ratio_high of the tokens that were not selected. null: the same as that of "
+    "the selected ones.",
+    "entropy_rest.kl_loss_coef": "kl_loss_coef of the tokens that were not selected. null: the same as that of the "
+    "selected ones.",
     "entropy_veto.probability": "A token never trains if its advantage is above 0, its probability below this and its "
     "entropy below entropy_veto.entropy. null: no token is vetoed.",
     "entropy_veto.entropy": "The entropy of that rule, in nats; null exactly if its probability is.",
@@ -171,7 +182,7 @@ def setting(config: Any, key: str) -> Any:
     """The value of TABLE.NAME in a configuration, or of TABLE_NAME if it has no tables; None without either."""
     table, name = key.split(".")
     values = getattr(config, table, None)
-    return getattr(config, f"{table}_{name}", None) if values is None else values[name]
+    return getattr(config, f"{table}_{name}", None) if values is None else values.get(name)
 
 
 class Contradiction(NamedTuple):
@@ -187,13 +198,22 @@ def contradiction(config: Any) -> Contradiction | None:
     ratio, policy = config.entropy_top_ratio, getattr(config, "policy_loss", None)
     weights = {key: setting(config, key) for key in ("entropy_rest.weight", *_VETO)}
     weights["token_weight"] = getattr(config, "token_weight", None)
-    for key, value in weights.items():
-        if not value:
-            continue
+    ranges = {key: setting(config, key) for key in (*_REST_CLIP, _REST_KL)}
+    given = [key for key, value in weights.items() if value] + [key for key in ranges if ranges[key] is not None]
+    for key in given:
+        value = weights[key] if key in weights else ranges[key]
         if ratio is None:
             return Contradiction(key, value, "it needs entropy_top_ratio, which is null; ratio 1 selects all tokens")
         if policy is not None and policy.loss_mode in SEQUENCE_MODES:
-            return Contradiction(key, value, f"loss_mode {policy.loss_mode} has one ratio per sequence and no weights")
+            lacks = "weights" if key in weights else "selected tokens"
+            reason = f"loss_mode {policy.loss_mode} has one ratio per sequence and no {lacks}"
+            return Contradiction(key, value, reason)
+        if key in _REST_CLIP and not weights["entropy_rest.weight"]:
+            return Contradiction(key, value, "entropy_rest.weight is 0, so those tokens have no loss to clip")
+        if key in _REST_CLIP and policy is not None and policy.loss_mode in UNCLIPPED_MODES:
+            return Contradiction(key, value, f"loss_mode {policy.loss_mode} does not clip")
+        if key == _REST_KL and not getattr(config, "use_kl_loss", True):
+            return Contradiction(key, value, "it needs use_kl_loss, which is false")
     probability, entropy = (weights[key] for key in _VETO)
     for key, value, other in zip(_VETO, (probability, entropy), (entropy, probability), strict=True):
         if value is None and other is not None:
@@ -227,6 +247,11 @@ def movement_metrics(loss_mode: str | None) -> set[str]:
 def _sum(weights: Tensor) -> Tensor:
     """[]: int64 of a mask, float64 of weights, whose order then does not matter to a float32."""
     return weights.sum(dtype=torch.float64 if weights.is_floating_point() else None)
+
+
+def by_choice(chosen: Tensor, own: float, rest: float, like: Tensor) -> Tensor:
+    """One number for the tokens that the rule selected and another for the others: [B, S], the dtype of `like`."""
+    return torch.full_like(like, rest).masked_fill(chosen, own)
 
 
 # ---- One optimizer step
@@ -291,7 +316,10 @@ class StepSelection:
     competing_weight: Tensor
     weight: Tensor
     trained: Tensor
-    trained_mask: Tensor | None  # [B, S] bool, of the last `policy_loss`: the tokens with a gradient; None: all of them
+    # [B, S] bool, of the last `policy_loss`: the tokens with a gradient; None: all of them. And those that the rule
+    # selected; None without a selection.
+    trained_mask: Tensor | None
+    chosen: Tensor | None
 
     def __init__(self, config: Any, group: dist.ProcessGroup | None = None, *, in_micro_batches: bool = False) -> None:
         """
@@ -311,7 +339,14 @@ class StepSelection:
         self._rest = setting(config, "entropy_rest.weight") or 0.0
         self._veto = tuple(setting(config, key) for key in _VETO)
         self._token_weight = getattr(config, "token_weight", None)
+<<<<<<< HEAD
         self._random = self._ratio is not None and self._score == "random"
+=======
+        rest_clip = {key.split(".")[1]: setting(config, key) for key in _REST_CLIP}
+        self._rest_clip = {name: value for name, value in rest_clip.items() if value is not None}
+        self._rest_kl = setting(config, _REST_KL)
+        self.draws = self._ratio is not None and self._score == "random"
+>>>>>>> ops
         self.threshold_name = f"actor/{'entropy' if self._score == 'entropy' else 'score'}_threshold"
         selects = self._ratio is not None and not in_micro_batches
         self.before_step = selects and config.entropy_top_scope != "micro_batch"
@@ -426,7 +461,7 @@ class StepSelection:
                 response_mask,
                 group=competing_group(self._config.entropy_top_ranks, self._group),
                 seed=seed,
-                **_options(self._config, _COVARIANCE),
+                **(_options(self._config, _COVARIANCE) | self.clip_ratios(tokens, log_prob)),
             )
         tokens.log_prob = log_prob if only_selected else None
         return tokens
@@ -514,9 +549,9 @@ class StepSelection:
             scores = self.score(number, log_prob, entropy, advantages, response_mask)
             selected, metrics[self.threshold_name] = self.select(scores, response_mask)
             tokens = self.weigh(selected, log_prob, entropy, advantages, response_mask)
-        self.trained_mask = None
+        self.trained_mask = self.chosen = None
         if tokens is not None and self._loss_mode not in SEQUENCE_MODES:
-            self.trained_mask = tokens.mask
+            self.trained_mask, self.chosen = tokens.mask, tokens.chosen()
             self.note_shares(tokens.chosen(), response_mask)
             if self._config.entropy_top_normalize == "selected":
                 options["batch_num_tokens"] = self.divisor(number, tokens.weights())
@@ -530,13 +565,38 @@ class StepSelection:
             entropy_mask=None if tokens is None else tokens.mask,
             covariance_mask=None if tokens is None else tokens.covariance_mask,
             normalize=self._config.entropy_top_normalize,
-            **_options(self._config, _POLICY_LOSS),
+            **(_options(self._config, _POLICY_LOSS) | ({} if tokens is None else self.clip_ratios(tokens, log_prob))),
             **options,
         )
         metrics |= loss_metrics
         if tokens is not None and tokens.selected is not None:
             metrics |= share_metrics(tokens, response_mask)
         return loss, self._weighted(metrics, response_mask, renamed)
+
+    def clip_ratios(self, tokens: TokenSelection, log_prob: Tensor) -> dict[str, Tensor]:
+        """The clip ratios that differ from token to token, as arguments of `policy_loss`, [B, S] as `log_prob`."""
+        found = {}
+        for name, rest in self._rest_clip.items():
+            own = self._config.clip_ratio if self._config[name] is None else self._config[name]
+            found[name] = by_choice(tokens.chosen(), own, rest, log_prob)
+        return found
+
+    def kl_loss(
+        self, log_prob: Tensor, ref_log_prob: Tensor, response_mask: Tensor, **aggregation: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The KL penalty of the micro-batch of the last `policy_loss`, all of whose response tokens it covers.
+
+        Returns:
+            What to add to the loss: each token's estimate times `kl_loss_coef`, or `entropy_rest.kl_loss_coef` if the
+            rule did not select it, averaged over all response tokens. And the penalty itself, without coefficients.
+        """
+        config = self._config
+        batch, options = (log_prob, ref_log_prob, response_mask), {"kl_loss_type": config.kl_loss_type, **aggregation}
+        penalty = kl_loss(*batch, **options)
+        if self._rest_kl is None or self.chosen is None:
+            return config.kl_loss_coef * penalty, penalty
+        coefficients = by_choice(self.chosen, config.kl_loss_coef, self._rest_kl, log_prob)
+        return kl_loss(*batch, weights=coefficients, **options), penalty
 
     def _factors(self, tokens: TokenSelection, weight: Tensor, options: dict[str, Any]) -> Tensor:
         """[B, S]: what multiplies the tokens' losses, given the arguments of `policy_loss`."""

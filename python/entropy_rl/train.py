@@ -42,7 +42,7 @@ from entropy_rl.report.rollouts import Rollout, make_rollouts, write_rollouts
 from entropy_rl.rewards import Scorer
 from entropy_rl.selection import StepSelection, TokenSelection, needs_all_tokens, prepass, select_tokens
 from entropy_rl.tasks import Problem, load_tasks
-from entropy_rl_ext import aggregate, kl_loss, logprob_entropy
+from entropy_rl_ext import aggregate, logprob_entropy
 
 Example = tuple[Problem, list[int]]  # a problem and its prompt as token ids
 
@@ -776,9 +776,8 @@ def accumulate_gradients(
             loss = loss - actor.entropy_coeff * bonus
             sums["actor/entropy_loss"] = bonus.detach()
         if micro.ref_log_prob is not None:
-            kl_type = actor.kl_loss_type
-            penalty = kl_loss(log_prob, micro.ref_log_prob, response_mask, kl_loss_type=kl_type, **aggregation)
-            loss = loss + actor.kl_loss_coef * penalty
+            term, penalty = step.kl_loss(log_prob, micro.ref_log_prob, response_mask, **aggregation)
+            loss = loss + term
             sums["actor/kl_loss"] = penalty.detach()
         loss.backward()
 

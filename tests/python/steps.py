@@ -12,15 +12,17 @@ SEED = 5
 
 
 def configuration(**changes: Any) -> Any:
-    """An actor configuration with verl's keys; `changes` are keys without entropy_top_, the loss mode, and the tables
-    and keys of the weights."""
+    """An actor configuration with verl's keys; `changes` are keys without entropy_top_, the loss mode, the clip ratios,
+    those of the KL penalty, and the tables and keys of the weights."""
     values = {"ratio": 0.3, "rule": "topk", "scope": "mini_batch", "ranks": "global", "normalize": "selected"}
     loss = {"loss_mode": "vanilla", "clip_cov_ratio": 0.2, "clip_cov_lb": -0.5, "clip_cov_ub": 1.5}
     loss |= {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.1, "dro_beta": None}
     loss |= {name: changes.pop(name) for name in ("loss_mode",) if name in changes}
     actor = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
     actor |= {"tau_pos": 1.0, "tau_neg": 1.05, "policy_loss": Keys(loss)}
-    actor |= {name: changes.pop(name) for name in ("entropy_rest", "entropy_veto", "token_weight") if name in changes}
+    actor |= {"use_kl_loss": False, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl"}
+    own = (*actor, "entropy_rest", "entropy_veto", "token_weight")
+    actor |= {name: changes.pop(name) for name in own if name in changes}
     return Keys(actor | {f"entropy_top_{name}": value for name, value in (values | changes).items()})
 
 

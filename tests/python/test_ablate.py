@@ -82,6 +82,19 @@ def test_every_arm_with_every_seed_once(
     assert len(started) == 13, "only the new seed"
 
 
+def test_the_arms_of_published_methods(task: Overrides, tmp_path: Path, started: list[list[str]]) -> None:
+    """They run, and have the settings that docs/methods.md lists."""
+    assert cli.main(command(tmp_path, task, "--seeds=1", "--arms=archer,stapo")) == 0
+    results = results_of(tmp_path)
+    assert results.keys() == {"seed_0.archer", "seed_0.stapo"}
+    assert results["seed_0.stapo"]["entropy_token_ratio"] == [1.0, 1.0]
+    assert results["seed_0.archer"]["entropy_token_ratio"] == pytest.approx([0.2] * 2, abs=1 / 8)
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    block = page.split("### Dual-token constraints")[1].split("```")[1]
+    documented = {line.strip(" \\") for line in block.splitlines() if f"{ACTOR}." in line}
+    assert len(documented) == 11 and documented <= set(started[0])
+
+
 def test_an_arm_of_the_users_own(
     task: Overrides, tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,9 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (f"{ACTOR}.entropy_top_ranks", "all", "one of local, global"),
         (f"{ACTOR}.entropy_top_normalize", "all", "one of selected, response"),
         (f"{ACTOR}.entropy_rest.weight", -0.1, "a number of at least 0"),
+        (f"{ACTOR}.entropy_rest.clip_ratio_low", -0.1, "a number of at least 0, or null"),
+        (f"{ACTOR}.entropy_rest.clip_ratio_high", "wide", "a number of at least 0, or null"),
+        (f"{ACTOR}.entropy_rest.kl_loss_coef", -1, "a number of at least 0, or null"),
         (f"{ACTOR}.entropy_veto.probability", 1.5, "a number above 0 and at most 1, or null"),
         (f"{ACTOR}.entropy_veto.entropy", 0, "a number above 0, or null"),
         (f"{ACTOR}.entropy_veto.entropy", 0.1, "both numbers of entropy_veto must be set, or none"),
@@ -126,6 +129,14 @@ def test_an_error_is_one_line(
         (
             {"policy_loss.loss_mode": "gspo", "entropy_rest.weight": 0.1},
             "entropy_rest.weight=0.1: loss_mode gspo has one ratio per sequence and no weights",
+        ),
+        (
+            {"entropy_rest.clip_ratio_low": 0.1},
+            "entropy_rest.clip_ratio_low=0.1: entropy_rest.weight is 0, so those tokens have no loss to clip",
+        ),
+        (
+            {"entropy_rest.kl_loss_coef": 0.0},
+            "entropy_rest.kl_loss_coef=0.0: it needs use_kl_loss, which is false",
         ),
     ],
 )

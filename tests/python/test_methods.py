@@ -117,6 +117,27 @@ def entropy_in_the_advantage(batch: Batch) -> Tensor:
     return mean(clipped(batch, shaped), inside)
 
 
+def dual_token_constraints(batch: Batch) -> Tensor:
+    """Clip ranges of 0.5 and 0.2, and KL coefficients of 0 and 0.1, above and below the 80 % quantile of a response."""
+    inside, advantages, entropy = (batch[name] for name in ("response_mask", "advantages", "entropy"))
+    quantile = torch.where(inside, entropy, torch.nan).nanquantile(0.8, dim=-1, keepdim=True)
+    reasoning = entropy >= quantile
+    assert 0 < (reasoning & inside).sum() < (inside & ~reasoning).sum()
+    clip, beta = (torch.where(reasoning, *torch.tensor(pair, dtype=torch.float64)) for pair in ([0.5, 0.2], [0.0, 0.1]))
+    ratio = (batch["log_prob"] - batch["old_log_prob"]).exp()
+    bounded = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
+    assert ((bounded != ratio) & inside & reasoning).any()  # neither range is without effect
+    loss = -torch.minimum(ratio * advantages, bounded * advantages)
+    loss = torch.where(advantages < 0, torch.minimum(loss, -3 * advantages), loss)
+    d = reference_log_prob(batch) - batch["log_prob"]
+    return torch.where(inside, loss + beta * (d.exp() - d - 1), 0.0).sum() / inside.sum()
+
+
+def reference_log_prob(batch: Batch) -> Tensor:
+    """[B, S]: of the policy that the KL penalty compares with."""
+    return batch["old_log_prob"] - 0.2 * batch["entropy"]
+
+
 class Method(NamedTuple):
     formula: Callable[[Batch], Tensor]
     settings: dict[str, Any]
@@ -129,6 +150,14 @@ METHODS = {
     "LightRFT": Method(twenty_of_each_response, {"ratio": 0.2, "scope": "sequence", "ranks": "local"}),
     "EG-SPO": Method(attenuated, {"ratio": 0.2, "entropy_rest": {"weight": 0.1}, "normalize": "response"}),
     "STAPO": Method(spurious_tokens_silenced, {"ratio": 1.0, "entropy_veto": {"probability": 0.5, "entropy": 0.6}}),
+    "Archer": Method(
+        dual_token_constraints,
+        {
+            **{"ratio": 0.2, "rule": "quantile", "scope": "sequence", "ranks": "local"},
+            **{"clip_ratio_low": 0.5, "clip_ratio_high": 0.5, "use_kl_loss": True, "kl_loss_coef": 0.0},
+            "entropy_rest": {"weight": 1.0, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "kl_loss_coef": 0.1},
+        },
+    ),
     "entropy-shaped advantage": Method(
         entropy_in_the_advantage,
         {"ratio": 1.0, "token_weight": f"{Path(__file__)}:entropy_shaped_advantage", "normalize": "response"},
@@ -147,6 +176,9 @@ def step(settings: dict[str, Any], size: int) -> tuple[float, Tensor]:
     for number, (part, chosen) in enumerate(zip(micro_batches(batch, size), tokens, strict=True)):
         response_tokens = {"batch_num_tokens": optimizer_step.response_tokens}
         loss, _ = optimizer_step.policy_loss(number, **part, tokens=chosen, **response_tokens)
+        if settings.get("use_kl_loss"):
+            batch_of_kl = (part["log_prob"], reference_log_prob(part), part["response_mask"])
+            loss = loss + optimizer_step.kl_loss(*batch_of_kl, **response_tokens)[0]
         loss.backward()
         total += loss.item()
     return total, batch["log_prob"].grad

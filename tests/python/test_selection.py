@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from entropy_rl import selection
 from entropy_rl.selection import StepSelection
-from entropy_rl_ext import covariance_mask, global_top_mask
+from entropy_rl_ext import covariance_mask, global_top_mask, kl_loss, reference
 from ranks import Ranks
-from steps import configuration, make_batch, micro_batches, select
+from steps import SEED, configuration, make_batch, micro_batches, select
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +361,11 @@ def test_the_host_waits_for_nothing(loss_mode: str, rule: str, scope: str) -> No
 def test_the_options_are_documented() -> None:
     """One text for each entropy_top_* key of the configuration."""
     documented = {key.removeprefix("entropy_top_") for key in selection.OPTIONS}
-    weights = {"entropy_rest.weight", "entropy_veto.probability", "entropy_veto.entropy", "token_weight"}
-    assert documented == weights | {
+    rest = {f"entropy_rest.{name}" for name in ("weight", "clip_ratio_low", "clip_ratio_high", "kl_loss_coef")}
+    assert documented == rest | {
+        "entropy_veto.probability",
+        "entropy_veto.entropy",
+        "token_weight",
         "ratio",
         "score",
         "rule",
@@ -372,3 +375,104 @@ def test_the_options_are_documented() -> None:
         "normalize",
         "complement",
     }
+
+
+# ---- The clip range and the KL coefficient of the other tokens
+
+CLIPPED_MODES = ["vanilla", "clip_cov", "dppo_tv", "dppo_kl", "cispo"]
+
+
+@pytest.mark.parametrize("loss_mode", CLIPPED_MODES)
+@pytest.mark.parametrize("scope", selection.SCOPES)
+def test_the_other_tokens_have_their_own_clip_range(loss_mode: str, scope: str) -> None:
+    """The loss is that of the two kinds of tokens, each with its own numbers; one key alone changes one end."""
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in make_batch().items()}
+    inside, rest = batch["response_mask"], {"weight": 1.0, "clip_ratio_low": 0.05, "clip_ratio_high": 0.4}
+    keys = {"scope": scope, "ranks": "local", "loss_mode": loss_mode}
+    for own in (rest, rest | {"clip_ratio_low": None}, rest | {"clip_ratio_high": None}):
+        step, (tokens,) = select(configuration(**keys, entropy_rest=own), batch, 6)
+        options = {"batch_num_tokens": inside.sum(), "seed": 3}
+        loss, _ = step.policy_loss(0, **batch, tokens=tokens, **options)
+        chosen, arguments = step.chosen, {name: value for name, value in batch.items() if name != "entropy"}
+        assert 0 < chosen.sum() < inside.sum()
+        numbers = {name: 0.2 if own[name] is None else own[name] for name in ("clip_ratio_low", "clip_ratio_high")}
+        ratios = {
+            name: torch.full_like(batch["entropy"], number).masked_fill(chosen, 0.2) for name, number in numbers.items()
+        }
+        cov = {"clip_cov_ratio": 0.2, "clip_cov_lb": -0.5, "clip_cov_ub": 1.5}
+        if loss_mode == "clip_cov" and tokens is not None:
+            cov["covariance_mask"] = covariance_mask(**arguments, loss_mode=loss_mode, seed=SEED, **cov, **ratios)
+        cov = cov if loss_mode == "clip_cov" else {}
+        expected, _ = reference.policy_loss(**arguments, loss_mode=loss_mode, seed=3, **ratios, **cov)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_the_other_tokens_have_their_own_kl_coefficient(agg: str) -> None:
+    """Every response token has a share of the mean as large as before, times its coefficient; 0 is a coefficient."""
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in make_batch().items()}
+    inside, ref = batch["response_mask"], batch["old_log_prob"] - 0.3
+    aggregation = {"batch_num_tokens": inside.sum(), "global_batch_size": 6, "loss_agg_mode": agg}
+    whole = kl_loss(batch["log_prob"], ref, inside, **aggregation)
+    for rest, complement in ((0.3, False), (0.0, False), (0.3, True)):
+        config = configuration(use_kl_loss=True, kl_loss_coef=0.1, entropy_rest={"weight": 0.0, "kl_loss_coef": rest})
+        config.entropy_top_complement = complement
+        step, (tokens,) = select(config, batch, 6)
+        step.policy_loss(0, **batch, tokens=tokens, **aggregation)
+        term, penalty = step.kl_loss(batch["log_prob"], ref, inside, **aggregation)
+        assert torch.equal(penalty, whole)
+        kl = (ref - batch["log_prob"]).exp() - (ref - batch["log_prob"]) - 1
+        losses = torch.where(inside, kl * torch.where(tokens.chosen(), 0.1, rest), 0.0)
+        rows = losses.sum(-1)
+        if agg == "token-mean":
+            expected = losses.sum() / inside.sum()
+        else:
+            expected = (rows / inside.sum(-1).clamp(min=1) if agg == "seq-mean-token-mean" else rows).sum() / 6
+        torch.testing.assert_close(term, expected, rtol=1e-7, atol=0)  # 1e-8 in verl's divisor of a row
+    step, (tokens,) = select(configuration(use_kl_loss=True, kl_loss_coef=0.1), batch, 6)
+    step.policy_loss(0, **batch, tokens=tokens, **aggregation)
+    assert torch.equal(step.kl_loss(batch["log_prob"], ref, inside, **aggregation)[0], 0.1 * whole)
+
+
+REST = "entropy_rest"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "reason"),
+    [
+        ({"ratio": None, REST: {"kl_loss_coef": 0.0}}, "kl_loss_coef", "it needs entropy_top_ratio, which is null"),
+        ({"ratio": None, REST: {"clip_ratio_low": 0.0}}, "clip_ratio_low", "it needs entropy_top_ratio"),
+        (
+            {REST: {"weight": 0.0, "clip_ratio_high": 0.3}},
+            "clip_ratio_high",
+            "entropy_rest.weight is 0, so those tokens",
+        ),
+        ({REST: {"clip_ratio_low": 0.3}}, "clip_ratio_low", "entropy_rest.weight is 0, so those tokens"),
+        ({REST: {"kl_loss_coef": 0.0}}, "kl_loss_coef", "it needs use_kl_loss, which is false"),
+        *(
+            (
+                {"loss_mode": mode, REST: {"weight": 1.0, "clip_ratio_low": 0.1}},
+                "clip_ratio_low",
+                f"loss_mode {mode} does",
+            )
+            for mode in selection.UNCLIPPED_MODES
+        ),
+        *(
+            (
+                {"loss_mode": mode, "use_kl_loss": True, REST: {"kl_loss_coef": 0.1}},
+                "kl_loss_coef",
+                f"loss_mode {mode} has",
+            )
+            for mode in selection.SEQUENCE_MODES
+        ),
+    ],
+    ids=str,
+)
+def test_ranges_of_the_other_tokens_that_make_no_sense(changes: dict[str, Any], key: str, reason: str) -> None:
+    found = selection.contradiction(configuration(**changes))
+    assert found is not None and found.key == f"{REST}.{key}" and found.value == changes[REST][key]
+    assert found.reason.startswith(reason)
+
+
+def test_every_loss_mode_clips_or_does_not() -> None:
+    assert {*CLIPPED_MODES, *selection.UNCLIPPED_MODES, *selection.SEQUENCE_MODES} == set(reference._LOSS_MODES)

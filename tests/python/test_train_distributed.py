@@ -107,6 +107,15 @@ CASES = {
         f"{ACTOR}.entropy_rest.weight": 0.5,
         f"{ACTOR}.token_weight": f"{Path(__file__).with_name('training.py')}:entropy_weight",
     },
+    "dual-token constraints": {
+        f"{ACTOR}.clip_ratio_high": 0.5,
+        f"{ACTOR}.use_kl_loss": "true",
+        f"{ACTOR}.kl_loss_coef": 0.0,
+        f"{ACTOR}.entropy_rest.weight": 1.0,
+        f"{ACTOR}.entropy_rest.clip_ratio_low": 0.1,
+        f"{ACTOR}.entropy_rest.clip_ratio_high": 0.2,
+        f"{ACTOR}.entropy_rest.kl_loss_coef": 0.1,
+    },
     "each response": {f"{ACTOR}.entropy_top_scope": "sequence", f"{ACTOR}.entropy_top_ranks": "local"},
     "all tokens": {f"{ACTOR}.entropy_top_ratio": "null"},
 }

@@ -31,6 +31,7 @@ from entropy_rl.selection import (
     Scope,
     StepSelection,
     TokenSelection,
+    by_choice,
     contradiction,
     load_functions,
     prepass,
@@ -47,7 +48,7 @@ HOOKS = {
     ),
     "trl:GRPOConfig": (
         "..., top_entropy_quantile, steps_per_generation, gradient_accumulation_steps, importance_sampling_level, "
-        "loss_type, beta, entropy_coef, use_adaptive_entropy, entropy_target"
+        "loss_type, beta, epsilon, epsilon_high, entropy_coef, use_adaptive_entropy, entropy_target"
     ),
     "trl.trainer.utils:_ChunkedLogProbFunction.forward": (
         "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs"
@@ -61,6 +62,9 @@ ATTRIBUTES = (
     "entropy_coef",
     "use_adaptive_entropy",
     "loss_type",
+    "beta",
+    "epsilon_low",
+    "epsilon_high",
     "_entropy_bonus_enabled",
     "_last_world_entropy",
     "_step",
@@ -102,8 +106,18 @@ MEAN_OVER = {
     "sapo": "sequence",
 }
 
+# Loss types without a clip range, and TRL's names of the numbers that the other tokens may have apart.
+UNCLIPPED = ("sapo", "vespo")
+TRL_NAMES = {"clip_ratio_low": "epsilon", "clip_ratio_high": "epsilon_high", "kl_loss_coef": "beta"}
+
 # TRL's metrics that are means over tokens, or over sequences under importance_sampling_level="sequence".
 CLIP_RATIO_MEANS = {"cispo_clip_ratio", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+
+
+def _of_trl(key: str) -> str:
+    """The text of a key with TRL's name of the number."""
+    name = key.split(".")[1]
+    return OPTIONS[key].replace(name, TRL_NAMES[name])
 
 
 @dataclass
@@ -124,6 +138,15 @@ class EntropyGRPOConfig(GRPOConfig):
     entropy_top_ranks: Ranks = field(default="local", metadata={"help": OPTIONS["entropy_top_ranks"]})
     entropy_top_normalize: Normalize = field(default="selected", metadata={"help": OPTIONS["entropy_top_normalize"]})
     entropy_rest_weight: float = field(default=0.0, metadata={"help": OPTIONS["entropy_rest.weight"]})
+    entropy_rest_clip_ratio_low: float | None = field(
+        default=None, metadata={"help": _of_trl("entropy_rest.clip_ratio_low")}
+    )
+    entropy_rest_clip_ratio_high: float | None = field(
+        default=None, metadata={"help": _of_trl("entropy_rest.clip_ratio_high")}
+    )
+    entropy_rest_kl_loss_coef: float | None = field(
+        default=None, metadata={"help": _of_trl("entropy_rest.kl_loss_coef")}
+    )
     entropy_veto_probability: float | None = field(default=None, metadata={"help": OPTIONS["entropy_veto.probability"]})
     entropy_veto_entropy: float | None = field(default=None, metadata={"help": OPTIONS["entropy_veto.entropy"]})
     token_weight: str | None = field(default=None, metadata={"help": OPTIONS["token_weight"]})
@@ -155,7 +178,8 @@ class EntropyGRPOConfig(GRPOConfig):
         self._check_weights()
         found = contradiction(self)
         if found is not None:
-            raise ValueError(f"{found.key.replace('.', '_')} is {found.value!r}; {found.reason}")
+            key, reason = (text.replace("entropy_rest.", "entropy_rest_") for text in (found.key, found.reason))
+            raise ValueError(f"{key.replace('.', '_')} is {found.value!r}; {reason}")
         ratio = self.entropy_top_ratio
         if ratio is None:
             return
@@ -167,6 +191,7 @@ class EntropyGRPOConfig(GRPOConfig):
                 "them: the first selects tokens by this trainer's rules, the second by TRL's own"
             )
         load_functions(self)
+        self._check_ranges()
         window = self.gradient_accumulation_steps
         if self.entropy_top_scope != "micro_batch" and self.steps_per_generation % window:
             raise ValueError(
@@ -197,12 +222,32 @@ class EntropyGRPOConfig(GRPOConfig):
         rest, probability, entropy = self.entropy_rest_weight, self.entropy_veto_probability, self.entropy_veto_entropy
         if not (math.isfinite(rest) and rest >= 0):
             raise ValueError(f"entropy_rest_weight is {rest}; it must be a number of at least 0")
+        for name in TRL_NAMES:
+            value = getattr(self, f"entropy_rest_{name}")
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"entropy_rest_{name} is {value}; it must be a number of at least 0, or None")
         if probability is not None and not 0 < probability <= 1:
             raise ValueError(f"entropy_veto_probability is {probability}; it must be above 0 and at most 1, or None")
         if entropy is not None and not (math.isfinite(entropy) and entropy > 0):
             raise ValueError(f"entropy_veto_entropy is {entropy}; it must be a number above 0, or None")
         if self.token_weight is not None and not names_function(self.token_weight):
             raise ValueError(f"token_weight is {self.token_weight!r}; it must be {FUNCTION}, or None")
+
+    def _check_ranges(self) -> None:
+        """Raises ValueError if the tokens that were not selected have a number of their own that has no effect."""
+        for name in TRL_NAMES:
+            key, value = f"entropy_rest_{name}", getattr(self, f"entropy_rest_{name}")
+            if value is None:
+                continue
+            if self.importance_sampling_level == "sequence":
+                raise ValueError(f"{key} is {value}; importance_sampling_level 'sequence' has one ratio per sequence")
+            if name == "kl_loss_coef":
+                if not (self.beta or value):
+                    raise ValueError(f"{key} is {value}; beta is {self.beta}, so there is no KL penalty")
+                continue
+            if self.loss_type in UNCLIPPED or (self.loss_type == "cispo" and name == "clip_ratio_low"):
+                end = "does not clip" if self.loss_type in UNCLIPPED else "has no lower clip ratio"
+                raise ValueError(f"{key} is {value}; loss_type {self.loss_type!r} {end}")
 
 
 class EntropyGRPOTrainer(GRPOTrainer):
@@ -222,7 +267,13 @@ class EntropyGRPOTrainer(GRPOTrainer):
     ):
         if not isinstance(args, EntropyGRPOConfig):
             raise TypeError(f"args is {type(args).__name__}; an EntropyGRPOConfig was expected")
-        super().__init__(model, reward_funcs, args, *rest, **named)
+        beta, rest_beta = args.beta, args.entropy_rest_kl_loss_coef
+        # TRL loads the reference model, and computes its log-probabilities, only for a beta other than 0.
+        args.beta = beta or rest_beta or beta
+        try:
+            super().__init__(model, reward_funcs, args, *rest, **named)
+        finally:
+            args.beta = beta
         missing = [name for name in ATTRIBUTES if not hasattr(self, name)]
         if missing:
             raise ImportError(
@@ -271,12 +322,14 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if not before_step or self._position() == 0:
             self._begin_selection(inputs)
         self._loss_inputs, entropy_coef = inputs, self._applied_entropy_coef()
+        numbers = {name: getattr(self, name) for name in ("epsilon_low", "epsilon_high", "beta")}
         if before_step and loss_type == "bnpo":  # dapo is the same loss, and takes its divisor as an input
             self.loss_type, inputs = "dapo", inputs | {"num_items_in_batch": self._num_items_of_bnpo()}
         try:
             loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
             self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
+            vars(self).update(numbers)
         if before_step and self._position() == self.args.gradient_accumulation_steps - 1:
             self._join_metrics()
         return loss
@@ -311,12 +364,28 @@ class EntropyGRPOTrainer(GRPOTrainer):
             scores = selection.score(self._number(), log_probs, entropies, advantages, mask)
             selected, lowest = selection.select(scores, mask)
             tokens = selection.weigh(selected, log_probs, entropies, advantages, mask)
+        self._set_ranges(tokens.chosen())
         self._log_selection(tokens, mask, lowest)
         self._recorded["selected"] = tokens.mask
         weights = tokens.weights()
         if args.entropy_top_normalize == "response":
             return weights
         return weights * self._normalization(weights, mask, inputs)
+
+    def _set_ranges(self, chosen: Tensor) -> None:
+        """Gives TRL's loss of this micro-batch tensors [B, T] in place of the numbers that the other tokens have apart;
+        `chosen` are the selected ones."""
+        args, log_prob = self.args, self._recorded["log_probs"]
+        own = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high, "beta": args.beta}
+        for (name, value), key in zip(own.items(), TRL_NAMES, strict=True):
+            rest = getattr(args, f"entropy_rest_{key}")
+            if rest is not None:
+                of_tokens = by_choice(chosen, value, rest, log_prob)
+                setattr(self, name, _Coefficients(of_tokens) if name == "beta" else of_tokens)
+        if isinstance(self.epsilon_low, Tensor) or isinstance(self.epsilon_high, Tensor):
+            # torch.clamp takes two numbers or two tensors.
+            for name in ("epsilon_low", "epsilon_high"):
+                setattr(self, name, torch.as_tensor(getattr(self, name), dtype=log_prob.dtype, device=log_prob.device))
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         with _lm_head(self._score) if self._lm_head_is_ours else contextlib.nullcontext():
@@ -543,6 +612,20 @@ class EntropyGRPOTrainer(GRPOTrainer):
         known = self._tokens[position].mask[completion], log_prob[completion], entropy[completion]
         # With soft prompts (PEFT), TRL scores one more token of each sequence.
         return known if len(known[0]) == scored else None
+
+
+class _Coefficients:
+    """One coefficient for each token, [B, T], in place of TRL's `beta`: TRL's loss asks whether it is 0, and multiplies
+    it with the tokens' estimates."""
+
+    def __init__(self, of_tokens: Tensor) -> None:
+        self.of_tokens = of_tokens
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+    def __mul__(self, estimates: Tensor) -> Tensor:
+        return self.of_tokens * estimates
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The values that the configuration accepts, and its errors and warnings."""
 
 import importlib.util
+import math
 import operator
 import re
 import sys
@@ -16,6 +17,9 @@ import entropy_rl.integrations.trl as integration
 from entropy_rl import extras
 from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
 from grpo import PROMPTS, SETTINGS, share_of_digits
+
+# Dual-token constraints.
+DUAL = {"entropy_top_ratio": 0.2, "entropy_rest_weight": 1.0, "entropy_rest_clip_ratio_low": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,32 @@ from grpo import PROMPTS, SETTINGS, share_of_digits
             "entropy_top_ranks is 'global'; it must be local with entropy_top_scope sequence",
         ),
         ({"entropy_rest_weight": -0.1}, "entropy_rest_weight is -0.1; it must be a number of at least 0"),
+        (
+            {"entropy_rest_clip_ratio_low": -0.1},
+            "entropy_rest_clip_ratio_low is -0.1; it must be a number of at least 0",
+        ),
+        (
+            {"entropy_rest_kl_loss_coef": math.nan},
+            "entropy_rest_kl_loss_coef is nan; it must be a number of at least 0",
+        ),
+        ({"entropy_rest_clip_ratio_low": 0.1}, "entropy_rest_clip_ratio_low is 0.1; it needs entropy_top_ratio"),
+        (
+            {"entropy_top_ratio": 0.2, "entropy_rest_clip_ratio_high": 0.1},
+            "entropy_rest_clip_ratio_high is 0.1; entropy_rest_weight is 0, so those tokens have no loss to clip",
+        ),
+        (
+            {"entropy_top_ratio": 0.2, "entropy_rest_kl_loss_coef": 0.0},
+            "entropy_rest_kl_loss_coef is 0.0; beta is 0.0, so there is no KL penalty",
+        ),
+        (
+            DUAL | {"importance_sampling_level": "sequence"},
+            "entropy_rest_clip_ratio_low is 0.1; importance_sampling_level 'sequence' has one ratio per sequence",
+        ),
+        (DUAL | {"loss_type": "sapo"}, "entropy_rest_clip_ratio_low is 0.1; loss_type 'sapo' does not clip"),
+        (
+            DUAL | {"loss_type": "cispo"},
+            "entropy_rest_clip_ratio_low is 0.1; loss_type 'cispo' has no lower clip ratio",
+        ),
         (
             {"entropy_veto_probability": 2.0},
             "entropy_veto_probability is 2.0; it must be above 0 and at most 1, or None",

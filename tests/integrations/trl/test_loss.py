@@ -212,6 +212,7 @@ def test_selected_is_response_times_their_share(trainer: Callable[..., GRPOTrain
         {"entropy_top_score": "random", "loss_type": "grpo"},
         *({"loss_type": name, "entropy_rest_weight": 0.3} for name in LOSS_TYPES),
         {"entropy_rest_weight": 1.0, "entropy_veto_probability": 0.2, "entropy_veto_entropy": 4.07},
+        *({"loss_type": name, **two_ranks.DUAL} for name in ("dapo", "grpo", "bnpo", "dr_grpo", "luspo")),
         {"loss_type": "grpo", "token_weight": f"{two_ranks.__file__}:only_high_entropies"},
         {"loss_type": "bnpo", "delta": 1.5},
         {"loss_type": "bnpo", "off_policy_mask_threshold": 0.5},
@@ -265,6 +266,46 @@ def test_a_weighted_mean(trainer: Callable[..., GRPOTrainer], loss_type: str, no
     by_row = losses.sum(1) / divisor.sum(1).clamp(min=1e-9)
     expected = losses.sum() / divisor.sum() if loss_type == "dapo" else by_row.mean()
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo"])
+def test_the_other_tokens_have_their_own_clip_range_and_kl_coefficient(
+    trainer: Callable[..., GRPOTrainer], loss_type: str, beta: float
+) -> None:
+    """Loss and gradient from the model's logits in plain torch. With beta 0 only the other tokens have a penalty."""
+    batch, epsilon_high = make_batch(), 3.0 if loss_type == "cispo" else 0.4
+    settings = {"entropy_rest_weight": 1.0, "entropy_rest_kl_loss_coef": 0.3, "beta": beta}
+    settings |= {"epsilon_high": epsilon_high, "entropy_rest_clip_ratio_high": epsilon_high / 2}
+    settings |= {} if loss_type == "cispo" else {"epsilon": 0.3, "entropy_rest_clip_ratio_low": 0.1}
+    ours = trainer(entropy_top_ratio=0.3, loss_type=loss_type, use_bias_correction_kl=False, **settings)
+    assert ours.args.beta == beta
+    mask, length, advantages = batch["completion_mask"], batch["completion_ids"].shape[1], batch["advantages"][:, None]
+    logits = ours.model(
+        input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        attention_mask=torch.cat([batch["prompt_mask"], mask], 1),
+    ).logits[:, -length - 1 : -1]
+    log_probs = logits.log_softmax(-1)
+    log_prob = log_probs.gather(-1, batch["completion_ids"][..., None])[..., 0]
+    chosen = global_top_mask(-(log_probs.exp() * log_probs).sum(-1).detach(), mask, 0.3)
+    above, below = (torch.where(chosen, *pair) for pair in ((epsilon_high, epsilon_high / 2), (0.3, 0.1)))
+    ratio = (log_prob - batch["old_per_token_logps"]).exp()
+    if loss_type == "cispo":
+        losses = -torch.minimum(ratio, above).detach() * advantages * log_prob
+    else:
+        bounded = torch.minimum(torch.maximum(ratio, 1 - below), 1 + above)
+        losses = -torch.minimum(ratio * advantages, bounded * advantages)
+    d = batch["ref_per_token_logps"] - log_prob
+    losses = (losses + torch.where(chosen, beta, 0.3) * (d.exp() - d - 1)) * mask
+    by_row = losses.sum(1) / mask.sum(1).clamp(min=1)
+    expected = by_row.mean() if loss_type == "grpo" else losses.sum() / mask.sum()
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in ours.model.named_parameters()}
+    ours.model.zero_grad()
+    step = optimizer_step(ours, batch)
+    assert_same_step(step, (expected.detach(), gradients), rtol=1e-4, atol=1e-5 * max(1.0, largest((0, gradients))))
+    numbers = ours.epsilon_low, ours.epsilon_high, ours.beta
+    assert all(isinstance(number, float) for number in numbers), "the trainer has its own numbers after the loss"
 
 
 def test_surprisal_selects_the_least_probable_tokens(trainer: Callable[..., GRPOTrainer]) -> None:

@@ -27,6 +27,10 @@ from grpo import (
 
 AS_TRL = {"entropy_top_rule": "quantile", "entropy_top_ranks": "global", "entropy_top_normalize": "response"}
 
+# Dual-token constraints: the tokens that were not selected train too, with their own clip range and KL coefficient.
+DUAL = {"entropy_rest_weight": 1.0, "entropy_rest_clip_ratio_low": 0.1, "entropy_rest_clip_ratio_high": 0.3}
+DUAL |= {"entropy_rest_kl_loss_coef": 0.1, "beta": 0.05}
+
 # Settings of steps that do not depend on the number of ranks.
 STEPS: list[dict[str, Any]] = [
     *({"loss_type": loss_type} for loss_type in LOSS_TYPES),
@@ -48,6 +52,7 @@ STEPS: list[dict[str, Any]] = [
     {"entropy_rest_weight": 0.3, "loss_type": "grpo"},
     {"entropy_rest_weight": 0.3, "loss_type": "bnpo", "token_weight": f"{__file__}:only_high_entropies"},
     {"entropy_veto_probability": 0.2, "entropy_veto_entropy": 4.07, "entropy_rest_weight": 1.0},
+    *({"loss_type": loss_type, **DUAL} for loss_type in ("dapo", "grpo", "bnpo")),
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "entropy_top_rule": "quantile"},
     {"entropy_top_scope": "sequence", "entropy_top_ranks": "local", "loss_type": "grpo"},

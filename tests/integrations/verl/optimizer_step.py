@@ -21,6 +21,10 @@ OLD_POLICY = MINI_BATCH | {"actor.entropy_top_source": "old_policy"}
 SEQUENCE = {"actor.entropy_top_scope": "sequence"}
 VETO = {"actor.entropy_veto.probability": 0.02, "actor.entropy_veto.entropy": 3.701, "actor.entropy_top_ratio": 1.0}
 TOKEN_WEIGHT = {"actor.token_weight": f"{__file__}:only_high_entropies", "actor.entropy_rest.weight": 0.5}
+# Dual-token constraints: the tokens that were not selected train too, with their own clip range and KL coefficient.
+DUAL = {"actor.entropy_rest.weight": 1.0, "actor.entropy_rest.clip_ratio_low": 0.1, "actor.clip_ratio_high": 0.5}
+DUAL |= {"actor.entropy_rest.clip_ratio_high": 0.2, "actor.entropy_rest.kl_loss_coef": 0.3}
+DUAL |= {"actor.use_kl_loss": True, "actor.kl_loss_coef": 0.1, "actor.kl_loss_type": "k2"}
 FUSED = {"model.use_fused_kernels": True}
 
 REMOVE_PADDING = {"model.use_remove_padding": True}
@@ -72,6 +76,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "rest": ({"actor.entropy_rest.weight": 0.3}, (2,)),
     "veto": (VETO, (2,)),
     "mini-batch-rest": (MINI_BATCH | {"actor.entropy_rest.weight": 0.3, "weights": True}, (1, 2, 4)),
+    "dual": (DUAL, (2,)),
+    "mini-batch-dual": (MINI_BATCH | DUAL, (1, 2, 4)),
+    "sequence-dual": (SEQUENCE | DUAL, (1, 4)),
     "mini-batch-veto": (MINI_BATCH | VETO, (1, 4)),
     "mini-batch-token-weight": (MINI_BATCH | TOKEN_WEIGHT, (1, 2, 4, 0)),
     "mini-batch-sapo-token-weight": (MINI_BATCH | TOKEN_WEIGHT | {"actor.policy_loss.loss_mode": "sapo"}, (1, 4)),

@@ -56,7 +56,10 @@ def verls_own() -> dict[str, str]:
 @pytest.mark.parametrize("engine", ["dp", "megatron"])
 def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> None:
     ours, theirs = OmegaConf.to_yaml(composed(f"model_engine={engine}")), verls_own[engine]
-    tables = r"entropy_rest:\n      weight|entropy_veto:\n      probability: null\n      entropy"
+    rest = (
+        r"entropy_rest:\n      weight: 0.0\n      clip_ratio_low: null\n      clip_ratio_high: null\n      kl_loss_coef"
+    )
+    tables = rf"{rest}|entropy_veto:\n      probability: null\n      entropy"
     extra = re.compile(rf"^    (entropy_top_\w+|{tables}|token_weight|_target_): .*\n", re.MULTILINE)
     assert "entropy_top_ratio" in ours and "entropy_top_ratio" not in theirs
     assert extra.sub("", ours[ours.index("actor_rollout_ref:") :]) == extra.sub(
@@ -80,6 +83,8 @@ def test_everything_else_is_verls(engine: str, verls_own: dict[str, str]) -> Non
         ("entropy_top_ranks", "all", "one of local, global"),
         ("entropy_top_normalize", "tokens", "one of selected, response"),
         ("entropy_rest.weight", "-1", "a number of at least 0"),
+        ("entropy_rest.clip_ratio_low", "-1", "a number of at least 0, or null"),
+        ("entropy_rest.kl_loss_coef", "-1", "a number of at least 0, or null"),
         ("entropy_veto.probability", "2", "above 0 and at most 1, or null"),
         ("token_weight", "mine", "FILE.py:function, or null"),
         ("entropy_top_kernel", "triton", "one of entropy_rl, verl"),
@@ -102,6 +107,19 @@ def test_keys_that_contradict_each_other_are_refused() -> None:
 def test_weights_need_a_ratio() -> None:
     overrides = [MICRO_BATCH, "actor_rollout_ref.actor.entropy_rest.weight=0.1"]
     with pytest.raises(Exception, match=re.escape("entropy_rest.weight=0.1: it needs entropy_top_ratio")):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("entropy_rest.clip_ratio_low=0.1", "entropy_rest.weight is 0, so those tokens have no loss to clip"),
+        ("entropy_rest.kl_loss_coef=0.1", "it needs use_kl_loss, which is false"),
+    ],
+)
+def test_ranges_of_the_other_tokens_that_make_no_sense(override: str, reason: str) -> None:
+    overrides = [f"{RATIO}=0.2", MICRO_BATCH, f"actor_rollout_ref.actor.{override}"]
+    with pytest.raises(Exception, match=re.escape(f"actor_rollout_ref.actor.{override}: {reason}")):
         omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
 
 

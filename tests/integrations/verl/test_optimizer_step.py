@@ -21,6 +21,7 @@ from entropy_rl.scores import random_scores
 from entropy_rl_ext import covariance_mask
 
 RATIO = 0.2
+REST = "actor.entropy_rest"
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +125,21 @@ def chosen_by_covariance(rows: dict[int, tuple[Tensor, ...]], case: dict[str, An
     return dict(zip(sorted(rows), chosen.split([len(rows[index][0]) for index in sorted(rows)]), strict=True))
 
 
+def by_choice(chosen: Tensor, own: float, rest: float) -> Tensor:
+    return torch.where(chosen, *torch.tensor([own, rest], dtype=torch.float64))
+
+
 def token_losses(
-    mode: str, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, by_covariance: Tensor | None
+    mode: str,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    by_covariance: Tensor | None,
+    chosen: Tensor,
+    case: dict[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token, and the values whose means are the metrics, with verl's default constants."""
+    """The loss of each token, and the values whose means are the metrics, with verl's default constants. Only vanilla
+    has the clip ranges of a case."""
     d = log_prob - old_log_prob
     ratio, p, q = d.exp(), log_prob.exp(), old_log_prob.exp()
     none = torch.zeros_like(d)
@@ -159,7 +171,11 @@ def token_losses(
             clipped, lower = ~inside, inside & (ratio > 3)
             loss = torch.where(inside, -advantage * ratio.clamp(max=3).detach() * log_prob, 0.0)
         case _:
-            unclipped, bounded = -ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage
+            own = [case.get(f"actor.clip_ratio_{end}", 0.2) for end in ("low", "high")]
+            rest = [case.get(f"{REST}.clip_ratio_{end}", own[i]) for i, end in enumerate(("low", "high"))]
+            below, above = (by_choice(chosen, *pair) for pair in zip(own, rest, strict=True))
+            clamped = torch.minimum(torch.maximum(ratio, 1 - below), 1 + above)
+            unclipped, bounded = -ratio * advantage, -clamped * advantage
             loss = torch.maximum(unclipped, bounded)
             clipped, lower = bounded > unclipped, (advantage < 0) & (loss > -3 * advantage)
             loss = torch.where(lower, -3 * advantage, loss)
@@ -244,7 +260,7 @@ def select(policy: Policy, indices: list[int], case: dict[str, Any]) -> Selectio
 def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[str, Any]) -> dict[str, Any]:
     """The step in float64, without code of verl or, except for clip_cov's draw, of this package."""
     rows = optimizer_step.rows()
-    losses, bonus, kl = [], [], []
+    losses, bonus, kl, weighted_kl = [], [], [], []
     means: dict[str, list[Tensor]] = defaultdict(list)
     mode = case.get("actor.policy_loss.loss_mode", "vanilla")
     only_selected = (
@@ -257,7 +273,8 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
             row, log_prob, trains = rows[index], policy.rows[index].log_prob, weight > 0
             old_log_prob, advantage = row["old_log_prob"].double(), row["advantage"].double()
             by_covariance = selection.by_covariance.get(index)
-            token_loss, metrics = token_losses(mode, log_prob, old_log_prob, advantage, by_covariance)
+            chosen = selection.masks[index]
+            token_loss, metrics = token_losses(mode, log_prob, old_log_prob, advantage, by_covariance, chosen, case)
             for name, values in metrics.items():
                 # clip_cov's choice is known for all tokens.
                 of_selected = suffix and (mode, name) != ("clip_cov", "actor/pg_clipfrac")
@@ -268,7 +285,10 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
             loss = (token_loss * weight)[trains].sum()
             losses.append(loss / weight.sum() if mode == "sapo" and trains.any() else loss)
             bonus.append(policy.rows[index].entropy[row["mask"]].sum())
-            kl.append(((log_prob - row["ref_log_prob"])[row["mask"]] ** 2 / 2).sum())
+            token_kl = torch.where(row["mask"], (log_prob - row["ref_log_prob"]) ** 2 / 2, 0.0)
+            coef = case.get("actor.kl_loss_coef", 0.0)
+            kl.append(token_kl.sum())
+            weighted_kl.append((token_kl * by_choice(chosen, coef, case.get(f"{REST}.kl_loss_coef", coef))).sum())
 
     selected_tokens = sum(selection.selected_tokens for selection in selections)
     total_weight = sum(weight.sum().item() for selection in selections for weight in selection.weights.values())
@@ -295,7 +315,7 @@ def statement(policy: Policy, micro_batches: list[list[list[int]]], case: dict[s
     entropy, penalty = torch.stack(bonus).sum() / divisor_of_all, torch.stack(kl).sum() / divisor_of_all
     loss = policy_loss - case.get("actor.entropy_coeff", 0) * entropy
     if case.get("actor.use_kl_loss"):
-        loss = loss + case["actor.kl_loss_coef"] * penalty
+        loss = loss + torch.stack(weighted_kl).sum() / divisor_of_all
     parameters = dict(policy.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
     metrics = {

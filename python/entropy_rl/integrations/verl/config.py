@@ -12,7 +12,8 @@ from entropy_rl.selection import contradiction, load_functions, setting
 
 _PREFIX = "actor_rollout_ref.actor."
 _KEYS = ("ratio", "score", "rule", "scope", "source", "ranks", "normalize")
-_OF_WEIGHTS = ("entropy_rest.weight", "entropy_veto.probability", "entropy_veto.entropy")
+_REST = {"weight": 0.0, "clip_ratio_low": None, "clip_ratio_high": None, "kl_loss_coef": None}
+_OF_TABLES = (*(f"entropy_rest.{name}" for name in _REST), "entropy_veto.probability", "entropy_veto.entropy")
 _RULES = {key: RULES[f"{_PREFIX}{key}"] for key in (*(f"entropy_top_{key}" for key in _KEYS), "token_weight")} | {
     "entropy_top_kernel": one_of("entropy_rl", "verl")
 }
@@ -29,7 +30,7 @@ class _EntropyTop:
     entropy_top_source: str = "prepass"
     entropy_top_ranks: str = "local"
     entropy_top_normalize: str = "selected"
-    entropy_rest: dict[str, Any] = field(default_factory=lambda: {"weight": 0.0})
+    entropy_rest: dict[str, Any] = field(default_factory=_REST.copy)
     entropy_veto: dict[str, Any] = field(default_factory=lambda: {"probability": None, "entropy": None})
     token_weight: str | None = None
     entropy_top_kernel: str = "entropy_rl"
@@ -38,7 +39,7 @@ class _EntropyTop:
         super().__post_init__()  # type: ignore[misc]
         for name, rule in _RULES.items():
             _check(name, getattr(self, name), rule)
-        for name in _OF_WEIGHTS:
+        for name in _OF_TABLES:
             _check(name, setting(self, name), RULES[f"{_PREFIX}{name}"])
         found = contradiction(self)
         if found is not None:

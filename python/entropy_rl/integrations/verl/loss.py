@@ -18,7 +18,7 @@ from entropy_rl.selection import (
     TokenSelection,
     needs_all_tokens,
 )
-from entropy_rl_ext import aggregate, kl_loss
+from entropy_rl_ext import aggregate
 
 verl_ppo_loss = losses.ppo_loss
 
@@ -108,9 +108,8 @@ def ppo_loss(
         if config.entropy_coeff != 0:
             loss = loss - config.entropy_coeff * bonus
     if config.use_kl_loss:
-        kl_type = config.kl_loss_type
-        penalty = kl_loss(log_prob, data["ref_log_prob"], response_mask, kl_loss_type=kl_type, **aggregation)
-        loss = loss + config.kl_loss_coef * penalty
+        term, penalty = step.kl_loss(log_prob, data["ref_log_prob"], response_mask, **aggregation)
+        loss = loss + term
         sums["kl_loss"] = penalty
         metrics["kl_coef"] = config.kl_loss_coef
     return loss, metrics | Metric.from_dict(sums, aggregation=AggregationType.SUM)
