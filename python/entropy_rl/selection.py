@@ -339,14 +339,10 @@ class StepSelection:
         self._rest = setting(config, "entropy_rest.weight") or 0.0
         self._veto = tuple(setting(config, key) for key in _VETO)
         self._token_weight = getattr(config, "token_weight", None)
-<<<<<<< HEAD
-        self._random = self._ratio is not None and self._score == "random"
-=======
         rest_clip = {key.split(".")[1]: setting(config, key) for key in _REST_CLIP}
         self._rest_clip = {name: value for name, value in rest_clip.items() if value is not None}
         self._rest_kl = setting(config, _REST_KL)
-        self.draws = self._ratio is not None and self._score == "random"
->>>>>>> ops
+        self._random = self._ratio is not None and self._score == "random"
         self.threshold_name = f"actor/{'entropy' if self._score == 'entropy' else 'score'}_threshold"
         selects = self._ratio is not None and not in_micro_batches
         self.before_step = selects and config.entropy_top_scope != "micro_batch"
