@@ -100,7 +100,7 @@ def select_over_ranks(
         everywhere = torch.cat(gathered)
         all_of_them = torch.ones_like(everywhere, dtype=torch.bool)
         kept, lowest = select_over_ranks(everywhere, all_of_them, rank_of, rule, Ranks(None))
-        own = kept.split([len(part) for part in gathered])[ranks.own]
+        own = torch.split(kept, [len(part) for part in gathered])[ranks.own]
         return torch.zeros_like(mask).masked_scatter_(mask, own), lowest
 
     ops = torch.ops.entropy_rl
