@@ -239,6 +239,24 @@ def test_charts_by_keyboard(one: list[Measurement], pages: Path, browser: WebDri
         assert chart.find_element(By.XPATH, "..").get_attribute("aria-label")
 
 
+def test_everything_that_takes_the_focus_has_a_name(
+    one: list[Measurement], rollouts: list[Rollout], pages: Path, tmp_path: Path, browser: WebDriver
+) -> None:
+    """For screen readers; and what a page does not have is not there at all."""
+    for path, absent in (
+        (pages / "one.html", ("views", "steps", "time")),
+        (tmp_path / "page.html", ("views", "overlap")),
+    ):
+        open_page(browser, path)
+        found = browser.find_elements(By.CSS_SELECTOR, "a, button, input, select, summary, [tabindex]")
+        assert len(found) > 20
+        for element in found:
+            if element.is_displayed():
+                assert element.accessible_name, element.get_attribute("outerHTML")
+        for name in absent:
+            assert not browser.find_element(By.ID, name).is_displayed()
+
+
 def test_characters_of_several_tokens(tmp_path: Path, browser: WebDriver) -> None:
     """Byte-level tokens: 春 and 🌸 take three and four; the last character is never completed."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
