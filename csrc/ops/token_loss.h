@@ -87,7 +87,7 @@ struct TokenTensors {
   }
   // One number for all tokens.
   Tensor filled(double value) const {
-    Tensor out = torch::stable::new_empty(values, shape_of(values), dtype);
+    Tensor out = new_tensor(values, shape_of(values), dtype);
     torch::stable::fill_(out, value);
     return out;
   }
