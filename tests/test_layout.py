@@ -78,6 +78,12 @@ def test_shared_checks_include_no_backend() -> None:
             assert not name.startswith(("../cpu/", "../cuda/", "cuda")), f"{source.name} includes {name}"
 
 
+def test_tensors_are_made_in_one_place() -> None:
+    """torch's own functions lose its message, that of a lack of memory for instance."""
+    makes = re.compile(r"torch::stable::(new_empty|new_zeros|empty_like|contiguous|to|clone)\(")
+    assert [path.name for path in CSRC if makes.search(path.read_text())] == ["new_tensor.h"]
+
+
 def test_file_names_of_csrc_are_unique() -> None:
     names = Counter(path.name for path in CSRC)
     assert [name for name, count in names.items() if count > 1] == []
