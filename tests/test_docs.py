@@ -53,6 +53,7 @@ MADE_BY = {
     "gtest": "CI, for test",
     "develop": "CI, for test",
     "model": "a developer; it downloads 93 MB",
+    "demo-llm": "a developer; tests/python/test_demo_llm.py runs it with a tiny model",
     "test-trl": "CI",
     "lint": "CI",
     "test-wheel": "CI",

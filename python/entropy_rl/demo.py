@@ -14,10 +14,13 @@ if __name__ == "__main__":  # before the imports below, because their packages m
     sys.exit(extras.run_module("entropy_rl.demo"))
 
 import argparse
+import itertools
 import json
 import math
 import random
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_rl import checkpoint, config, countdown, tasks, train
+from entropy_rl.report.tokens import token_text
 from entropy_rl.selection import select_tokens
 
 TOP_RATIO = 0.2
@@ -61,8 +65,7 @@ def main() -> int:
 
     print(f"2/3 Reinforcement learning on the {TOP_RATIO:.0%} of the tokens that have the highest entropy")
     overrides = training_overrides(directory, arguments.seed, arguments.steps)
-    (directory / "command.txt").write_text(" ".join(["python -m entropy_rl.train", *overrides]) + "\n")
-    status = train.main(overrides)
+    status = train_with(overrides, directory)
     if status:
         return status
 
@@ -70,8 +73,10 @@ def main() -> int:
     settings = config.load(overrides)
     run = Path(settings.trainer.default_local_dir)
     trained = checkpoint.model_directory(run / f"global_step_{arguments.steps}")
-    before = examine(directory / "warm", settings)
-    after = examine(trained, settings, samples=6)
+    before = examine(sample_held_out(directory / "warm", settings))
+    samples = sample_held_out(trained, settings)
+    samples.show(6)
+    after = examine(samples)
     accuracy = logged(run / "metrics.jsonl", "val-core/countdown/reward/mean@1")
     results = {
         "seed": arguments.seed,
@@ -109,8 +114,10 @@ def prepare(directory: Path, seed: int, warmup_steps: int) -> None:
     warm_up(model, tokenizer, warmup_steps, random.Random(f"warm-up {seed}"))
     model.save_pretrained(directory / "warm")
     tokenizer.save_pretrained(directory / "warm")
-    write_problems(directory / "train.parquet", random.Random(f"train {seed}"), TRAIN_PROBLEMS)
-    write_problems(directory / "val.parquet", random.Random("val"), VALIDATION_PROBLEMS, held_out=True)
+    for split, count, key in (("train", TRAIN_PROBLEMS, f"train {seed}"), ("val", VALIDATION_PROBLEMS, "val")):
+        drawn = countdown.problems(random.Random(key), held_out=split == "val")
+        problems = (([{"role": "user", "content": one.prompt()}], one._asdict()) for one, _ in drawn)
+        write_problems(directory / f"{split}.parquet", "countdown", itertools.islice(problems, count))
 
 
 def training_overrides(directory: Path, seed: int, steps: int) -> list[str]:
@@ -228,28 +235,54 @@ def warm_up_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
 
 
-def write_problems(path: Path, generator: random.Random, count: int, *, held_out: bool = False) -> None:
-    """A Parquet file in verl's format."""
-    rows: list[dict[str, Any]] = []
-    for _, (problem, _) in zip(range(count), countdown.problems(generator, held_out=held_out), strict=False):
-        rows.append(
-            {
-                "data_source": "countdown",
-                "prompt": [{"role": "user", "content": problem.prompt()}],
-                "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": problem._asdict()},
-                "extra_info": {"split": "val" if held_out else "train", "index": len(rows)},
-            }
-        )
+def write_problems(path: Path, source: str, problems: Iterable[tuple[list[dict[str, str]], Any]]) -> None:
+    """A Parquet file in verl's format, of conversations with their ground truths. Its name is the split's."""
+    rows = [
+        {
+            "data_source": source,
+            "prompt": messages,
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": truth},
+            "extra_info": {"split": path.stem, "index": index},
+        }
+        for index, (messages, truth) in enumerate(problems)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[str, float]:
-    """Samples responses to the held-out problems as in training, and measures forks and accuracy.
+def train_with(overrides: list[str], directory: Path) -> int:
+    """Writes the trainer's command line to directory/command.txt and runs it. Returns its exit status."""
+    (directory / "command.txt").write_text(" ".join(["python -m entropy_rl.train", *overrides]) + "\n")
+    return train.main(overrides)
 
-    Returns the share of forks among the selected tokens and among all tokens, and the mean reward. Prints `samples` of
-    the responses, with the selected tokens in color.
-    """
+
+@dataclass
+class Samples:
+    """Responses to the held-out problems, sampled as in training."""
+
+    problems: list[tasks.Problem]
+    texts: list[list[str]]  # of each token, [B][S]
+    response_mask: Tensor  # [B, S] bool
+    selected: Tensor  # [B, S] bool, the tokens that training would select
+    rewards: Tensor  # [B]
+
+    def show(self, count: int) -> None:
+        """Prints the first responses, with the selected tokens in color."""
+        for row, problem in enumerate(self.problems[:count]):
+            marks = zip(self.texts[row], self.selected[row].tolist(), self.response_mask[row].tolist(), strict=True)
+            response = "".join(colored(text) if mark else text for text, mark, inside in marks if inside)
+            solved = "solved" if self.rewards[row] == 1 else "not solved"
+            print(f"  {problem.messages[-1]['content']} {response}   {solved}")
+        print(f"  {SELECTED}selected tokens{PLAIN}: the {TOP_RATIO:.0%} of highest entropy")
+
+
+def colored(text: str) -> str:
+    """The text of a token in color, without the space that it begins with."""
+    word = text.lstrip()
+    return f"{text[: len(text) - len(word)]}{SELECTED}{word}{PLAIN}"
+
+
+def sample_held_out(model_path: Path, settings: DictConfig) -> Samples:
     tokenizer = train.load_tokenizer(settings.actor_rollout_ref.model)
     model = train.load_model(settings.actor_rollout_ref.model, model_path).to(
         train.choose_device(settings.trainer.device)
@@ -262,27 +295,18 @@ def examine(model_path: Path, settings: DictConfig, samples: int = 0) -> dict[st
     rewards, _ = train.score(tokenizer, batch, problems, scorer)
     _, entropy = train.compute_log_prob(model, batch, settings)
     selected, _ = select_tokens(entropy, batch.response_mask, actor.entropy_top_ratio, actor.entropy_top_rule)
-    words = [tokenizer.convert_ids_to_tokens(row) for row in batch.responses.tolist()]
-    forks = torch.tensor([countdown.forks(row) for row in words], device=model.device)
-    for row in range(samples):
-        prompt = problems[row].messages[0]["content"]
-        print(f"  {prompt} {colored(words[row], selected[row], batch.response_mask[row])}", end="")
-        print("   solved" if rewards[row] == 1 else "   not solved")
-    if samples:
-        print(f"  {SELECTED}selected tokens{PLAIN}: the {actor.entropy_top_ratio:.0%} of highest entropy")
+    texts = [[token_text(tokenizer, token) for token in row] for row in batch.responses.tolist()]
+    return Samples(problems, texts, batch.response_mask, selected, rewards)
+
+
+def examine(samples: Samples) -> dict[str, float]:
+    """The share of forks among the selected tokens and among all tokens, and the mean reward."""
+    forks = torch.tensor([countdown.forks([word.strip() for word in row]) for row in samples.texts])
     return {
-        "forks_selected": forks[selected].double().mean().item(),
-        "forks_all": forks[batch.response_mask].double().mean().item(),
-        "sampled_accuracy": rewards.double().mean().item(),
+        "forks_selected": forks[samples.selected.cpu()].double().mean().item(),
+        "forks_all": forks[samples.response_mask.cpu()].double().mean().item(),
+        "sampled_accuracy": samples.rewards.double().mean().item(),
     }
-
-
-def colored(words: list[str], selected: Tensor, inside: Tensor) -> str:
-    return " ".join(
-        f"{SELECTED}{word}{PLAIN}" if mark else word
-        for word, mark, shown in zip(words, selected.tolist(), inside.tolist(), strict=True)
-        if shown
-    )
 
 
 def logged(metrics: Path, name: str) -> list[float]:
