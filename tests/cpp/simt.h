@@ -649,6 +649,10 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 template <class T>
+T __ldca(const T* pointer) {
+  return *pointer;
+}
+template <class T>
 T __ldcs(const T* pointer) {
   return *pointer;
 }
