@@ -46,14 +46,21 @@ struct Pack {
     return pack;
   }
 
-  // An intrinsic, because nvcc splits a plain load whose elements are used one by one.
   __device__ __forceinline__ static Pack load(const T* from) {
+    Access raw[kAccesses];
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) raw[i] = reinterpret_cast<const Access*>(from)[i];
+    return of(raw);
+  }
+  // By an intrinsic, because nvcc splits a plain load whose elements are used one by one.
+  __device__ __forceinline__ static Pack load_at_once(const T* from) {
     Access raw[kAccesses];
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) raw[i] = __ldca(reinterpret_cast<const Access*>(from) + i);
     return of(raw);
   }
-  // For data that is read once: does not displace other lines of the cache.
+  // For data that is read once: by an intrinsic, too, and does not displace other lines of the
+  // cache.
   __device__ __forceinline__ static Pack load_streaming(const T* from) {
     Access raw[kAccesses];
 #pragma unroll

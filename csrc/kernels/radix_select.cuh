@@ -31,7 +31,7 @@ struct EntropyKeys {
            TokenPack<bool>::is_aligned(mask + index);
   }
   __device__ __forceinline__ TokenPack<Key> load(int64_t index) const {
-    const TokenPack<Element> values = TokenPack<Element>::load(entropy + index);
+    const TokenPack<Element> values = TokenPack<Element>::load_at_once(entropy + index);
     const TokenPack<bool> eligible = TokenPack<bool>::load(mask + index);
     TokenPack<Key> keys;
 #pragma unroll
