@@ -113,9 +113,10 @@ test-report: .venv/libraries
 	@command -v chromedriver || { echo "test-report needs Chromium and its driver (Debian: chromium, chromium-driver)" >&2; exit 1; }
 	$(BIN)/pytest tests/browser -q
 
-.venv-verl/environment: tests/integrations/verl/requirements.txt
+.venv-verl/environment: tests/integrations/verl/requirements.txt tests/integrations/verl/megatron.txt
 	$(PYTHON) -m venv .venv-verl
 	PIP_CONSTRAINT= $(VERL_BIN)/pip install -q -r tests/integrations/verl/requirements.txt
+	PIP_CONSTRAINT= $(VERL_BIN)/pip install -q --no-deps --upgrade --target .venv-verl/megatron -r tests/integrations/verl/megatron.txt
 	touch $@
 
 test-verl: .venv-verl/environment

@@ -38,3 +38,13 @@ def test_two_steps_are_trls(name: str, adapters: bool, tmp_path: Path) -> None:
         ours = steps(model, tmp_path, entropy_lm_head=head, peft_config=lora, **TRLS_RULE)
         for mine, other in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_two_steps_with_adapters_and_a_trained_head_are_trls(tmp_path: Path) -> None:
+    model = save_model_of(CONFIGS["llama"], tmp_path / "model")
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False, r=4)
+    theirs = steps(model, tmp_path, GRPOTrainer, top_entropy_quantile=0.2, peft_config=lora)
+    for head in ("selected_rows", "trl"):
+        ours = steps(model, tmp_path, entropy_lm_head=head, peft_config=lora, **TRLS_RULE)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -3,7 +3,8 @@
 torchrun --nproc-per-node RANKS optimizer_step.py MODELS OUTPUT [CASE...]
 
 MODELS/tied and MODELS/untied are models whose LM head shares, or does not share, the weights of the embeddings;
-MODELS/four_heads has four attention heads and a tied LM head.
+MODELS/four_heads has four attention heads and a tied LM head. MODELS/adapter is a LoRA adapter for MODELS/untied that
+trains the LM head too.
 """
 
 import sys
@@ -42,7 +43,7 @@ COVARIANCE_MODES: dict[str, dict[str, Any]] = {
 }
 
 # For each case the overrides under actor_rollout_ref., and the numbers of micro-batches that a rank runs (0: verl's
-# dynamic batch size decides). verl's kernel comes first, because nothing removes ours from the engine's class.
+# dynamic batch size decides). Names that end with "verl" run verl's functions.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "kernel-verl": (VERLS_KERNEL, (2, 0)),
     "remove-padding-verl": (REMOVE_PADDING | VERLS_KERNEL, (2,)),
@@ -66,6 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mini-batch-remove-padding": (MINI_BATCH | REMOVE_PADDING | {"weights": True}, (2, 0)),
     "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),
     "sequence": (SEQUENCE, (1, 2, 4, 0)),
+    "sequence-remove-padding": (SEQUENCE | REMOVE_PADDING, (2, 0)),
     "sequence-quantile": (SEQUENCE | {"actor.entropy_top_rule": "quantile"}, (1, 4)),
     "surprisal": ({"actor.entropy_top_score": "surprisal"}, (2,)),
     "random": ({"actor.entropy_top_score": "random"}, (2,)),
@@ -89,6 +91,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "fused-triton": (FUSED | {"model.fused_kernel_options.impl_backend": "triton"}, (2,)),
     "fused-mini-batch": (FUSED | MINI_BATCH, (2,)),
     "fused-sequence": (FUSED | SEQUENCE | {"actor.entropy_top_source": "old_policy"}, (2,)),
+    "fused-sequence-remove-padding": (
+        FUSED | SEQUENCE | REMOVE_PADDING | {"actor.entropy_top_source": "old_policy"},
+        (2, 0),
+    ),
     "fused-bonus": (FUSED | OLD_POLICY | {"actor.entropy_coeff": 0.01}, (2,)),
     "fused-old-policy": (FUSED | OLD_POLICY, (1, 2, 4)),
     **{
@@ -134,6 +140,21 @@ ULYSSES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "ulysses-4": (_ulysses(4) | MINI_BATCH, (2,)),
     "ulysses-4-fused": (_ulysses(4) | FUSED | MINI_BATCH, (1,)),
     "ulysses-4-fused-old-policy": (_ulysses(4) | FUSED | OLD_POLICY, (4, 0)),
+}
+
+
+# Two optimizer steps of a LoRA adapter on all tokens: with verl's own loss, and as the top 100 %.
+_ALL = {"actor.entropy_top_ratio": 1.0}
+_NONE = {"actor.entropy_top_ratio": "null"}
+_LORA = {"model.lora_rank": 4}
+_WITH_HEAD = {"model": "untied", "model.lora_rank": 4, "model.lora_adapter_path": "{models}/adapter"}
+LORA: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "lora-verl": (_LORA | _NONE, (2,)),
+    "lora": (_LORA | _ALL, (2,)),
+    "lora-fused": (_LORA | _ALL | FUSED | MINI_BATCH, (2,)),
+    "lora-head-verl": (_WITH_HEAD | _NONE, (2,)),
+    "lora-head": (_WITH_HEAD | _ALL, (2,)),
+    "lora-head-fused": (_WITH_HEAD | _ALL | FUSED | MINI_BATCH, (2,)),
 }
 
 # All tokens train: with this package installed, and with verl's own configuration.
@@ -226,19 +247,26 @@ def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
     )
 
 
+def qwen3_config() -> Any:
+    """A configuration of the tiny models, for engines that build a model of their own."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(vocab_size=97, architectures=["Qwen3ForCausalLM"])
+
+
 def directory(case: dict[str, Any]) -> str:
     return case.get("model", "tied")
 
 
-def run(models: str, name: str) -> dict[int, dict[str, Any]]:
-    """The results of a step, for each number of micro-batches."""
+def run(models: str, name: str) -> dict[Any, dict[str, Any]]:
+    """The results of a step, for each number of micro-batches; with LoRA also of a second step."""
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
     from transformers import Qwen3ForCausalLM
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    case, counts = (CASES | ULYSSES | NULL)[name]
+    case, counts = (CASES | ULYSSES | LORA | NULL)[name]
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose(
             "ppo_trainer",
@@ -246,10 +274,11 @@ def run(models: str, name: str) -> dict[int, dict[str, Any]]:
                 "+entropy_rl=cpu",
                 f"actor_rollout_ref.model.path={models}/{directory(case)}",
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+                "actor_rollout_ref.actor.optim.lr=1e-2",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
                 "actor_rollout_ref.actor.entropy_top_ratio=0.2",
                 *(
-                    f"actor_rollout_ref.{key}={value}"
+                    f"actor_rollout_ref.{key}={str(value).format(models=models)}"
                     for key, value in case.items()
                     if "." in key and value is not None
                 ),
@@ -258,26 +287,31 @@ def run(models: str, name: str) -> dict[int, dict[str, Any]]:
         )
     OmegaConf.resolve(config)
     forward = Qwen3ForCausalLM.forward
+    torch.manual_seed(0)  # of an adapter's first weights
     worker = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
     worker.init_model()
     ours = hasattr(FSDPEngineWithLMHead.prepare_model_outputs, "__wrapped__")
-    assert ours == (name not in NULL and case.get("actor.entropy_top_kernel") != "verl")
+    assert ours == (name not in NULL and not name.endswith("verl"))
     share = ROWS // worker.actor.engine.get_data_parallel_size()
     first = worker.actor.engine.get_data_parallel_rank() * share
     mine = list(range(first, first + share))
     try:
-        return {count: step(worker, batch(mine, case, count)) for count in counts}
+        results = {count: step(worker, batch(mine, case, count), update=name in LORA) for count in counts}
+        if name in LORA:
+            results["second"] = step(worker, batch(mine, case, *counts))
+        return results
     finally:
         Qwen3ForCausalLM.forward = forward  # verl replaces it by a fused one in the whole process
 
 
-def step(worker: Any, data: Any) -> dict[str, Any]:
+def step(worker: Any, data: Any, *, update: bool = False) -> dict[str, Any]:
     """One optimizer step's gradients and metrics, with the rows of each micro-batch of each data-parallel rank.
 
     And how many tokens met the fused LM head in the forward that trains, in all micro-batches of a step.
     """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
+    from verl.utils import tensordict_utils as tu
     from verl.utils.metric import Metric
     from verl.workers.engine.fsdp import transformer_impl
 
@@ -299,8 +333,8 @@ def step(worker: Any, data: Any) -> dict[str, Any]:
             head_rows.append(targets.numel() if mask is None else int(mask.sum()))
         return op(hidden, weight, targets, mask=mask, **options)
 
-    outputs: dict[int, tuple[torch.Tensor, ...]] = {}
-    if engine.use_ulysses_sp:
+    outputs = None
+    if tu.get_non_tensor_data(data, "use_remove_padding", False):
         outputs = response_outputs(engine, data)
     transformer_impl.prepare_micro_batches, ours.linear_logprob_entropy = watch, count
     try:
@@ -310,7 +344,10 @@ def step(worker: Any, data: Any) -> dict[str, Any]:
             gradients = {
                 name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
                 for name, p in engine.module.named_parameters()
+                if p.grad is not None
             }
+            if update:
+                engine.optimizer_step()
     finally:
         transformer_impl.prepare_micro_batches, ours.linear_logprob_entropy = prepare, op
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -346,7 +383,9 @@ def response_outputs(engine: Any, data: Any) -> dict[int, tuple[torch.Tensor, ..
 def main(models: str, output: str, *names: str) -> None:
     import torch.distributed as dist
 
-    results = {name: run(models, name) for name in names or CASES}
+    # verl's own functions first, because nothing removes ours from the engine's class.
+    everything = sorted(CASES | LORA, key=lambda name: not name.endswith("verl"))
+    results = {name: run(models, name) for name in names or everything}
     if dist.get_rank() == 0:
         torch.save(results, Path(output))
     dist.destroy_process_group()

@@ -13,7 +13,8 @@ import optimizer_step
 import pytest
 import task
 import torch
-from optimizer_step import CASES, TEMPERATURE, ULYSSES
+from optimizer_step import CASES, LORA, TEMPERATURE, ULYSSES
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task.save_model(directory / "tied")
     task.save_model(directory / "untied", tied=False)
     task.save_model(directory / "four_heads", heads=4)
+    save_adapter(directory / "untied", directory / "adapter")
     return directory
+
+
+def save_adapter(model_path: Path, path: Path) -> None:
+    """A LoRA adapter that trains the LM head too. verl's configuration has no key for that."""
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type=TaskType.CAUSAL_LM
+    )
+    get_peft_model(model, config).save_pretrained(path)
 
 
 def run(ranks: int, models: Path, output: Path, *cases: str, **environment: str) -> Any:
@@ -90,7 +101,7 @@ class Policy:
 
 @pytest.fixture(scope="module")
 def policies(models: Path) -> dict[str, Policy]:
-    return {path.name: policy_of(path) for path in models.iterdir()}
+    return {path.name: policy_of(path) for path in models.iterdir() if path.name != "adapter"}
 
 
 def policy_of(model_path: Path) -> Policy:
@@ -363,13 +374,6 @@ def test_sequence_parallel(ulysses_results: Any, policies: dict[str, Policy], na
     # Each rank of a sequence has rows of its own, and no rank has all of them.
     head_rows = torch.tensor(result["head_rows"]).unflatten(0, (-1, size))
     assert "fused" not in name or (head_rows < head_rows.sum(1, keepdim=True)).all()
-    # All of them get the log-probs and entropies of all tokens.
-    for rank, outputs in enumerate(result["outputs"]):
-        assert sorted(outputs) == sorted(index for rows in result["micro_batches"][rank // size] for index in rows)
-        for index, (log_prob, entropy) in outputs.items():
-            mask, known = optimizer_step.rows()[index]["mask"], policies[optimizer_step.directory(case)].rows[index]
-            for got, wanted in ((log_prob, known.log_prob), (entropy, known.entropy)):
-                torch.testing.assert_close(got[mask].double(), wanted.detach()[mask], atol=1e-5, rtol=0)
 
 
 def check(result: Any, policies: dict[str, Policy], case: dict[str, Any], count: int) -> None:
@@ -390,8 +394,43 @@ def check(result: Any, policies: dict[str, Policy], case: dict[str, Any], count:
     # kl_cov's token losses have magnitude 1 and nearly cancel, so their float32 mean has an absolute error.
     cancels = case.get("actor.policy_loss.loss_mode") == "kl_cov"
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-6, abs=5e-8 if cancels else 0)
+    check_outputs(result, policies[optimizer_step.directory(case)])
     if case.get("model.use_fused_kernels"):
         assert sum(map(sum, result["head_rows"])) == expected["head_rows"]
+
+
+def check_outputs(result: Any, policy: Policy) -> None:
+    """Log-probs and entropies of padding-free batches, position by position: on every rank those of all its rows."""
+    ranks = len(result["outputs"]) // len(result["micro_batches"])  # of one sequence
+    for rank, outputs in enumerate(result["outputs"]):
+        if outputs is None:
+            continue
+        assert sorted(outputs) == sorted(index for rows in result["micro_batches"][rank // ranks] for index in rows)
+        for index, values in outputs.items():
+            mask, known = optimizer_step.rows()[index]["mask"], policy.rows[index]
+            for got, wanted in zip(values, (known.log_prob, known.entropy), strict=True):
+                torch.testing.assert_close(got[mask].double(), wanted.detach()[mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("step", [2, "second"], ids=["first step", "second step"])
+@pytest.mark.parametrize("name", [name for name in LORA if not name.endswith("verl")])
+def test_lora_on_all_tokens_equals_verls(results: Any, name: str, step: Any) -> None:
+    base = name.removesuffix("-fused")
+    ours, verls = results[name][step], results[f"{base}-verl"][step]
+    assert ours["gradients"].keys() == verls["gradients"].keys()
+    adapters = [parameter for parameter in verls["gradients"] if "lora_" in parameter]
+    head = [parameter for parameter in verls["gradients"] if "modules_to_save" in parameter]
+    assert adapters and len(head) == name.startswith("lora-head")
+    assert len(adapters) + len(head) == len(verls["gradients"])  # all else is frozen
+    norm = torch.cat([gradient.flatten() for gradient in verls["gradients"].values()]).norm()
+    assert norm > 0.01
+    for parameter, gradient in verls["gradients"].items():
+        difference = (ours["gradients"][parameter] - gradient).norm()
+        assert difference <= 1e-5 * norm, f"{parameter}: {difference / norm:.1e}"
+    assert (
+        step != "second" or verls["metrics"]["actor/pg_loss"] != results[f"{base}-verl"][2]["metrics"]["actor/pg_loss"]
+    )
+    assert ours["metrics"]["actor/pg_loss"] == pytest.approx(verls["metrics"]["actor/pg_loss"], rel=1e-5)
 
 
 def test_null_is_bit_identical_to_verl_without_the_plugin(models: Path, tmp_path: Path) -> None:

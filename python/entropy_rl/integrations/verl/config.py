@@ -75,6 +75,11 @@ class McoreActorConfig(_EntropyTop, verl.McoreActorConfig):
         if self.entropy_top_ratio is not None and self.entropy_top_scope != "micro_batch":
             # Only the last stage of a pipeline would see the entropies of a prepass.
             _check("entropy_top_source", self.entropy_top_source, one_of("old_policy"))
+        if self.entropy_top_ratio is not None and self.megatron.dynamic_context_parallel:
+            # Its scheduler splits the batch without the function that this package replaces.
+            raise ConfigError(
+                f"{_PREFIX}megatron.dynamic_context_parallel=true: it must be false with entropy_top_ratio"
+            )
         super().__post_init__()
 
 

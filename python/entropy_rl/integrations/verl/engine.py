@@ -6,7 +6,7 @@ import verl's engines: that would fix the platform before others have registered
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -36,8 +36,8 @@ def install(kernel: str) -> None:
     """Changes the engines of this process. A second call changes nothing more.
 
     Args:
-        kernel: what computes log-probs and entropies of FSDP engines. "entropy_rl": this package's `logprob_entropy`,
-            and with use_fused_kernels `linear_logprob_entropy`. "verl": verl's own functions.
+        kernel: what computes log-probs and entropies. "entropy_rl": this package's `logprob_entropy` in FSDP engines,
+            and with use_fused_kernels `linear_logprob_entropy` in both. "verl": verl's own functions.
     """
     for name, engine in (("fsdp", "FSDPEngine"), ("megatron", "MegatronEngine")):
         module = sys.modules.get(f"verl.workers.engine.{name}.transformer_impl")
@@ -50,6 +50,13 @@ def install(kernel: str) -> None:
         # The fused forwards of the models call the first with impl_backend torch or liger, the second with triton.
         _replace(torch_functional.FusedLinearForPPO, "forward", _with_fused_linear)
         _replace(linear_cross_entropy, "linear_cross_entropy", _with_linear_cross_entropy)
+        megatron = sys.modules.get("verl.workers.engine.megatron.transformer_impl")
+        if megatron is not None:
+            _replace(megatron.MegatronEngineWithLMHead, "forward_step", _with_sharded_head)
+            fused = sys.modules["verl.models.mcore.model_forward_fused"]
+            _replace(fused, "preprocess_thd_engine", _with_packed_rows)
+            _replace(fused, "gather_from_sequence_parallel_region", _with_full_gradient)
+            _replace(fused, "linear_cross_entropy", _with_sharded_linear)
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -230,8 +237,11 @@ def log_prob_and_entropy(
 class _FusedHead(NamedTuple):
     """The LM head of the model whose forward runs."""
 
-    module: Any
-    rows: tuple[Tensor, int] | None  # mask of the rows that the loss reads, and their number; None: all rows
+    module: Any  # an FSDP engine's
+    rows: tuple[Tensor, int] | None = None  # mask of the rows that the loss reads, and their number; None: all rows
+    # A Megatron engine's: the rows as a nested tensor, before verl packs them; entries of the unpadded vocabulary.
+    unpacked_rows: Tensor | None = None
+    vocab_size: int | None = None
 
 
 _fused_head: ContextVar[_FusedHead | None] = ContextVar("_fused_head", default=None)
@@ -255,10 +265,30 @@ def _with_fused_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rows(engine: Any, micro_batch: TensorDict) -> tuple[Tensor, int] | None:
-    """The rows of the selected tokens if only those meet the LM head, else of the response tokens; their number.
+    """The rows that the loss reads, and their number.
 
     Both are of this rank's inputs: under Ulysses of its slice of the packed sequences.
     """
+    rows = _unpacked_rows(micro_batch)
+    if rows is None:
+        return None
+    if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+        # As the engine pads and slices the input ids.
+        packed = rows.values()[None]
+        mask = nn.functional.pad(packed, (0, engine._get_packed_pad_size(packed.shape[1])))
+        if engine.use_ulysses_sp:
+            mask, _, _ = ulysses_pad_and_slice_inputs(mask, sp_size=engine.ulysses_sequence_parallel_size)
+    else:
+        # verl pads to the longest sequence of the micro-batch; a nested tensor may remember a longer one.
+        lengths = rows.offsets().diff()  # type: ignore[attr-defined]  # nested tensors have it
+        mask = rows.to_padded_tensor(0, output_size=(len(lengths), int(lengths.max())))
+    count = int(mask.sum())  # on the CPU: verl moves the micro-batch to the device later
+    return mask.to(get_device_id()), count
+
+
+def _unpacked_rows(micro_batch: TensorDict) -> Tensor | None:
+    """1 for the rows of the selected tokens if only those meet the LM head, else of the response tokens: nested as the
+    input ids, int64."""
     only_selected = loss.TOKENS["log_prob"] in micro_batch
     mask = micro_batch[loss.TOKENS["mask"] if only_selected else "response_mask"]
     input_ids = micro_batch["input_ids"]
@@ -267,17 +297,71 @@ def _rows(engine: Any, micro_batch: TensorDict) -> tuple[Tensor, int] | None:
     # A response is the end of its sequence, and each row scores the token after it.
     shift = input_ids.offsets()[1:] - 1 - mask.offsets()[1:]
     index = torch.arange(len(mask.values()), device=shift.device) + shift.repeat_interleave(mask.offsets().diff())
-    rows = torch.zeros(len(input_ids.values()), dtype=torch.bool, device=shift.device)
-    rows[index] = mask.values().bool()
-    if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-        # As the engine pads and slices the input ids.
-        rows = nn.functional.pad(rows[None], (0, engine._get_packed_pad_size(len(rows))))
-        if engine.use_ulysses_sp:
-            rows, _, _ = ulysses_pad_and_slice_inputs(rows, sp_size=engine.ulysses_sequence_parallel_size)
-    else:
-        rows = torch.nested.nested_tensor_from_jagged(rows.long(), input_ids.offsets()).to_padded_tensor(0).bool()
-    count = int(rows.sum())  # on the CPU: verl moves the micro-batch to the device later
-    return rows.to(get_device_id()), count
+    rows = torch.zeros_like(input_ids.values())
+    rows[index] = mask.values().bool().to(rows.dtype)
+    return torch.nested.nested_tensor_from_jagged(rows, input_ids.offsets())
+
+
+def _with_sharded_head(forward_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`_with_fused_head` for the Megatron engine."""
+
+    def wrapped(self: Any, micro_batches: Iterator[TensorDict], *args: Any, **options: Any) -> Any:
+        micro_batch = next(micro_batches)
+        trains = "advantages" in micro_batch
+        head = _FusedHead(
+            module=None,
+            unpacked_rows=_unpacked_rows(micro_batch) if trains else None,
+            vocab_size=self.model_config.hf_config.get_text_config().vocab_size,
+        )
+        token = _fused_head.set(head)
+        try:
+            return forward_step(self, iter([micro_batch]), *args, **options)
+        finally:
+            _fused_head.reset(token)
+
+    return wrapped
+
+
+def _with_packed_rows(preprocess_thd_engine: Callable[..., Any]) -> Callable[..., Any]:
+    """Packs the rows that the loss reads as verl packs the labels: with its padding and its slice of the context."""
+
+    def wrapped(input_ids: Tensor, *args: Any, need_roll: bool = False, **options: Any) -> Any:
+        head = _fused_head.get()
+        if need_roll and head is not None and head.unpacked_rows is not None:
+            unpacked = head.unpacked_rows
+            packed, *_ = preprocess_thd_engine(unpacked.to(input_ids.device), *args, **options)
+            # Of the whole context, so at least those of this rank.
+            count = int(unpacked.values().sum())
+            _fused_head.set(head._replace(rows=(packed, count)))
+        return preprocess_thd_engine(input_ids, *args, need_roll=need_roll, **options)
+
+    return wrapped
+
+
+def _with_full_gradient(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """The fused forward gathers hidden states with this for its head only, whose backward already adds up the ranks."""
+
+    def wrapped(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+        return gather(hidden, *args, **options | {"tensor_parallel_output_grad": False})
+
+    return wrapped
+
+
+def _with_sharded_linear(linear_cross_entropy: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        reduction: str,
+        dist_process_group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        assert reduction == "none"
+        return fused_log_prob_and_entropy(
+            hidden.flatten(0, -2), weight, labels.flatten(), temperature, dist_process_group
+        )
+
+    return wrapped
 
 
 def _with_fused_linear(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -298,7 +382,7 @@ def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Call
         reduction: str = "none",
         dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        if reduction != "none" or dist_process_group is not None:  # a call from one of Megatron's models
+        if reduction != "none" or dist_process_group is not None:  # not from the fused forward of a model of FSDP's
             return linear_cross_entropy(hidden, weight, labels, temperature, reduction, dist_process_group)
         return fused_log_prob_and_entropy(hidden, weight, labels, temperature)
 
@@ -306,13 +390,22 @@ def _with_linear_cross_entropy(linear_cross_entropy: Callable[..., Any]) -> Call
 
 
 def fused_log_prob_and_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob_entropy` of [..., H] hidden states on the rows that the loss reads: both [...], 0 elsewhere."""
+    """`linear_logprob_entropy` of [..., H] hidden states on the rows that the loss reads: both [...], 0 elsewhere.
+
+    With `group`, `weight` is this rank's shard of a vocabulary that is split evenly.
+    """
     head = _fused_head.get()
     mask = count = None
     if head is not None and head.rows is not None:
         mask, count = head.rows
+        mask = mask.view_as(targets)
+    shard: dict[str, Any] = {}
+    if group is not None:
+        start, padded = dist.get_rank(group) * weight.shape[0], dist.get_world_size(group) * weight.shape[0]
+        vocab_size = padded if head is None or head.vocab_size is None else head.vocab_size
+        shard = {"vocab_start": start, "vocab_size": vocab_size, "group": group}
 
     def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         log_prob, entropy = linear_logprob_entropy(
@@ -323,6 +416,7 @@ def fused_log_prob_and_entropy(
             max_mask_rows=count,
             temperature=temperature,
             entropy_grad=torch.is_grad_enabled(),
+            **shard,
         )
         return log_prob, entropy
 

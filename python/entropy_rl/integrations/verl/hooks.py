@@ -33,11 +33,20 @@ _KERNEL = {
 }
 
 
+_FUSED = "verl.models.mcore.model_forward_fused"
+_MEGATRON = "verl.workers.engine.megatron.transformer_impl"
+_SHARDED_KERNEL = {
+    f"{_MEGATRON}:MegatronEngineWithLMHead.forward_step": "self, batch_iter, model, ...",
+    f"{_FUSED}:preprocess_thd_engine": "input_ids, pre_process, need_roll, ...",
+    f"{_FUSED}:gather_from_sequence_parallel_region": "input_, tensor_parallel_output_grad, ...",
+}
+
+
 def engines() -> dict[str, str]:
     """Hooks of the FSDP engine, and of the Megatron engine if verl has imported it."""
     hooks = _engine("fsdp", "FSDPEngine") | _KERNEL
-    if "verl.workers.engine.megatron.transformer_impl" in sys.modules:
-        hooks |= _engine("megatron", "MegatronEngine")
+    if _MEGATRON in sys.modules:
+        hooks |= _engine("megatron", "MegatronEngine") | _SHARDED_KERNEL
     return hooks
 
 

@@ -43,7 +43,7 @@ def only_selected(config: Any) -> bool:
         config.entropy_top_scope != "micro_batch"
         and config.entropy_top_kernel == "entropy_rl"
         and config.use_fused_kernels
-        and config.strategy in ("fsdp", "fsdp2")
+        and config.strategy in ("fsdp", "fsdp2", "megatron")
         and needs_all_tokens(config) is None
     )
 
