@@ -57,9 +57,9 @@ struct RowParts {
     return row_packs - begin(part) < packs ? row_packs : begin(part) + packs;
   }
 };
-// A part ends with a merge of each warp's threads, which takes as many instructions as a dozen
-// elements of a thread, so parts are long. 16 rows of 151,936 bfloat16 logits are 80 parts, each with
-// 32 KiB of loads in flight: as much as a GPU's memory needs to be busy.
+// A part ends with a merge of each warp's threads, which takes as many instructions as 15 elements
+// of a thread, so parts are long. 16 rows of 151,936 bfloat16 logits are 80 parts, each with 32 KiB
+// of loads in flight: as much as a GPU's memory needs to be busy.
 constexpr int kMaxRowParts = 8;
 static_assert(kMaxRowParts <= kWarpSize, "a warp merges the parts of a row");
 
