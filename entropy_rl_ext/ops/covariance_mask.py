@@ -6,12 +6,14 @@ from torch import Tensor
 
 from ._fakes import check_tensors
 from ._mask import any_wrong, check_mask, empty_if
+from ._options import check_options
 from ._select_over_ranks import Ranks, select_over_ranks
 from .policy_loss import policy_loss
 
 LOSS_MODES = ("clip_cov", "kl_cov")
 
 
+@check_options
 @torch.no_grad()
 def covariance_mask(
     log_prob: Tensor,
