@@ -60,7 +60,7 @@ def run(ranks: int, models: Path, output: Path, *cases: str, **environment: str)
         }
         | environment,
         check=True,
-        timeout=280,
+        timeout=600,
     )
     return torch.load(output, weights_only=False)
 
