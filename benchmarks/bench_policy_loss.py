@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, compiled
+from benchmarks.harness import Case, Inputs, compiled
 from benchmarks.token_losses import SHAPES, forward_backward, make_tokens
 from entropy_rl_ext import policy_loss
 
 MODES = ("vanilla", "kl_cov", "clip_cov", "gspo", "geo_mean", "gpg", "dppo_tv", "dppo_kl", "sapo", "dro", "cispo")
+CLIPPING_MODES = ("vanilla", "clip_cov", "gspo", "geo_mean", "dppo_tv", "dppo_kl", "cispo")
 GOALS = {"cpu": {"vanilla": 5, "kl_cov": 3, "clip_cov": 3, "gspo": 3, "geo_mean": 3}, "cuda": {"vanilla": 10}}
 NUMBERS = {"dro_beta": 0.3}
 
@@ -66,5 +67,32 @@ def case(size: str, device: torch.device, mode: str) -> Case:
     )
 
 
+def clip_ratios_case(size: str, device: torch.device, mode: str) -> Case:
+    """Clip ratios that differ from token to token, as of selected and other tokens, against two numbers."""
+    rows, tokens = SHAPES[size]
+
+    def inputs() -> Inputs:
+        chosen = torch.rand(rows, tokens, device=device) < 0.2
+        ratios = {"clip_ratio_low": torch.where(chosen, 0.5, 0.2), "clip_ratio_high": torch.where(chosen, 0.5, 0.28)}
+        return make_tokens((rows, tokens), device) | ratios
+
+    def ours(log_prob: Tensor, **others: Tensor) -> Any:
+        return policy_loss(log_prob, **others, loss_mode=mode)
+
+    def numbers(log_prob: Tensor, clip_ratio_low: Tensor, clip_ratio_high: Tensor, **others: Tensor) -> Any:
+        return policy_loss(log_prob, **others, loss_mode=mode, clip_ratio_low=0.2, clip_ratio_high=0.28)
+
+    return Case(
+        name=f"{mode} [{rows}, {tokens}], clip ratios of each token",
+        inputs=inputs,
+        ours=forward_backward(ours),
+        peers={"numbers": forward_backward(numbers)},
+        bytes=rows * tokens * (5 * 4 + 1 + 4),
+        backward=True,
+        goals={"numbers": 1 / 1.3},
+    )
+
+
 def cases(size: str, device: torch.device) -> Iterator[Case]:
-    return (case(size, device, mode) for mode in MODES)
+    yield from (case(size, device, mode) for mode in MODES)
+    yield from (clip_ratios_case(size, device, mode) for mode in CLIPPING_MODES)

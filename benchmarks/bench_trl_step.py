@@ -10,7 +10,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.harness import Case, Inputs
 
@@ -23,16 +25,7 @@ SHAPES = {
 RATIO = 0.2
 
 
-def make_trainer(device: torch.device, hidden: int, layers: int, vocab: int, sequences: int, **settings: Any) -> Any:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
-
-    from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
-
-    ours = "entropy_top_ratio" in settings
-    words = {f"<{i}>": i for i in range(vocab)}
+def make_model(device: torch.device, hidden: int, layers: int, vocab: int) -> PreTrainedModel:
     config = Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -43,8 +36,31 @@ def make_trainer(device: torch.device, hidden: int, layers: int, vocab: int, seq
         head_dim=64,
         tie_word_embeddings=True,
     )
+    return Qwen3ForCausalLM(config).to(device)
+
+
+def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    words = {f"<{i}>": i for i in range(vocab)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")), pad_token="<0>", eos_token="<1>"
+    )
+
+
+def make_trainer(
+    device: torch.device,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    sequences: int,
+    **settings: Any,
+) -> Any:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
+
+    ours = "entropy_top_ratio" in settings
     trainer = (EntropyGRPOTrainer if ours else GRPOTrainer)(
-        model=Qwen3ForCausalLM(config).to(device),
+        model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=(EntropyGRPOConfig if ours else GRPOConfig)(
             output_dir=tempfile.mkdtemp(),
@@ -57,9 +73,7 @@ def make_trainer(device: torch.device, hidden: int, layers: int, vocab: int, seq
             **settings,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["<0>"]}),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")), pad_token="<0>", eos_token="<1>"
-        ),
+        processing_class=tokenizer,
     )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
@@ -96,7 +110,11 @@ def case(device: torch.device, *shape: int) -> Case:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def contender(**settings: Any) -> Callable[..., Tensor]:
-        trainer = cache(lambda: make_trainer(device, hidden, layers, vocab, sequences, **settings))
+        @cache
+        def trainer() -> Any:
+            model = make_model(device, hidden, layers, vocab)
+            return make_trainer(device, model, make_tokenizer(vocab), sequences, **settings)
+
         return lambda **batch: step(trainer, **batch)
 
     return Case(

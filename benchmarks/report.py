@@ -20,7 +20,8 @@ DEVICES = ("cpu", "cuda")
 SIMD = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512"}  # from narrow to wide
 WITHOUT_BACKWARD = {"global_top_mask"}
 # Contenders that do less than ours and bound its time from below.
-LOWER_BOUNDS = {"amax"}
+WITHOUT_HEAD = "the step without the LM head"
+LOWER_BOUNDS = {"amax", WITHOUT_HEAD}
 
 # What each row of the headline table says, with the op and the case that it comes from.
 HEADLINE = {
@@ -280,6 +281,26 @@ def _multiple(ratio: float | None) -> str:
     return text if ratio >= 1 else f"**{text}**"
 
 
+def step_table(results: list[dict[str, Any]]) -> str:
+    """The optimizer step of a language model, and the share of it that is the LM head, as Markdown."""
+    result = _widest(results).get("llm_step")
+    if result is None:
+        return "Nothing has been measured.\n"
+    (run,) = result["runs"]
+    records = {name: record for name, record in run["contenders"].items() if record.get("seconds")}
+    lines = ["| step | time | quartiles | memory |", "|---|---|---|---|"]
+    lines += [f"| {name} | {_time(_median(r))} | {_spread(r)} | {_memory(r)} |" for name, r in records.items()]
+    rest = _median(records[WITHOUT_HEAD])
+    shares = [
+        f"{1 - rest / _median(records[name]):.0%}".replace("%", " %")
+        for name in ("TRL, all tokens", "ours")
+        if name in records
+    ]
+    lines += ["", f"The LM head's share of the step: {' of TRL on all tokens, '.join(shares)} of ours.", ""]
+    lines += [f"{run['case']}. {_circumstances([result])}"]
+    return "\n".join(lines) + "\n"
+
+
 def shortfall_table(results: list[dict[str, Any]]) -> str:
     """The runs in which a peer is faster than ours, and those that miss their goal, as Markdown."""
     lines = ["| op | work | run | result |", "|---|---|---|---|"]
@@ -418,6 +439,7 @@ def page() -> str:
     """docs/performance.md with the tables of the committed results."""
     cpu, cuda = (load(device) for device in ("cpu", "cuda"))
     tables = {"headline": headline_table(cpu), "shortfalls": shortfall_table(cpu), "devices": device_table(cuda)}
+    tables["llm_step"] = step_table(cpu)
     text = PAGE.read_text()
     for name, lines in tables.items():
         text = filled(text, f"benchmarks.report: {name}", lines)

@@ -14,8 +14,9 @@ import torch
 import entropy_rl_ext
 
 ROOT = Path(__file__).parent.parent
-# tests/integrations/trl has the one that needs TRL.
-OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"trl_step"})
+# tests/integrations/trl has those that need TRL.
+NEED_TRL = {"trl_step", "llm_step"}
+OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - NEED_TRL)
 OPS_WITH_KERNELS = [op for op in OPS if op != "train_step"]
 sys.path.insert(0, str(ROOT))
 
@@ -120,6 +121,17 @@ def test_the_headline_has_the_widest_run_and_a_slower_op_in_bold(monkeypatch: py
         "",
         "a GPU, 2 threads; torch 1, verl 1, trl 1, liger-kernel 1.",
     ]
+
+
+def test_the_share_of_the_lm_head_is_that_of_the_whole_step() -> None:
+    times = {"ours": 10.0, "TRL, all tokens": 16.0, report.WITHOUT_HEAD: 8.0}
+    versions = {"versions": dict.fromkeys(("torch", "verl", "trl", "liger-kernel"), "1")}
+    result = made_result(1.0, threads=2, **versions) | {"op": "llm_step"}
+    result["runs"][0]["contenders"] = {name: {"seconds": [seconds]} for name, seconds in times.items()}
+    lines = report.step_table([result]).splitlines()
+    assert lines[2:5] == [f"| {name} | {seconds:g} s |  |  |" for name, seconds in times.items()]
+    assert "The LM head's share of the step: 50 % of TRL on all tokens, 20 % of ours." in lines
+    assert report.step_table([]) == "Nothing has been measured.\n"
 
 
 def test_every_run_that_a_peer_wins_or_that_misses_its_goal_is_listed() -> None:

@@ -18,8 +18,8 @@ constexpr int64_t kTokensPerTask = 1 << 14;
 
 // The inputs of up to kChunkTokens tokens of one row: masks as 0 and 1, absent inputs as their
 // defaults. They are copied to local arrays, because the compiler vectorises a selection between
-// loaded values only if no load can fault.
-template <class T>
+// loaded values only if no load can fault. Only with `clips` are the clip ratios copied.
+template <class T, bool clips = false>
 struct Chunk {
   alignas(64) T log_prob[kChunkTokens];
   T old_log_prob[kChunkTokens];
@@ -29,8 +29,8 @@ struct Chunk {
   T selected[kChunkTokens];
   T chosen[kChunkTokens];
   T sequence_log_ratio[kChunkTokens];
-  T clip_low[kChunkTokens];
-  T clip_high[kChunkTokens];
+  T clip_low[clips ? kChunkTokens : 1];
+  T clip_high[clips ? kChunkTokens : 1];
   int count;
 
   __attribute__((always_inline)) Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin,
@@ -43,8 +43,10 @@ struct Chunk {
     load(in.response_mask, begin, T(1), response);
     load(in.entropy_mask, begin, T(1), selected);
     load(in.chosen, begin, T(0), chosen);
-    load(in.clip_low, begin, T(0), clip_low);
-    load(in.clip_high, begin, T(0), clip_high);
+    if constexpr (clips) {
+      load(in.clip_low, begin, T(0), clip_low);
+      load(in.clip_high, begin, T(0), clip_high);
+    }
     const T sequence = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
     for (int i = 0; i < count; ++i) {
       selected[i] *= response[i];
@@ -53,8 +55,13 @@ struct Chunk {
   }
 
   __attribute__((always_inline)) Token<T> token(int i) const {
-    return {log_prob[i],    old_log_prob[i], advantage[i], sequence_log_ratio[i],
-            chosen[i] != 0, clip_low[i],     clip_high[i]};
+    Token<T> token{log_prob[i], old_log_prob[i], advantage[i], sequence_log_ratio[i],
+                   chosen[i] != 0};
+    if constexpr (clips) {
+      token.clip_low = clip_low[i];
+      token.clip_high = clip_high[i];
+    }
+    return token;
   }
 
  private:

@@ -23,7 +23,7 @@ LossSums<T> tile_loss(TokenLoss token_loss, const TokenInputs<T>& in, int64_t ro
   alignas(64) T loss[kChunkTokens], clipped[kChunkTokens], clipped_lower[kChunkTokens],
       kl[kChunkTokens], advantage[kChunkTokens], log_weight[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, row, begin, end);
+    const Chunk<T, kReadsClipRatios<TokenLoss>> chunk(in, row, begin, end);
     for (int i = 0; i < chunk.count; ++i) {
       const TokenResult<T> result = token_loss(chunk.token(i));
       const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weight[i];
@@ -86,7 +86,7 @@ void tile_keys(CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments mo
                typename CovarianceKey::Key* keys /*[rows, cols]*/) {
   using Key = typename CovarianceKey::Key;
   for (; begin < end; begin += kChunkTokens) {
-    const Chunk<T> chunk(in, row, begin, end);
+    const Chunk<T, kReadsClipRatios<CovarianceKey>> chunk(in, row, begin, end);
     Key* out = keys + begin;
     for (int i = 0; i < chunk.count; ++i) {
       // A key is computed for every token and then selected: a loop with a branch does not

@@ -65,8 +65,13 @@ struct PackedTokens {
   }
   __device__ __forceinline__ bool is_response(int j) const { return response_mask.values[j] != 0; }
   __device__ __forceinline__ Token<T> token(int j) const {
-    Token<T> token{log_prob.values[j], old_log_prob.values[j], advantages.values[j],
-                   sequence_log_ratio, chosen.values[j] != 0};
+    Token<T> token{log_prob.values[j],
+                   old_log_prob.values[j],
+                   advantages.values[j],
+                   sequence_log_ratio,
+                   chosen.values[j] != 0,
+                   T(0),
+                   T(0)};
     if constexpr (clips) {
       token.clip_low = clip_low.values[j];
       token.clip_high = clip_high.values[j];

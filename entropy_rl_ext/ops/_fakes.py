@@ -1,5 +1,6 @@
 """The checks that no kernel can make."""
 
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -15,19 +16,24 @@ def check_tensors(*, optional: dict[str, Any] | None = None, **required: Any) ->
     given = {name: value for name, value in (optional or {}).items() if value is not None}
     for name, value in (required | given).items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is of type {_type_name(value)}; it must be a torch.Tensor")
+            raise TypeError(f"{name} is {description(value)}; it must be a torch.Tensor")
 
 
 def check_number(name: str, value: Any) -> None:
     """Raises TypeError for a list or an array in place of a number or a tensor."""
-    # torch.compile cannot ask a symbolic number for its attributes.
-    if not isinstance(value, Tensor) and not torch.compiler.is_compiling() and hasattr(value, "__len__"):
-        raise TypeError(f"{name} is of type {_type_name(value)}; it must be a number or a torch.Tensor")
+    # torch.compile cannot ask a symbolic number for its type.
+    if not torch.compiler.is_compiling() and isinstance(value, Sized) and not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {description(value)}; it must be a number or a torch.Tensor")
 
 
-def _type_name(value: Any) -> str:
+def description(value: Any) -> str:
+    """Type and size of a value, without its data."""
     of = type(value)
-    return of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
+    name = of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"of type {name} and shape {list(shape)}"
+    return f"of type {name} and length {len(value)}" if isinstance(value, Sized) else f"of type {name}"
 
 
 def check_same_device(**tensors: Tensor | None) -> None:

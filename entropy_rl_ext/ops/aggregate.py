@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ._fakes import check_tensors
 from ._loss import loss_and_metrics, register_loss, scalar_tensor
+from ._options import check_options
 
 
+@check_options
 def aggregate(
     values: Tensor,
     mask: Tensor,
@@ -48,7 +50,7 @@ def aggregate(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown loss_agg_mode, a number out of its
             range, a float in the mask that is neither 0 nor 1, dp_size > 1 without the divisor that the mode needs.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
 
     Source: verl 0.9.1, agg_loss.
     """

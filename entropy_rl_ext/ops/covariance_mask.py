@@ -6,12 +6,14 @@ from torch import Tensor
 
 from ._fakes import check_tensors
 from ._mask import any_wrong, check_mask, empty_if
+from ._options import check_options
 from ._select_over_ranks import Ranks, select_over_ranks
 from .policy_loss import policy_loss
 
 LOSS_MODES = ("clip_cov", "kl_cov")
 
 
+@check_options
 @torch.no_grad()
 def covariance_mask(
     log_prob: Tensor,
@@ -100,14 +102,18 @@ def covariance_mask(
         values, eligible, share = covariance, inside, kl_cov_ratio
     else:
         ratio = (log_p - old).exp()
-        lowest, highest = (torch.as_tensor(bound, dtype=dtype, device=ratio.device) for bound in (1 - low, 1 + high))
-        clipped = -advantage * ratio.clamp(lowest, highest) > -advantage * ratio
+        clipped = -advantage * ratio.clamp(_tensor(1 - low, ratio), _tensor(1 + high, ratio)) > -advantage * ratio
         eligible = inside & ~clipped & (covariance > clip_cov_lb) & (covariance < clip_cov_ub)
         place = inside.flatten().cumsum(0).view(inside.shape) - 1 + counts[: ranks.own].sum()
         values, share = random_numbers(first_seed, place), clip_cov_ratio
     k = (n * share).long().clamp(min=1)
     chosen, _ = select_over_ranks(values, eligible, lambda _: (k, None), "topk", ranks)
     return chosen
+
+
+def _tensor(bound: float | Tensor, like: Tensor) -> Tensor:
+    # A conversion of a number would copy it from the host and wait.
+    return bound.to(like.dtype) if isinstance(bound, Tensor) else like.new_full((), bound)
 
 
 def _totals(

@@ -9,6 +9,7 @@ from torch import Tensor
 from ._autograd import register_constant
 from ._fakes import check_same_device, check_tensors
 from ._mask import any_wrong, check_mask, empty_if, nan_if
+from ._options import check_options
 from ._select_over_ranks import Ranks, select_over_ranks
 
 _Rule = Literal["topk", "threshold", "quantile"]
@@ -43,6 +44,7 @@ def global_top_mask(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@check_options
 def global_top_mask(
     entropy: Tensor,
     response_mask: Tensor,
@@ -99,7 +101,7 @@ def global_top_mask(
             `return_threshold` with a scope other than "batch", a float in `response_mask` that is neither 0 nor 1. On
             CUDA, where reading the values would wait for the device, such a float gives a mask without any token
             instead, and with `return_threshold` a threshold of NaN.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
 
     Source: rule "topk" is the authors' implementation, "threshold" Eq. 6 of arXiv 2506.01939, "quantile" that
     of TRL.

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ._fakes import check_tensors
 from ._loss import loss_and_metrics, register_loss, scalar_tensor
+from ._options import check_options
 
 
+@check_options
 def kl_loss(
     log_prob: Tensor,
     ref_log_prob: Tensor,
@@ -49,7 +51,7 @@ def kl_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown kl_loss_type or loss_agg_mode, a
             number out of its range, a float in the mask that is neither 0 nor 1.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
 
     Sources: verl 0.9.1, kl_penalty; joschu.net/blog/kl-approx.html.
     """

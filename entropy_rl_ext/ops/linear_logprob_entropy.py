@@ -26,10 +26,12 @@ from ._linear_tiles import (
     forward_tiles,
 )
 from ._mask import check_mask
+from ._options import check_options
 from ._row_index import RowIndex
 from ._temperature import split_temperature, temperature_tensor
 
 
+@check_options
 def linear_logprob_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -92,7 +94,7 @@ def linear_logprob_entropy(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, numbers out of range, a target outside the
             vocabulary, a float in `mask` that is neither 0 nor 1, more rows than `max_grad_rows` or `max_mask_rows`.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
 
     On CUDA, looking at values would wait for the device. There a bad target, per-row temperature or value of `mask`
     gives NaN for its row (is_top1 is not affected). With more mask rows than `max_mask_rows` all outputs are NaN

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ._autograd import register_autograd, register_no_derivative
 from ._fakes import check_same_device, check_tensors
+from ._options import check_options
 from ._temperature import split_temperature, temperature_tensor
 
 
+@check_options
 def logprob_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -39,7 +41,7 @@ def logprob_entropy(
             target outside the vocabulary, a float in `mask` that is neither 0 nor 1. On CUDA, where reading the values
             would wait for the device, a bad target, per-row temperature or value of `mask` gives NaN for its own row
             instead.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
     """
     check_tensors(logits=logits, targets=targets, optional={"mask": mask})
     number, row_temperature = split_temperature(temperature, logits)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._fakes import check_number, check_tensors
 from ._loss import loss_and_metrics, register_loss, scalar_tensor
+from ._options import check_options
 
 # The op returns all metrics; each loss mode reports those that verl reports for it.
 _METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower", "actor/entropy_token_ratio")
@@ -20,6 +21,7 @@ _UNREPORTED = {
 }
 
 
+@check_options
 def policy_loss(
     log_prob: Tensor,
     old_log_prob: Tensor,
@@ -110,7 +112,7 @@ def policy_loss(
         ValueError: shapes, dtypes or devices that do not fit, an unknown loss_mode, loss_agg_mode or normalize,
             a covariance_mask with another loss_mode than its two, a number out of its range, a float in a mask
             that is neither 0 nor 1, dp_size > 1 without the divisor that the aggregation needs.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
 
     Sources: verl 0.9.1, verl/trainer/ppo/core_algos.py; "Beyond the 80/20 Rule", arXiv 2506.01939.
     """

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from ._fakes import check_tensors
+from ._options import check_options
 from ._temperature import split_temperature, temperature_tensor
 
 
+@check_options
 def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: float | Tensor = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature) of each row.
 
@@ -26,7 +28,7 @@ def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: fl
         ValueError: shapes, dtypes or devices that do not fit, an empty vocabulary, a number out of its range, a
             float in `mask` that is neither 0 nor 1. On CUDA, where reading the values would wait for the device, a bad
             per-row temperature or value of `mask` gives NaN for its own row instead.
-        TypeError: an argument that is no tensor.
+        TypeError: an argument of another type, such as a list.
 
     Source: the token entropy of "Beyond the 80/20 Rule", arXiv 2506.01939, Eq. 1.
     """

@@ -277,8 +277,8 @@ class Samples:
 
 
 def colored(text: str) -> str:
-    """The text of a token in color, without the space that it begins with."""
-    word = text.lstrip()
+    """The text of a token in color, without the space that a word begins with."""
+    word = text.lstrip() or text
     return f"{text[: len(text) - len(word)]}{SELECTED}{word}{PLAIN}"
 
 

@@ -23,7 +23,7 @@ using K3 = K3Penalty<double, straight_through>;
 
 constexpr double kDistances[] = {-4.0, -1.0, -1e-3, 1e-3, 0.5, 2.0, 6.0};
 
-Token<double> token(double d) { return {d - 7, -7, 0, 0, false}; }
+Token<double> token(double d) { return {d - 7, -7, 0, 0, false, 0, 0}; }
 
 TEST(KlPenalty, Values) {
   for (const double d : kDistances) {
@@ -61,7 +61,7 @@ TEST(KlPenalty, FarPoliciesAreClampedWithoutGradient) {
     EXPECT_EQ(K3<false>{}(token(d)).loss, 10);
     EXPECT_EQ(K3<false>{}(token(d)).gradient, 0);
     const K3Penalty<float, false> narrow;
-    EXPECT_TRUE(std::isfinite(narrow({float(d), 0, 0, 0, false}).loss));
+    EXPECT_TRUE(std::isfinite(narrow({float(d), 0, 0, 0, false, 0, 0}).loss));
   }
 }
 

@@ -24,7 +24,7 @@ using testing::TokenBatch;
 constexpr double kLow = 0.8, kHigh = 1.28;
 
 Token<double> token(double d, double advantage, double old_log_prob = -1.5) {
-  return {old_log_prob + d, old_log_prob, advantage, 0, false};
+  return {old_log_prob + d, old_log_prob, advantage, 0, false, 0, 0};
 }
 
 // Ratios inside, below and above the clip range and the dual clip, for either sign of the
@@ -166,7 +166,7 @@ TEST(PolicyLoss, Sapo) {
   });
   expect_derivative(loss);
   for (const double d : {-20.0, 20.0}) {  // a steep gate saturates; it does not overflow
-    const TokenResult<float> result = SapoLoss<float>{1e4f, 1e4f}({float(d), 0, 1, 0, false});
+    const TokenResult<float> result = SapoLoss<float>{1e4f, 1e4f}({float(d), 0, 1, 0, false, 0, 0});
     EXPECT_TRUE(std::isfinite(result.loss) && std::isfinite(result.gradient));
   }
 }
@@ -223,7 +223,7 @@ TEST(PolicyLoss, ClipRatiosOfEachToken) {
 }
 
 TEST(PolicyLoss, NanIsKept) {
-  const Token<double> bad{kNan, -1, 1, kNan, false};
+  const Token<double> bad{kNan, -1, 1, kNan, false, 0, 0};
   EXPECT_TRUE(std::isnan(VanillaLoss<double>({kLow, kHigh, 3})(bad).loss));
   EXPECT_TRUE(std::isnan(GpgLoss<double>()(bad).loss));
   EXPECT_TRUE(std::isnan(ClipCovLoss<double>({kLow, kHigh})(bad).loss));

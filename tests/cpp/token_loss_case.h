@@ -76,7 +76,7 @@ struct TokenBatch {
   bool response(int64_t i) { return response_mask[i] != 0; }
   bool selected(int64_t i) { return response(i) && entropy_mask[i] != 0; }
   Token<double> token(int64_t i) {
-    return {double(log_prob[i]), double(old_log_prob[i]), double(advantages[i]), 0, false};
+    return {double(log_prob[i]), double(old_log_prob[i]), double(advantages[i]), 0, false, 0, 0};
   }
 };
 

@@ -77,6 +77,12 @@ def policy_loss(rng: Random) -> Iterator[str]:
         optional["entropy_mask"] = b["entropy"]
     if rng.random() < 0.5:
         optional["rollout_is_weights"] = b["weights"]
+    if rng.random() < 0.5:  # clip ratios of each token
+        names = rng.choice([["clip_ratio_low"], ["clip_ratio_high"], ["clip_ratio_low", "clip_ratio_high"]])
+        for name, values in zip(names, ((0.1, 0.3), (0.2, 0.5)), strict=False):
+            ratios = torch.where(torch.rand(shape) < 0.3, *values).to(dtype)
+            optional[name] = torch.where(b["response"], ratios, math.nan)
+        options = {name: value for name, value in options.items() if name not in optional}
     yield f"{dtype} {shape} {options} {list(optional)} response={int(b['response'].sum())} {b['log_prob'].stride()}"
     leaf, wide = to_device(b["log_prob"]).requires_grad_(), b["log_prob"].double().requires_grad_()
     names = ("old", "advantages", "response")
@@ -96,13 +102,16 @@ def policy_loss(rng: Random) -> Iterator[str]:
 def kl_loss(rng: Random) -> Iterator[str]:
     dtype, shape = rng.choice(DTYPES), rng.choice(SHAPES)
     b = make_batch(rng, dtype, shape)
+    weights = rng.choice([None, b["weights"]])
     kind = rng.choice(["kl", "abs", "mse", "low_var_kl", "k1", "k2", "k3"]) + rng.choice(["", "+"])
     options = {"kl_loss_type": kind, **aggregation_options(rng, shape)}
-    yield f"{dtype} {shape} {options} response={int(b['response'].sum())}"
+    yield f"{dtype} {shape} {options} weights={weights is not None} response={int(b['response'].sum())}"
     leaf, wide = to_device(b["log_prob"]).requires_grad_(), b["log_prob"].double().requires_grad_()
-    loss = ext.kl_loss(leaf, to_device(b["old"]), to_device(b["response"]), **options)
-    wanted = reference.kl_loss(wide, b["old"].double(), b["response"], **options)
-    compare_loss(loss, wanted, leaf, wide, 16.0 * summed_tokens(b, options))
+    on_device = None if weights is None else to_device(weights)
+    loss = ext.kl_loss(leaf, to_device(b["old"]), to_device(b["response"]), weights=on_device, **options)
+    in_double = None if weights is None else weights.double()
+    wanted = reference.kl_loss(wide, b["old"].double(), b["response"], weights=in_double, **options)
+    compare_loss(loss, wanted, leaf, wide, 32.0 * summed_tokens(b, options))
 
 
 def aggregate(rng: Random) -> Iterator[str]:

@@ -103,11 +103,11 @@ def loss_steps(random):
     entropy, mask = random(8, 64).abs(), random(8, 64) > -1
     tokens = torch.tensor(300, device="cuda")
 
-    def policy_step(log_prob, old, advantages, loss_mode, mask=mask):
+    def policy_step(log_prob, old, advantages, loss_mode, mask=mask, **options):
         chosen = ext.global_top_mask(entropy, mask)
         leaf = log_prob.detach().requires_grad_()
         loss, metrics = ext.policy_loss(
-            leaf, old, advantages, mask, loss_mode=loss_mode, entropy_mask=chosen, batch_num_tokens=tokens
+            leaf, old, advantages, mask, loss_mode=loss_mode, entropy_mask=chosen, batch_num_tokens=tokens, **options
         )
         return [loss, *torch.autograd.grad(loss, leaf), *metrics.values()]
 
@@ -128,6 +128,15 @@ def loss_steps(random):
     steps["policy_loss float mask"] = (
         (log_prob, old, advantages),
         lambda *batch: policy_step(*batch, "vanilla", mask.float()),
+    )
+    ratios = torch.full_like(log_prob, 0.3)
+    steps["policy_loss clip ratios"] = (
+        (log_prob, old, advantages),
+        lambda *batch: policy_step(*batch, "clip_cov", clip_ratio_low=ratios, clip_ratio_high=0.4),
+    )
+    steps["covariance_mask clip ratios"] = (
+        (log_prob, old, advantages),
+        lambda *batch: [ext.covariance_mask(*batch, mask, "clip_cov", clip_ratio_high=ratios)],
     )
     for mode in ("clip_cov", "kl_cov"):
         steps[f"covariance_mask {mode}"] = (
@@ -157,6 +166,8 @@ STEPS = [
     "covariance_mask kl_cov",
     *(f"policy_loss {mode}" for mode in LOSS_MODES),
     "policy_loss float mask",
+    "policy_loss clip ratios",
+    "covariance_mask clip ratios",
 ]
 
 

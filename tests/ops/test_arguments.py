@@ -4,6 +4,7 @@ import math
 import re
 from array import array
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def test_a_list_or_an_array_in_place_of_a_tensor_is_named(op, name, value, of):
     options = {"loss_mode": "kl_cov"} if op == "covariance_mask" else {}
     with pytest.raises(TypeError) as error:
         getattr(ext, op)(**arguments_of_every_op()[op] | {name: value}, **options)
-    assert str(error.value) == f"{name} is of type {of}; it must be a torch.Tensor"
+    assert str(error.value) == f"{name} is of type {of} and length 100000; it must be a torch.Tensor"
 
 
 @pytest.mark.parametrize("op", arguments_of_every_op())
@@ -76,7 +77,55 @@ def test_a_list_in_place_of_a_number_is_named(name):
         else:
             options = {"loss_mode": "clip_cov", name: [1.0] * 10**5}
             ext.policy_loss(**arguments["policy_loss"], **options)
-    assert str(error.value) == f"{name} is of type list; it must be a number or a torch.Tensor"
+    assert str(error.value) == f"{name} is of type list and length 100000; it must be a number or a torch.Tensor"
+
+
+NUMBER, INTEGER, TEXT, FLAG = "a number", "an integer", "a text", "True or False"
+AGGREGATION = {"loss_agg_mode": TEXT, "dp_size": INTEGER, "loss_scale_factor": f"{NUMBER} or None"}
+COVARIANCE = {name: NUMBER for name in ("clip_ratio", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio")}
+LOSS = {name: NUMBER for name in ("clip_ratio_c", "ppo_kl_coef", "tau_pos", "tau_neg")}
+OPTIONS = {
+    "logprob_entropy": {"entropy_grad": FLAG},
+    "linear_logprob_entropy": {"entropy_grad": FLAG, "token_statistics": FLAG, "logit_scale": NUMBER}
+    | {"softcap": f"{NUMBER} or None", "vocab_start": INTEGER}
+    | {name: f"{INTEGER} or None" for name in ("chunk_rows", "max_grad_rows", "max_mask_rows", "vocab_size")},
+    "global_top_mask": {"top_ratio": NUMBER, "rule": TEXT, "scope": TEXT, "return_threshold": FLAG},
+    "get_global_entropy_top_mask": {"top_ratio": NUMBER},
+    "covariance_mask": COVARIANCE | {"loss_mode": TEXT, "seed": INTEGER},
+    "policy_loss": COVARIANCE
+    | LOSS
+    | AGGREGATION
+    | {"loss_mode": TEXT, "normalize": TEXT, "dro_beta": f"{NUMBER} or None"},
+    "kl_loss": AGGREGATION | {"kl_loss_type": TEXT},
+    "aggregate": AGGREGATION,
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, options in OPTIONS.items() for name in options])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ([0.5] * 10**5, "list and length 100000"),
+        (np.full((300, 400), 0.5), "numpy.ndarray and shape [300, 400]"),
+        (torch.full((300, 400), 0.5), "torch.Tensor and shape [300, 400]"),
+        ({}, "dict and length 0"),
+    ],
+    ids=["list", "array", "tensor", "dict"],
+)
+def test_another_type_of_an_option_is_named(op, name, value, what):
+    """PyTorch's own message has several lines, and holds all data of a list."""
+    options = {"loss_mode": "kl_cov"} if op == "covariance_mask" else {}
+    with pytest.raises(TypeError) as error:
+        getattr(ext, op)(**arguments_of_every_op()[op] | options | {name: value})
+    assert str(error.value) == f"{name} is of type {what}; it must be {OPTIONS[op][name]}"
+
+
+@pytest.mark.parametrize("value", [np.float32(0.25), np.float64(0.25), np.float16(0.25)], ids=["32", "64", "16"])
+def test_numbers_of_numpy_are_numbers(value):
+    entropy, mask = torch.rand(4, 5), torch.ones(4, 5)
+    assert torch.equal(ext.global_top_mask(entropy, mask, value), ext.global_top_mask(entropy, mask, 0.25))
+    actual, expected = (ext.policy_loss(entropy, -entropy, mask, mask, clip_ratio=clip)[0] for clip in (value, 0.25))
+    assert torch.equal(actual, expected)
 
 
 # ---- Temperatures

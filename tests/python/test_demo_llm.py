@@ -43,3 +43,26 @@ def test_the_processor_decides_the_precision(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
         overrides = demo_llm.training_overrides("model", Path("demo"), 0, 1)
         assert f"actor_rollout_ref.actor.fsdp_config.dtype={dtype}" in overrides
+
+
+def test_the_pages_have_the_figures_of_the_committed_run() -> None:
+    """README.md and docs/demo.md, from benchmarks/results/demo_llm."""
+    root = Path(__file__).parents[2]
+    run = json.loads((root / "benchmarks/results/demo_llm/seed_0.json").read_text())
+    first, last = (f"{run['held_out_accuracy'][place]:.1%}" for place in (0, -1))
+    readme, page = (
+        " ".join((root / name).read_text().replace(" %", "%").split()) for name in ("README.md", "docs/demo.md")
+    )
+    assert (
+        f"share of {run['held_out_problems']} held-out problems that it solves rises from {first} to {last}" in readme
+    )
+    cells = [str(run["seed"]), first, last]
+    cells += [f"{run[when][name]:.1%}" for name in ("sampled_accuracy", "ended") for when in ("before", "after")]
+    cells += [f"{run[when]['tokens']:.1f}" for when in ("before", "after")]
+    assert f"| {' | '.join(cells)} |" in page
+    assert f"took {run['seconds']:,.0f} s until the last measurement, and {run['processor_seconds']:.0f} s" in page
+    seconds = {name: sum(run["training"][f"timing_s/{name}"]) for name in ("gen", "update_actor", "step")}
+    gen, update = (f"{seconds[name] / seconds['step']:.0%}" for name in ("gen", "update_actor"))
+    assert f"Sampling took {gen} of the time of the steps, and the update {update}." in page
+    assert len(run["training"]["critic/rewards/mean"]) == demo_llm.STEPS
+    assert run["held_out_problems"] == demo_llm.VALIDATION_PROBLEMS

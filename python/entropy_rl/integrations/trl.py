@@ -385,7 +385,8 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if isinstance(self.epsilon_low, Tensor) or isinstance(self.epsilon_high, Tensor):
             # torch.clamp takes two numbers or two tensors.
             for name in ("epsilon_low", "epsilon_high"):
-                setattr(self, name, torch.as_tensor(getattr(self, name), dtype=log_prob.dtype, device=log_prob.device))
+                value = getattr(self, name)
+                setattr(self, name, value if isinstance(value, Tensor) else log_prob.new_full((), value))
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         with _lm_head(self._score) if self._lm_head_is_ours else contextlib.nullcontext():

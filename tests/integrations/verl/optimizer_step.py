@@ -4,7 +4,7 @@ torchrun --nproc-per-node RANKS optimizer_step.py MODELS OUTPUT [CASE...]
 
 MODELS/tied and MODELS/untied are models whose LM head shares, or does not share, the weights of the embeddings;
 MODELS/four_heads has four attention heads and a tied LM head. MODELS/adapter is a LoRA adapter for MODELS/untied that
-trains the LM head too.
+trains the LM head too. MODELS/experts is a mixture of experts.
 """
 
 import sys
@@ -63,6 +63,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         for mode, others in (TOKEN_MODES | COVARIANCE_MODES).items()
     },
     "kl_cov": ({"actor.policy_loss.loss_mode": "kl_cov"} | COVARIANCE_MODES["kl_cov"], (2,)),
+    "experts": ({"model": "experts"}, (2,)),
+    "mini-batch-experts": (MINI_BATCH | REMOVE_PADDING | {"model": "experts"}, (1, 4)),
     "mini-batch-weights": (MINI_BATCH | {"weights": True}, (1, 4)),
     "mini-batch-remove-padding": (MINI_BATCH | REMOVE_PADDING | {"weights": True}, (2, 0)),
     "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pandas
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
-from tiny_model import save_tiny_model
+from tiny_model import save_model_of, save_tiny_model
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 REWARD = '''
@@ -15,8 +15,12 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **ot
 '''
 
 
-def save_model(directory: Path, *, tied: bool = True, heads: int = 2) -> Path:
-    save_tiny_model(directory, tied=tied, heads=heads)
+def save_model(directory: Path, *, tied: bool = True, heads: int = 2, config: PretrainedConfig | None = None) -> Path:
+    """Saves the tiny Qwen3, or a model of another configuration."""
+    if config is None:
+        save_tiny_model(directory, tied=tied, heads=heads)
+    else:
+        save_model_of(config, directory)
     # verl looks up the id of <|im_end|> in a Qwen3 tokenizer, and gets that of the unknown token.
     tokenizer = AutoTokenizer.from_pretrained(directory, unk_token="?")
     tokenizer.chat_template = TEMPLATE

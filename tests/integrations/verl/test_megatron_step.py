@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "OMP_NUM_THREADS": "1",
         },
         check=True,
-        timeout=280,
+        timeout=600,
     )
     return torch.load(output, weights_only=False)
 

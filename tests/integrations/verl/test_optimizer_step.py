@@ -18,6 +18,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from architectures import CONFIGS as ARCHITECTURES
 from entropy_rl.scores import random_scores
 from entropy_rl_ext import covariance_mask
 
@@ -31,6 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task.save_model(directory / "tied")
     task.save_model(directory / "untied", tied=False)
     task.save_model(directory / "four_heads", heads=4)
+    task.save_model(directory / "experts", config=ARCHITECTURES["qwen3_moe"])
     save_adapter(directory / "untied", directory / "adapter")
     return directory
 
@@ -59,7 +61,7 @@ def run(ranks: int, models: Path, output: Path, *cases: str, **environment: str)
         }
         | environment,
         check=True,
-        timeout=280,
+        timeout=600,
     )
     return torch.load(output, weights_only=False)
 
@@ -106,7 +108,9 @@ def policies(models: Path) -> dict[str, Policy]:
 
 def policy_of(model_path: Path) -> Policy:
     """Runs the model on one row at a time, without padding."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     rows = []
     for row in optimizer_step.rows():
         tokens = torch.cat([row["prompt"], row["response"]])
