@@ -141,7 +141,7 @@ test-trl: .venv-trl/environment .venv/libraries
 	touch $@
 
 DEVICE ?= cpu
-bench: .venv/libraries .venv-bench/environment
+bench: .venv/libraries .venv-bench/environment $(SMOLLM2)
 	PYTHONPATH=.:python $(BENCH_BIN)/python -W ignore -m benchmarks --device $(DEVICE) $(ARGS)
 
 performance: .venv/libraries

@@ -2,7 +2,7 @@
 
     python -m entropy_rl.demo [--directory demo] [--seed 0]
 
-Creates a Qwen3 with 0.6 million parameters, warms it up on traces whose arithmetic is right but which mostly miss the
+Creates a Qwen3 with 0.4 million parameters, warms it up on traces whose arithmetic is right but which mostly miss the
 target, trains it with `python -m entropy_rl.train`, and shows the effect on problems that it has never seen.
 """
 
