@@ -65,8 +65,8 @@ def covariance_mask(
     batch = {"old_log_prob": old_log_prob, "advantages": advantages, "response_mask": response_mask}
     low = clip_ratio if clip_ratio_low is None else clip_ratio_low
     high = clip_ratio if clip_ratio_high is None else clip_ratio_high
-    clips = {"clip_ratio_low": low, "clip_ratio_high": high}
-    of_tokens = {name: value for name, value in clips.items() if isinstance(value, Tensor)}
+    clip_ratios = {"clip_ratio_low": low, "clip_ratio_high": high}
+    of_tokens = {name: value for name, value in clip_ratios.items() if isinstance(value, Tensor)}
     for name, tensor in (batch | of_tokens).items():
         if tensor.shape != log_prob.shape:
             raise ValueError(
@@ -76,7 +76,8 @@ def covariance_mask(
     policy_loss(
         *(tensor.new_empty(0, 0) for tensor in (log_prob, *batch.values())),
         loss_mode=loss_mode,
-        **(clips | {name: tensor.new_empty(0, 0) for name, tensor in of_tokens.items()}),
+        clip_ratio_low=low.new_empty(0, 0) if isinstance(low, Tensor) else low,
+        clip_ratio_high=high.new_empty(0, 0) if isinstance(high, Tensor) else high,
         clip_cov_ratio=clip_cov_ratio,
         clip_cov_lb=clip_cov_lb,
         clip_cov_ub=clip_cov_ub,

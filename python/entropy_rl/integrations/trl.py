@@ -329,7 +329,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, inputs) - entropy_coef * self._bonus_correction
         finally:
             self._loss_inputs, self._bonus_correction, self.loss_type = None, 0.0, loss_type
-            vars(self).update(numbers)
+            self.__dict__.update(numbers)
         if before_step and self._position() == self.args.gradient_accumulation_steps - 1:
             self._join_metrics()
         return loss
