@@ -173,6 +173,14 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert cli.main(["ablate", *SMALL_ABLATION, *arguments, *small]) == 0
         case ["entropy-rl", *arguments]:
             assert cli.main(arguments) == 0
+        case [".venv/bin/entropy-rl", *arguments]:  # of a developer, with the model of `make model`
+            parsed = cli._parser().parse_args(arguments)
+            assert (ROOT / parsed.input).exists() and f"\nSMOLLM2 := {parsed.model}\n" in (
+                ROOT / "Makefile"
+            ).read_text()
+        case ["chromium", *arguments]:
+            (picture,) = [word.partition("=")[2] for word in arguments if word.startswith("--screenshot=")]
+            assert (ROOT / picture).exists()
         case _:
             pytest.fail(f"no test runs {shlex.join(words)}")
 
