@@ -280,7 +280,7 @@ def _rows(engine: Any, micro_batch: TensorDict) -> tuple[Tensor, int] | None:
             mask, _, _ = ulysses_pad_and_slice_inputs(mask, sp_size=engine.ulysses_sequence_parallel_size)
     else:
         # verl pads to the longest sequence of the micro-batch; a nested tensor may remember a longer one.
-        lengths = rows.offsets().diff()  # type: ignore[attr-defined]  # nested tensors have it
+        lengths = micro_batch["input_ids"].offsets().diff()
         mask = rows.to_padded_tensor(0, output_size=(len(lengths), int(lengths.max())))
     count = int(mask.sum())  # on the CPU: verl moves the micro-batch to the device later
     return mask.to(get_device_id()), count
