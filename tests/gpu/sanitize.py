@@ -9,6 +9,7 @@ import entropy_rl_ext as ext
 
 LOSS_MODES = ["vanilla", "gpg", "clip_cov", "kl_cov", "gspo", "geo_mean"]
 LOSS_MODES += ["dppo_tv", "dppo_kl", "sapo", "dro", "cispo"]
+CLIP = ["vanilla", "clip_cov", "gspo", "geo_mean", "dppo_tv", "dppo_kl", "cispo"]  # by numbers, or by each token's own
 KL_TYPES = ["abs", "abs+", "k1", "k1+", "k2", "k3", "k3+"]
 
 
@@ -16,9 +17,11 @@ def losses(dtype: torch.dtype) -> None:
     mask = torch.rand(3, 70, device="cuda") < 0.8
     chosen = ext.global_top_mask(torch.rand(3, 70, device="cuda"), mask)
     old, advantages = torch.randn(2, 3, 70, device="cuda").to(dtype)
-    for mode in LOSS_MODES:
+    low, high = torch.rand(2, 3, 70, device="cuda").to(dtype)
+    of_tokens = {"clip_ratio_low": low, "clip_ratio_high": high}
+    for mode, clip_ratios in [*((mode, {}) for mode in LOSS_MODES), *((mode, of_tokens) for mode in CLIP)]:
         leaf = torch.randn(3, 70, device="cuda").to(dtype).requires_grad_()
-        extra = {"dro_beta": 0.1} if mode == "dro" else {}
+        extra = {"dro_beta": 0.1} if mode == "dro" else clip_ratios
         loss, _ = ext.policy_loss(leaf, old, advantages, mask, loss_mode=mode, entropy_mask=chosen, **extra)
         (loss + ext.aggregate(leaf, mask)).backward()
     for kind in KL_TYPES:
