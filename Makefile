@@ -196,7 +196,7 @@ release-cuda: dist/cuda/built
 	$(BIN)/python -m zipfile --list dist/cuda/*.whl
 	ls -l dist/cuda
 
-cuda-build: dist/cuda/built .venv/libraries
+cuda-build: release-cuda .venv/libraries
 	$(CUDA_BIN)/pip install -q --no-deps --force-reinstall dist/cuda/*.whl
 	cd build && ../$(CUDA_BIN)/python -c "import entropy_rl_ext as e; info = e.build_info(); print(info); assert info['cuda'], 'the wheel holds no CUDA kernels'"
 	$(CUDA_BIN)/python tools/compile_report.py .venv-cuda/lib/python3*/site-packages/entropy_rl_ext/_cuda.abi3.so --markdown docs/cuda_kernels.md

@@ -58,6 +58,7 @@ MADE_BY = {
     "lint": "CI",
     "test-wheel": "CI",
     "release": "CI, for test-wheel",
+    "release-cuda": "CI, for cuda-build",
     "compile-commands": "a developer",
     "cuda-build": "CI",
     "format": "a developer",

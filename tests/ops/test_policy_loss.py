@@ -269,7 +269,7 @@ def test_clip_ratios_that_do_not_fit(device, name):
         run(policy_loss, batch, "vanilla", **{name: torch.ones(3, 9, dtype=torch.int64, device=device)})
     with pytest.raises(ValueError, match=f"{name} is .*on .*meta.* must be on the same device|{name} is on"):
         run(policy_loss, batch, "vanilla", **{name: torch.ones(3, 9, device="meta")})
-    with pytest.raises(TypeError, match=f"{name} is of type list; it must be a number or a torch.Tensor"):
+    with pytest.raises(TypeError, match=f"{name} is of type list and length 9; it must be a number or a torch.Tensor"):
         run(policy_loss, batch, "vanilla", **{name: [0.2] * 9})
     with pytest.raises(ValueError, match="a clip ratio is given as a number and as a tensor"):
         tensors = [batch[key] for key in ("log_prob", "old_log_prob", "advantages", "response_mask")]

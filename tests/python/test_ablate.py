@@ -228,6 +228,10 @@ def test_the_demos_arms_differ_in_the_selection_alone(tmp_path: Path) -> None:
         actor, trainer = settings["actor_rollout_ref"]["actor"], settings["trainer"]
         selections.append([actor.pop(f"entropy_top_{key}") for key in ("ratio", "complement", "score", "scope")])
         del trainer["default_local_dir"]
+    *same, archer, stapo = (settings["actor_rollout_ref"]["actor"] for settings in arms)
+    assert stapo | {"entropy_veto": same[0]["entropy_veto"]} == same[0] != stapo
+    of_archer = ("entropy_top_rule", "entropy_rest", "clip_ratio_low", "clip_ratio_high", "use_kl_loss", "kl_loss_coef")
+    assert archer | {key: same[0][key] for key in of_archer} == same[0] != archer
     assert selections == [
         [None, False, "entropy", "micro_batch"],
         [0.5, False, "entropy", "micro_batch"],
@@ -237,8 +241,10 @@ def test_the_demos_arms_differ_in_the_selection_alone(tmp_path: Path) -> None:
         [0.2, False, "random", "micro_batch"],
         [0.5, False, "random", "micro_batch"],
         [0.2, False, "entropy", "sequence"],
+        [0.2, False, "entropy", "sequence"],
+        [1.0, False, "entropy", "micro_batch"],
     ]
-    assert all(settings == arms[0] for settings in arms)
+    assert all(settings == arms[0] for settings in arms[:-2])
     assert trainer["total_training_steps"] == 40 and trainer["save_freq"] == 10
 
 

@@ -210,7 +210,8 @@ def test_processes_end_with_their_scorer(tmp_path: Path) -> None:
 
 def test_ctrl_c_does_not_wait_for_an_answer_that_takes_long(tmp_path: Path) -> None:
     custom(tmp_path, "open('started', 'w').close(); time.sleep(600)")
-    program = (
+    program = (  # what a shell runs in the background ignores SIGINT, and so do its children
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from entropy_rl.rewards import CustomFunction, Scorer; from entropy_rl.tasks import Problem\n"
         "Scorer(CustomFunction('reward.py', 'compute_score'), 2, None)([Problem([], '', '')] * 40, [''] * 40)"
     )
