@@ -283,9 +283,14 @@ class _Tokens:
 _Loss = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def _bounded(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x between the bounds, and at a bound with its whole gradient; that of torch.clamp depends on torch's version."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def _surrogate(t: _Tokens, o: _Options, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss, and which tokens it clips."""
-    unclipped_loss, clipped_loss = -t.advantage * ratio, -t.advantage * ratio.clamp(1 - o.low, 1 + o.high)
+    unclipped_loss, clipped_loss = -t.advantage * ratio, -t.advantage * _bounded(ratio, 1 - o.low, 1 + o.high)
     return torch.maximum(unclipped_loss, clipped_loss), clipped_loss > unclipped_loss
 
 
@@ -330,7 +335,7 @@ def _gspo(t: _Tokens, o: _Options) -> _Loss:
 
 def _geo_mean(t: _Tokens, o: _Options) -> _Loss:
     d, advantage = t.d, t.advantage
-    bounded = d.clamp(-o.low, o.high)
+    bounded = _bounded(d, -o.low, o.high)
     towards = torch.where(advantage > 0, torch.minimum(d, bounded), torch.maximum(d, bounded))
     count = _count(t.response, 1) + 1e-8
     ratio = (torch.where(advantage != 0, towards, 0.0).sum(1) / count).exp()
