@@ -183,6 +183,7 @@ test-wheel: release .venv-cuda/environment
 	$(CUDA_BIN)/python -c "import torch, entropy_rl_ext as e; print(torch.__version__, e.build_info()); assert e.build_info()['torch'] != torch.__version__"
 	$(CUDA_BIN)/pytest tests/test_registration.py tests/ops -q
 
+# The CUDA wheel, beside the file that says it is built.
 dist/cuda/built: .venv-cuda/environment .venv/release-tools pyproject.toml $(SOURCES) $(shell find entropy_rl_ext python -name '*.py')
 	rm -rf build/lib* build/temp* build/bdist* build/cuda $(@D)
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w build/cuda

@@ -41,8 +41,8 @@ from ._fakes import check_same_device
 
 _DIGIT_BITS = 11
 
-# Up to this number of values on each process, gathering them takes less time than the rounds do
-# (benchmarks/selection_over_ranks.py).
+# Up to this number of values on each process they are gathered. That is the faster way at 2^13 values
+# (benchmarks/selection_over_ranks.py), and its bytes grow with their number.
 _FEW = 2**15
 
 
