@@ -118,6 +118,12 @@ def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("--compare", metavar="PATH", help="a second model to measure on the same completions")
     inspect.add_argument(
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="also write the distribution of the entropies: DIR/entropy.json and DIR/entropy.png",
+    )
+    inspect.add_argument(
         "--ratio", type=_share, default=0.2, help="share of the tokens that the page selects first (0.2)"
     )
     inspect.add_argument("--limit", type=_count, metavar="ROWS", help="use only the first rows of the input")

@@ -16,6 +16,7 @@ from entropy_rl.report.completions import (
     read_prompts,
     sample_completions,
 )
+from entropy_rl.report.figures import write_figures
 from entropy_rl.report.measure import measure
 from entropy_rl.report.page import MeasuredModel, write_page, write_rollout_page
 from entropy_rl.report.rollouts import read_rollouts
@@ -34,6 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     if output.is_dir():
         raise UserError(f"--output {output}: this is a directory; a file was expected")
     _check_writable(output)
+    figures: Path | None = arguments.figures
+    if figures is not None:
+        if arguments.rollouts is not None:
+            raise UserError("--figures and --rollouts: give one of them")
+        _make_directory(figures)
     if arguments.rollouts is not None:
         return _run_rollouts(arguments)
     for option in ("model", "input"):
@@ -65,18 +71,19 @@ def run(arguments: argparse.Namespace) -> int:
         paths = (arguments.model, arguments.compare)
         models = [MeasuredModel(path, model.measurement) for path, model in zip(paths, models, strict=True)]
 
-    write_page(
-        output,
-        models,
-        completions,
-        tokenizer,
-        ratio=arguments.ratio,
-        temperature=arguments.temperature,
-        sampling_temperature=None if given else _sampling_temperature(arguments),
-        title=arguments.title,
-    )
+    what = (models, completions, tokenizer)
+    measured_at = {
+        "ratio": arguments.ratio,
+        "temperature": arguments.temperature,
+        "sampling_temperature": None if given else _sampling_temperature(arguments),
+    }
+    write_page(output, *what, **measured_at, title=arguments.title)
+    if figures is not None:
+        write_figures(figures, *what, **measured_at)
     print(_summary(models, completions, arguments.ratio))
     print(f"report: {output.resolve()}")
+    if figures is not None:
+        print(f"figures: {figures.resolve()}")
     return 0
 
 
@@ -102,6 +109,13 @@ def _check_writable(output: Path) -> None:
         raise UserError(f"--output {output}: it cannot be written: {error.strerror}") from None
     if not exists:
         output.unlink()
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--figures {path}: it cannot be created: {error.strerror}") from None
 
 
 def _name(path: str) -> str:

@@ -166,3 +166,17 @@ def test_models_with_other_tokens_are_not_compared(
     other = broken_copy(arguments["--model"], tmp_path / "other", "tokenizer.json", tokenizer.encode())
     assert run(arguments | {"--compare": other}) == 2
     assert "its tokenizer has other tokens than the first model's" in capsys.readouterr().err
+
+
+def test_figures(arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments | {"--figures": tmp_path / "figures"}) == 0
+    assert f"figures: {tmp_path / 'figures'}\n" in capsys.readouterr().out
+    found = json.loads((tmp_path / "figures" / "entropy.json").read_text())
+    assert found["tokens"] == 65 and found["sampling_temperature"] is None
+    assert run(arguments | {"--figures": tmp_path / "missing" / "figures"}) == 2
+    assert capsys.readouterr().err == (
+        f"error: --figures {tmp_path / 'missing' / 'figures'}: it cannot be created: No such file or directory\n"
+    )
+    rollouts = {"--rollouts": tmp_path, "--output": arguments["--output"], "--figures": tmp_path / "figures"}
+    assert run(rollouts) == 2
+    assert capsys.readouterr().err == "error: --figures and --rollouts: give one of them\n"
