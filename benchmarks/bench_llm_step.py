@@ -1,8 +1,9 @@
 """An optimizer step of GRPO on SmolLM2-135M-Instruct (`make model`): forward, loss, backward, clipping and AdamW.
 
-The batch is given, not sampled. All contenders but the last two train the same share of its tokens. `ours` is the step
-of `entropy_rl.train` with a selection that is known before the forward: the trainer makes it from the entropies that it
-computes with the old log-probabilities. The contenders share the model and the optimizer.
+The batch is given, not sampled. All contenders whose name does not say otherwise train the same share of its tokens.
+`ours` is the step of `entropy_rl.train` with a selection that is known before the forward: the trainer makes it from
+the entropies that it computes with the old log-probabilities. The contenders share the model and the optimizer, except
+verl's: each has a process of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks import bench_trl_step
-from benchmarks.harness import ROOT, Case, Inputs
+from benchmarks import bench_trl_step, verl_step
+from benchmarks.harness import ROOT, Case, InOwnProcess, Inputs
 from benchmarks.report import WITHOUT_HEAD
 from entropy_rl import config, train
 
@@ -24,16 +25,24 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 # (sequences, prompt tokens, response tokens)
 SHAPES = {"quick": (2, 4, 8), "cpu": (4, 64, 256), "cuda": (32, 128, 1024)}
 RATIO = 0.2
+# Of the random model for "quick", so that nothing need be there.
+QUICK: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
 ACTOR = "actor_rollout_ref.actor"
 PRESELECTED = (f"{ACTOR}.entropy_top_scope=mini_batch", f"{ACTOR}.entropy_top_source=old_policy")
 
 
 @cache
 def model_and_optimizer(size: str, device: torch.device) -> tuple[PreTrainedModel, AdamW]:
-    """The model in float32; for "quick" a random one, so that nothing need be there."""
+    """The model in float32."""
     if size == "quick":
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_attention_heads=2, tie_word_embeddings=True, **shape))
+        model = LlamaForCausalLM(LlamaConfig(**QUICK))
     else:
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     return model.to(device), AdamW(model.parameters(), lr=1e-6)
@@ -120,6 +129,11 @@ def case(size: str, device: torch.device) -> Case:
     model, _ = model_and_optimizer(size, device)
     sequences, prompt, length = SHAPES[size]
     trl: Callable[..., Any] = partial(trl_step, size)
+
+    def verl(*overrides: str) -> InOwnProcess:
+        return InOwnProcess(partial(verl_step.step, None if size == "quick" else MODEL, overrides))
+
+    selecting = f"{ACTOR}.entropy_top_ratio={RATIO}"
     return Case(
         name=f"{sequences} × ({prompt} + {length}) tokens, {model.num_parameters():,} parameters, float32",
         inputs=partial(inputs, size, device),
@@ -129,6 +143,9 @@ def case(size: str, device: torch.device) -> Case:
             "ours, in TRL's trainer": partial(trl, "entropy_top_ratio", RATIO),
             "TRL, top_entropy_quantile": partial(trl, "top_entropy_quantile", RATIO),
             "TRL, all tokens": partial(trl, "", None),
+            "ours, in verl": verl(selecting, *PRESELECTED, "actor_rollout_ref.model.use_fused_kernels=true"),
+            "verl, its own kernels": verl(selecting, *verl_step.VERLS_KERNELS),
+            "verl, all tokens": verl(*verl_step.VERLS_KERNELS),
             WITHOUT_HEAD: partial(step_without_head, size),
         },
         # The forward and the backward read the parameters; the gradient is written; AdamW reads four, writes three.

@@ -51,6 +51,33 @@ class Case:
     peak_in_own_process: bool = False
 
 
+@dataclass(frozen=True)
+class InOwnProcess:
+    """A contender that needs a process of its own, because it changes what others would do in the same one.
+
+    It must be picklable, and nothing that it returns is kept. Where its memory is measured, which is in a process of
+    its own anyway, it runs in that one.
+    """
+
+    contender: Callable[..., Any]
+
+    def __call__(self, **inputs: Tensor) -> None:
+        if multiprocessing.parent_process() is None:
+            _process_of(self).submit(_run_in_process, self.contender, torch.get_num_threads(), inputs).result()
+        else:
+            self.contender(**inputs)
+
+
+@cache
+def _process_of(contender: InOwnProcess) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def _run_in_process(contender: Callable[..., Any], threads: int, inputs: Inputs) -> None:
+    torch.set_num_threads(threads)
+    contender(**inputs)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under torch.compile, compiled again for each case."""
 

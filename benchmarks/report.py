@@ -1,6 +1,6 @@
 """Tables and charts of the JSON files under benchmarks/results.
 
-`python -m benchmarks.report` fills the tables of docs/performance.md and writes docs/performance_details.md and the
+`python -m benchmarks.report` fills the tables of docs/performance.md and the README, and writes docs/performance_details.md and the
 charts; `python -m benchmarks.report --check` fails if a page is not what the committed results give.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "performance.md"
 DETAILS = ROOT / "docs" / "performance_details.md"
 PICTURE = ROOT / "docs" / "images" / "lm-head.svg"
@@ -65,6 +66,15 @@ HEADLINE_PEERS = {
     "Liger": ("Liger",),
     "TRL or Liger, rows compacted by hand": ("TRL, rows compacted by hand", "Liger, rows compacted by hand"),
     "the authors' code": ("authors",),
+}
+# The README's contenders of llm_step, and what it calls them.
+TRAINERS = {
+    "TRL, all tokens": "TRL 1.16, all tokens",
+    "TRL, top_entropy_quantile": "TRL 1.16, `top_entropy_quantile=0.2`",
+    "ours, in TRL's trainer": "this package in TRL",
+    "verl, all tokens": "verl 0.9.1, all tokens",
+    "ours, in verl": "this package in verl",
+    "ours": "this package's trainer",
 }
 
 # What runs more than one op: (part, on a CPU, on the emulated CUDA device, on a GPU).
@@ -301,6 +311,20 @@ def step_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def trainer_table(results: list[dict[str, Any]]) -> str:
+    """The README's part of `step_table`: each trainer on all tokens, and with this package, as Markdown."""
+    result = _widest(results).get("llm_step")
+    if result is None:
+        return "Nothing has been measured.\n"
+    (run,) = result["runs"]
+    lines = ["| an optimizer step | time | memory |", "|---|---|---|"]
+    for name, what in TRAINERS.items():
+        record = run["contenders"].get(name, {})
+        if record.get("seconds"):
+            lines.append(f"| {what} | {_time(_median(record))} | {_memory(record)} |")
+    return "\n".join(lines) + "\n"
+
+
 def shortfall_table(results: list[dict[str, Any]]) -> str:
     """The runs in which a peer is faster than ours, and those that miss their goal, as Markdown."""
     lines = ["| op | work | run | result |", "|---|---|---|---|"]
@@ -435,12 +459,12 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def page() -> str:
-    """docs/performance.md with the tables of the committed results."""
+def page(path: Path) -> str:
+    """docs/performance.md or the README with the tables of the committed results."""
     cpu, cuda = (load(device) for device in ("cpu", "cuda"))
     tables = {"headline": headline_table(cpu), "shortfalls": shortfall_table(cpu), "devices": device_table(cuda)}
-    tables["llm_step"] = step_table(cpu)
-    text = PAGE.read_text()
+    tables |= {"llm_step": step_table(cpu), "trainers": trainer_table(cpu)}
+    text = path.read_text()
     for name, lines in tables.items():
         text = filled(text, f"benchmarks.report: {name}", lines)
     return text
@@ -464,11 +488,11 @@ def details() -> str:
 
 
 def main() -> None:
-    pages = {PAGE: page(), DETAILS: details()}
+    pages = {PAGE: page(PAGE), README: page(README), DETAILS: details()}
     if "--check" in sys.argv[1:]:
         for path, text in pages.items():
             if path.read_text() != text:
-                sys.exit(f"docs/{path.name} is not what benchmarks/results gives: run make performance")
+                sys.exit(f"{path.relative_to(ROOT)} is not what benchmarks/results gives: run make performance")
         return
     for path, text in pages.items():
         path.write_text(text)

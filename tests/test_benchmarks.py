@@ -131,7 +131,11 @@ def test_the_share_of_the_lm_head_is_that_of_the_whole_step() -> None:
     lines = report.step_table([result]).splitlines()
     assert lines[2:5] == [f"| {name} | {seconds:g} s |  |  |" for name, seconds in times.items()]
     assert "The LM head's share of the step: 50 % of TRL on all tokens, 20 % of ours." in lines
-    assert report.step_table([]) == "Nothing has been measured.\n"
+    assert report.step_table([]) == report.trainer_table([]) == "Nothing has been measured.\n"
+    assert report.trainer_table([result]).splitlines()[2:] == [
+        "| TRL 1.16, all tokens | 16 s |  |",
+        "| this package's trainer | 10 s |  |",
+    ]
 
 
 def test_every_run_that_a_peer_wins_or_that_misses_its_goal_is_listed() -> None:
@@ -166,7 +170,8 @@ def test_a_run_of_some_cases_keeps_the_others_of_the_same_commit(tmp_path: Path)
 
 
 def test_pages_are_what_the_results_give() -> None:
-    assert report.PAGE.read_text() == report.page(), "run make performance"
+    for path in (report.PAGE, report.README):
+        assert path.read_text() == report.page(path), "run make performance"
     assert report.DETAILS.read_text() == report.details(), "run make performance"
     for table in ("headline", "shortfalls", "devices"):
         assert f"<!-- python -m benchmarks.report: {table} -->\n| " in report.PAGE.read_text()
