@@ -1,7 +1,8 @@
 """Tables and charts of the JSON files under benchmarks/results.
 
-`python -m benchmarks.report` fills the tables of docs/performance.md and the README, and writes docs/performance_details.md and the
-charts; `python -m benchmarks.report --check` fails if a page is not what the committed results give.
+`python -m benchmarks.report` fills the tables of docs/performance.md and the README, and writes
+docs/performance_details.md and the charts; `python -m benchmarks.report --check` fails if a page is not what the
+committed results give.
 """
 
 import json
