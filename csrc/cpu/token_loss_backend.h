@@ -17,9 +17,9 @@ constexpr int kChunkTokens = 256;
 constexpr int64_t kTokensPerTask = 1 << 14;
 
 // The inputs of up to kChunkTokens tokens of one row: masks as 0 and 1, absent inputs as their
-// defaults. They are copied to local arrays, because the compiler vectorises a selection between
-// loaded values only if no load can fault. Only with `clips` are the clip ratios copied.
-template <class T, bool clips = false>
+// defaults, and clip ratios only where they are given. They are copied to local arrays, because the
+// compiler vectorises a selection between loaded values only if no load can fault.
+template <class T>
 struct Chunk {
   alignas(64) T log_prob[kChunkTokens];
   T old_log_prob[kChunkTokens];
@@ -29,48 +29,22 @@ struct Chunk {
   T selected[kChunkTokens];
   T chosen[kChunkTokens];
   T sequence_log_ratio[kChunkTokens];
-  T clip_low[clips ? kChunkTokens : 1];
-  T clip_high[clips ? kChunkTokens : 1];
-  int count;
-
-  __attribute__((always_inline)) Chunk(const TokenInputs<T>& in, int64_t row, int64_t begin,
-                                       int64_t end)
-      : count(static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens))) {
-    load(in.log_prob, begin, T(0), log_prob);
-    load(in.old_log_prob, begin, T(0), old_log_prob);
-    load(in.advantages, begin, T(0), advantage);
-    load(in.weights, begin, T(1), weight);
-    load(in.response_mask, begin, T(1), response);
-    load(in.entropy_mask, begin, T(1), selected);
-    load(in.chosen, begin, T(0), chosen);
-    if constexpr (clips) {
-      load(in.clip_low, begin, T(0), clip_low);
-      load(in.clip_high, begin, T(0), clip_high);
-    }
-    const T sequence = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
-    for (int i = 0; i < count; ++i) {
-      selected[i] *= response[i];
-      sequence_log_ratio[i] = sequence;
-    }
-  }
+  T clip_low[kChunkTokens];
+  T clip_high[kChunkTokens];
 
   __attribute__((always_inline)) Token<T> token(int i) const {
-    Token<T> token{log_prob[i], old_log_prob[i], advantage[i], sequence_log_ratio[i],
-                   chosen[i] != 0};
-    if constexpr (clips) {
-      token.clip_low = clip_low[i];
-      token.clip_high = clip_high[i];
-    }
-    return token;
+    return {log_prob[i],    old_log_prob[i], advantage[i], sequence_log_ratio[i],
+            chosen[i] != 0, clip_low[i],     clip_high[i]};
   }
+};
 
- private:
-  __attribute__((always_inline)) void load(const T* values, int64_t begin, T absent, T* out) {
-    for (int i = 0; i < count; ++i) out[i] = values ? values[begin + i] : absent;
-  }
-  __attribute__((always_inline)) void load(const uint8_t* mask, int64_t begin, T absent, T* out) {
-    for (int i = 0; i < count; ++i) out[i] = mask ? (mask[begin + i] != 0 ? T(1) : T(0)) : absent;
-  }
+// What a loss makes of a chunk and a tile sums.
+template <class T>
+struct ChunkResults {
+  alignas(64) T loss[kChunkTokens];
+  T clipped[kChunkTokens];
+  T clipped_lower[kChunkTokens];
+  T kl[kChunkTokens];
 };
 
 // Calls fn(tile, row, first token, end) for every tile.
