@@ -4,6 +4,7 @@
 # make develop     builds the package in place in .venv; run it again after a change of C++ code
 # make test        gtests and pytest on the CPU
 # make gtest       the C++ tests; with TEST=test_online_softmax only those of one file of tests/cpp
+# make gtest-aarch64 the C++ tests for aarch64, cross-compiled, under qemu-user
 # make test-report the report of `entropy-rl inspect` in a headless Chromium
 # make test-verl   the verl integration in a separate environment; make test-verl-full: every loss mode and recipe
 # make test-trl    the TRL trainer against TRL itself, in a separate environment
@@ -53,7 +54,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h tests/emulator/*.cu tests/emulator/src/*.cpp tests/emulator/src/*.h)
 PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 
-.PHONY: help demo demo-llm model develop test gtest pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel release-cuda cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
+.PHONY: help demo demo-llm model develop test gtest gtest-aarch64 pytest test-report test-verl test-verl-full test-trl test-gpu gpu-bundle bench performance wheel release test-wheel release-cuda cuda-build emulator test-emulated test-emulated-full instruction-counts lint format compile-commands clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -105,9 +106,19 @@ gtest: .venv/build-tools
 	$(BIN)/cmake --build build/gtest -j $(JOBS) --target $(or $(TEST),all)
 	$(if $(TEST),build/gtest/$(TEST),$(BIN)/ctest --test-dir build/gtest --output-on-failure -j $(JOBS))
 
+# GoogleTest is compiled from Debian's source of it: the installed library is this machine's.
+CROSS := aarch64-linux-gnu
+gtest-aarch64: .venv/build-tools
+	@command -v $(CROSS)-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || { echo "gtest-aarch64 needs a cross compiler and an emulator (Debian: g++-$(CROSS), qemu-user, googletest)" >&2; exit 1; }
+	$(BIN)/cmake -S . -B build/gtest-aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS)-g++ -DCMAKE_FIND_ROOT_PATH=/usr/$(CROSS) \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/$(CROSS)" -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=/usr/src/googletest
+	$(BIN)/cmake --build build/gtest-aarch64 -j $(JOBS)
+	$(BIN)/ctest --test-dir build/gtest-aarch64 --output-on-failure -j $(JOBS)
+
 # A process a core. Each has threads that sleep while they wait: those that spin would take the others' cores.
 pytest: .venv/libraries
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist loadscope tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist worksteal tests --ignore tests/integrations --ignore tests/gpu --ignore tests/browser --ignore tests/wheel -q
 
 test-report: .venv/libraries
 	@command -v chromedriver || { echo "test-report needs Chromium and its driver (Debian: chromium, chromium-driver)" >&2; exit 1; }

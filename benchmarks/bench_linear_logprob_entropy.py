@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Inputs
+from benchmarks.harness import Case, Inputs, compiled
 from entropy_rl_ext import linear_logprob_entropy
 
 # dtype, rows N, hidden size H, vocabulary V
 SHAPES = {
     "quick": [("float32", 20, 16, 1000)],
-    "cpu": [("float32", 2048, 1024, 32768)],
+    # A small model, and SmolLM2-135M.
+    "cpu": [("float32", 2048, 1024, 32768), ("float32", 2048, 576, 49152), ("bfloat16", 2048, 576, 49152)],
     "cuda": [("bfloat16", 8192, 4096, 151936)],
 }
 # The share of the rows that train, and whether it is known before the forward.
@@ -34,6 +35,9 @@ def torch_dense(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
     log_p = torch.log_softmax(hidden @ weight.t(), -1, dtype=torch.float32)
     entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
     return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+
+
+torch_compiled = compiled(torch_dense)  # once for the cases of a shape
 
 
 def verl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +94,13 @@ def case(
             "grad": torch.randn(rows, device=device) * with_gradient,
         }
 
-    heads: dict[str, Head] = {"torch, logits held": torch_dense, "verl": verl, "TRL": trl, "Liger": liger}
+    heads: dict[str, Head] = {
+        "torch, logits held": torch_dense,
+        "torch.compile, logits held": torch_compiled,
+        "verl": verl,
+        "TRL": trl,
+        "Liger": liger,
+    }
     peers: dict[str, Callable[..., Any]] = {name: partial(step, head) for name, head in heads.items()}
     if share < 1:
         for name in ("TRL", "Liger"):

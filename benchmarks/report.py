@@ -61,7 +61,7 @@ HEADLINE = {
 # Columns of that table: each shows the fastest of these contenders.
 HEADLINE_PEERS = {
     "PyTorch": ("torch", "torch, logits held"),
-    "`torch.compile`": ("torch.compile", "authors, torch.compile"),
+    "`torch.compile`": ("torch.compile", "torch.compile, logits held", "authors, torch.compile"),
     "verl": ("verl",),
     "TRL": ("TRL", "torch.quantile (TRL's rule)", "TRL, top_entropy_quantile"),
     "Liger": ("Liger",),

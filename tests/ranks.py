@@ -15,15 +15,19 @@ import torch.distributed as dist
 _SECONDS = 600
 
 
+# They start as forks of a process that has imported the modules of the tests, and has no threads yet.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "entropy_rl_ext", "entropy_rl.train"])
+
+
 class Ranks:
     """`size` processes, alive until `close`; each has `torch.distributed` with as many ranks."""
 
     def __init__(self, size: int, directory: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(size)]
+        pipes = [_CONTEXT.Pipe() for _ in range(size)]
         store = str(directory / f"store_of_{size}")
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, store, pipe[1]), daemon=True)
+            _CONTEXT.Process(target=_serve, args=(rank, size, store, pipe[1]), daemon=True)
             for rank, pipe in enumerate(pipes)
         ]
         self._connections = [pipe[0] for pipe in pipes]

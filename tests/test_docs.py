@@ -51,6 +51,7 @@ OWN = ["data.train_files=train.parquet", "data.val_files=test.parquet", "actor_r
 MADE_BY = {
     "test": "CI",
     "gtest": "CI, for test",
+    "gtest-aarch64": "a developer with a cross compiler",
     "develop": "CI, for test",
     "model": "a developer; it downloads 93 MB",
     "demo-llm": "a developer; tests/python/test_demo_llm.py runs it with a tiny model",

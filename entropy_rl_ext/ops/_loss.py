@@ -61,12 +61,14 @@ def register_loss(op: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         _, metrics, gradient, row_scale = outputs
         ctx.mark_non_differentiable(metrics, gradient, row_scale)
+        ctx.set_materialize_grads(False)  # or the backward would get zeros for these three, one as large as the input
         # The values, too: without them the backward op could not tell that it must refuse a second derivative.
         ctx.save_for_backward(gradient, row_scale, inputs[0])
         ctx.constants = len(inputs) - 1
 
-    def differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return backward(grad_loss, *ctx.saved_tensors), *[None] * ctx.constants
+    def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grad_values = None if grad_loss is None else backward(grad_loss, *ctx.saved_tensors)
+        return grad_values, *[None] * ctx.constants
 
     torch.library.register_fake(f"entropy_rl::{op}_forward", fake)
     torch.library.register_fake(f"entropy_rl::{op}_backward", fake_backward)

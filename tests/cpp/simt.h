@@ -189,8 +189,10 @@ struct Site {
   unsigned mask;  // lanes of the warp; 0: all threads of the block
 
   bool operator==(const Site& other) const {
-    return place.line == other.place.line && mask == other.mask && std::strcmp(op, other.op) == 0 &&
-           std::strcmp(place.file, other.place.file) == 0;
+    // Literals are mostly at one address, and libasan checks every byte that strcmp reads.
+    const auto same = [](const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; };
+    return place.line == other.place.line && mask == other.mask && same(op, other.op) &&
+           same(place.file, other.place.file);
   }
 };
 
@@ -207,26 +209,30 @@ class Block {
         const std::function<void()>* body)
       : index_(index), order_(order), random_(random), body_(body) {
     fibers_.resize(size_t{shape.x} * shape.y * shape.z);
+    waiting_in_warp_.resize(fibers_.size() / warpSize + 1);
+    ready_.resize(fibers_.size() / 64 + 1);
     for (size_t i = 0; i < fibers_.size(); ++i) {
       const auto rank = static_cast<unsigned>(i);
       fibers_[i].id = {rank % shape.x, rank / shape.x % shape.y, rank / shape.x / shape.y};
-      ready_.push_back(static_cast<int>(i));
+      add_ready(static_cast<int>(i));
     }
+    while (stacks().size() < fibers_.size()) stacks().emplace_back();
   }
 
   // Runs until every thread has returned. Throws what a thread threw, or Error on a deadlock.
   void run() {
     current() = this;
-    for (size_t i = 0; i < fibers_.size(); ++i) start(i);
-    while (!ready_.empty() && !failure_) {
+    while (ready_count_ > 0 && !failure_) {
       running_ = take_ready();
       threadIdx = fibers_[running_].id;
       blockIdx = index_;
       race::run_thread(running_);
-      switch_to_fiber(fibers_[running_]);
+      switch_to_fiber();
       race::run_thread(-1);
     }
     current() = nullptr;
+    // A fiber that an error left inside a kernel cannot run another one.
+    for (size_t i = 0; i < fibers_.size(); ++i) stacks()[i].has_fiber &= fibers_[i].done;
     if (failure_) std::rethrow_exception(failure_);
     if (done_ != fibers_.size()) throw Error(deadlock());
   }
@@ -247,8 +253,9 @@ class Block {
     self.value = value;
     self.waiting = true;
     if (site.mask == 0) ++at_barrier_;
+    ++waiting_in_warp_[warp()];
     if (complete(site)) release(site);
-    switch_to_scheduler(self);
+    switch_to_scheduler();
   }
 
   template <class T>
@@ -259,7 +266,7 @@ class Block {
                   std::to_string(lane) + ", which is not in the mask");
     }
     T value;
-    std::memcpy(&value, &self.received[lane], sizeof(T));
+    std::memcpy(&value, &self.received.of[lane], sizeof(T));
     return value;
   }
 
@@ -275,91 +282,154 @@ class Block {
   }
 
  private:
+  // The values of a warp. A struct is copied in place, an array by a call of libasan's slow
+  // memmove.
+  struct Lanes {
+    uint64_t of[warpSize];
+  };
+
   struct Fiber {
-    ucontext_t context;
-    void* fake_stack = nullptr;  // ASan's
     uint3 id;
     bool waiting = false, done = false;
     Site site;
     uint64_t value = 0;
-    uint64_t received[warpSize];
+    Lanes received;
   };
+
+  // Where __builtin_setjmp was called.
+  using Jump = void* [5];
 
   // Several times what a kernel needs, because frames are larger under ASan.
   static constexpr size_t kStackBytes = 128 * 1024;
 
-  static char* stack(size_t i) {
-    static std::vector<std::unique_ptr<char[]>> stacks;
-    while (stacks.size() <= i) stacks.emplace_back(new char[kStackBytes]);
-    return stacks[i].get();
-  }
+  // The stack of a fiber, which runs one thread of each block after another.
+  struct Stack {
+    std::unique_ptr<char[]> memory{new char[kStackBytes]};
+    bool has_fiber = false;
+    Jump place;                  // where the fiber waits
+    void* fake_stack = nullptr;  // ASan's
+  };
 
-  void start(size_t i) {
-    Fiber& fiber = fibers_[i];
-#if defined(__SANITIZE_ADDRESS__)
-    // A fiber abandoned by an error leaves its red zones behind on the stack used again here.
-    ASAN_UNPOISON_MEMORY_REGION(stack(i), kStackBytes);
-#endif
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stack(i);
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Block::enter, 0);
+  static std::vector<Stack>& stacks() {
+    static std::vector<Stack> all;
+    return all;
   }
+  Stack& stack() const { return stacks()[running_]; }
 
+  // The code of a fiber.
   static void enter() {
-    Block& block = *current();
-    Fiber& self = block.fibers_[block.running_];
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_,
-                                    &block.scheduler_stack_bytes_);
-#endif
+    arrive();
+    while (true) {
+      current()->run_thread();
+      switch_to_scheduler();
+    }
+  }
+
+  void run_thread() {
     // An exception must not unwind past the first frame of a fiber: the scheduler throws it again.
     try {
-      (*block.body_)();
+      (*body_)();
     } catch (...) {
-      block.failure_ = std::current_exception();
+      failure_ = std::current_exception();
     }
-    self.done = true;
-    ++block.done_;
-    block.switch_to_scheduler(self);
+    fibers_[running_].done = true;
+    ++done_;
   }
 
-  // libasan warns once that it does not fully support swapcontext; these annotations add what it
-  // lacks.
-  void switch_to_fiber(Fiber& fiber) {
+  // Continues the running thread's fiber, or makes it.
+  void switch_to_fiber() {
+    Stack& to = stack();
 #if defined(__SANITIZE_ADDRESS__)
+    if (!to.has_fiber) {
+      // A fiber abandoned by an error leaves its red zones behind.
+      ASAN_UNPOISON_MEMORY_REGION(to.memory.get(), kStackBytes);
+      to.fake_stack = nullptr;
+    }
     void* fake_stack;
-    __sanitizer_start_switch_fiber(&fake_stack, fiber.context.uc_stack.ss_sp, kStackBytes);
+    __sanitizer_start_switch_fiber(&fake_stack, to.memory.get(), kStackBytes);
 #endif
-    swapcontext(&scheduler_, &fiber.context);
+    if (to.has_fiber) {
+      jump(scheduler_, to.place);
+    } else {
+      to.has_fiber = true;
+      start_fiber(scheduler_, to.memory.get());
+    }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
   }
 
-  void switch_to_scheduler(Fiber& fiber) {
+  // When it returns, the fiber may belong to another block than before.
+  static void switch_to_scheduler() {
+    Block& block = *current();
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, scheduler_stack_,
-                                   scheduler_stack_bytes_);
+    __sanitizer_start_switch_fiber(&block.stack().fake_stack, block.scheduler_stack_,
+                                   block.scheduler_stack_bytes_);
 #endif
-    swapcontext(&fiber.context, &scheduler_);
+    jump(block.stack().place, block.scheduler_);
+    arrive();
+  }
+
+  // What a fiber does first whenever it runs.
+  static void arrive() {
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+    Block& block = *current();
+    __sanitizer_finish_switch_fiber(block.stack().fake_stack, &block.scheduler_stack_,
+                                    &block.scheduler_stack_bytes_);
 #endif
+  }
+
+  // swapcontext would make a system call at every switch, and libasan would clear the shadow of the
+  // whole stack. __builtin_setjmp and __builtin_longjmp must be in separate functions.
+#define SIMT_SWITCH \
+  __attribute__((noinline, no_sanitize("address"), no_sanitize("thread"), no_sanitize("undefined")))
+  SIMT_SWITCH static void jump(Jump& from, Jump& to) {
+    if (__builtin_setjmp(from) == 0) continue_at(to);
+    asm volatile("" ::: "memory");
+  }
+  [[noreturn]] SIMT_SWITCH static void continue_at(Jump& place) { __builtin_longjmp(place, 1); }
+  SIMT_SWITCH static void start_fiber(Jump& from, char* stack) {
+    if (__builtin_setjmp(from) == 0) enter_on(stack);
+    asm volatile("" ::: "memory");
+  }
+  [[noreturn]] SIMT_SWITCH static void enter_on(char* stack) {
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::enter, 0);
+    setcontext(&context);
+    std::abort();
+  }
+#undef SIMT_SWITCH
+
+  void add_ready(int rank) {
+    ready_[rank / 64] |= uint64_t{1} << rank % 64;
+    ++ready_count_;
   }
 
   // Forward and reverse let the first or the last warp run as far ahead as the barriers allow. An
   // order in which threads take turns would not do so.
   int take_ready() {
-    auto chosen = ready_.begin();
-    if (order_ == Order::kForward) chosen = std::min_element(ready_.begin(), ready_.end());
-    if (order_ == Order::kReverse) chosen = std::max_element(ready_.begin(), ready_.end());
-    if (order_ == Order::kShuffled) chosen += (*random_)() % ready_.size();
-    const int rank = *chosen;
-    *chosen = ready_.back();
-    ready_.pop_back();
-    return rank;
+    size_t word = 0;
+    int bit;
+    if (order_ == Order::kReverse) {
+      word = ready_.size() - 1;
+      while (ready_[word] == 0) --word;
+      bit = 63 - __builtin_clzll(ready_[word]);
+    } else {
+      size_t skip = order_ == Order::kShuffled ? (*random_)() % ready_count_ : 0;
+      while (skip >= size_t(__builtin_popcountll(ready_[word]))) {
+        skip -= size_t(__builtin_popcountll(ready_[word++]));
+      }
+      uint64_t bits = ready_[word];
+      for (; skip > 0; --skip) bits &= bits - 1;
+      bit = __builtin_ctzll(bits);
+    }
+    ready_[word] &= ~(uint64_t{1} << bit);
+    --ready_count_;
+    return static_cast<int>(word) * 64 + bit;
   }
 
   template <class Visit>
@@ -374,20 +444,22 @@ class Block {
   }
 
   bool complete(const Site& site) {
-    if (site.mask == 0 && at_barrier_ != fibers_.size()) return false;
+    const int missing = __builtin_popcount(site.mask) - waiting_in_warp_[warp()];
+    if (site.mask == 0 ? at_barrier_ != fibers_.size() : missing > 0) return false;
     return every_member(site, [&](int i) { return fibers_[i].waiting && fibers_[i].site == site; });
   }
 
   void release(const Site& site) {
-    uint64_t values[warpSize] = {};
+    Lanes values{};
     every_member(site, [&](int i) {
-      values[i % warpSize] = fibers_[i].value;
+      values.of[i % warpSize] = fibers_[i].value;
       return true;
     });
     every_member(site, [&](int i) {
-      std::copy(values, values + warpSize, fibers_[i].received);
+      fibers_[i].received = values;
       fibers_[i].waiting = false;
-      ready_.push_back(i);
+      --waiting_in_warp_[i / warpSize];
+      add_ready(i);
       return true;
     });
     if (site.mask == 0) {
@@ -426,11 +498,12 @@ class Block {
   std::mt19937* random_;
   const std::function<void()>* body_;
   std::vector<Fiber> fibers_;
-  std::vector<int> ready_;
-  size_t at_barrier_ = 0, done_ = 0;
+  std::vector<uint64_t> ready_;  // a bit a thread
+  std::vector<int> waiting_in_warp_;
+  size_t ready_count_ = 0, at_barrier_ = 0, done_ = 0;
   int running_ = 0;
   std::exception_ptr failure_;
-  ucontext_t scheduler_;
+  Jump scheduler_;  // where the scheduler waits
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
 };

@@ -13,3 +13,10 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks.run(make_groups)
     yield ranks
     ranks.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "eight" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ranks)

@@ -52,3 +52,22 @@ def test_constants_carry_no_gradient(device):
     """A loss whose log-probs need no gradient needs none, whatever its other arguments say."""
     values, other = torch.rand(3, 5, device=device), torch.rand(3, 5, device=device, requires_grad=True)
     assert not ext.policy_loss(values, other, other, torch.ones_like(values))[0].requires_grad
+
+
+class Stop(torch.autograd.Function):
+    """Returns its input, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "kl_loss", "aggregate"])
+def test_a_loss_without_an_incoming_gradient_gives_none(op, device):
+    x, other = torch.rand(3, 5, device=device, requires_grad=True), torch.ones(3, 5, device=device)
+    Stop.apply(OPS[op](x, other, None)).backward()
+    assert x.grad is None

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
-from torch import multiprocessing
 
 from compiled import compile_counting
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy, reference
 from entropy_rl_ext.ops import _linear_tiles as tiles
 from entropy_rl_ext.ops._row_index import bounded_index
+from selections import GROUPS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -411,48 +411,43 @@ def test_is_top1_at_ties(device):
 # ---- The vocabulary over a process group
 
 
-def _sharded_worker(rank, world, store, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        for sizes, padding in SHARDS[world]:
-            vocab = sum(sizes)
-            start, stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
-            hidden, weight, targets, bias = make_case(torch.float32, "cpu", vocab, rows=(40,), bias=True)
-            grads = sparse_grads((40,), torch.float32, "cpu")
-            mask = torch.arange(40) % 5 != 0
-            options = dict(mask=mask, temperature=0.7, softcap=6.0, entropy_grad=True, token_statistics=True)
-            expected = linear_logprob_entropy(hidden, weight, targets, bias=bias, chunk_rows=16, **options)
-            wanted = gradients(expected[:2], grads, (hidden, weight, bias))
-            # Padding holds NaN, which shows in the results if it is read.
-            shard = [
-                torch.cat([x.detach()[start:stop], torch.full_like(x[:padding], torch.nan)]).requires_grad_()
-                for x in (weight, bias)
-            ]
-            # Only the end of the vocabulary has padding.
-            assert not padding or stop == vocab or world == 1 or rank < world - 1
-            real = slice(0, stop - start)
-            if rank < world - 1:
-                shard = [x.detach()[real].requires_grad_() for x in shard]
-            actual = linear_logprob_entropy(
-                hidden, shard[0], targets, bias=shard[1], vocab_start=start, vocab_size=vocab,
-                group=dist.group.WORLD, chunk_rows=16, **options,
-            )  # fmt: skip
-            for a, b in zip(actual[:2], expected[:2], strict=True):
-                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
-            assert torch.equal(actual[2], expected[2])
-            torch.testing.assert_close(actual[3], expected[3])
-            got = gradients(actual[:2], grads, (hidden, *shard))
-            torch.testing.assert_close(got[0], wanted[0], atol=1e-5, rtol=1e-5)
-            for a, b in zip(got[1:], wanted[1:], strict=True):
-                torch.testing.assert_close(a[real], b[start:stop], atol=1e-5, rtol=1e-5)
-                assert (a[stop - start :] == 0).all()
-        queue.put((rank, None))
-    except Exception as error:
-        queue.put((rank, repr(error)))
-        raise
-    finally:
-        dist.destroy_process_group()
+def sharded_equals_unsharded(world):
+    """On each of the first `world` ranks, which hold a part of the vocabulary each."""
+    rank = dist.get_rank()
+    if rank >= world:
+        return
+    for sizes, padding in SHARDS[world]:
+        vocab = sum(sizes)
+        start, stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
+        hidden, weight, targets, bias = make_case(torch.float32, "cpu", vocab, rows=(40,), bias=True)
+        grads = sparse_grads((40,), torch.float32, "cpu")
+        mask = torch.arange(40) % 5 != 0
+        options = dict(mask=mask, temperature=0.7, softcap=6.0, entropy_grad=True, token_statistics=True)
+        expected = linear_logprob_entropy(hidden, weight, targets, bias=bias, chunk_rows=16, **options)
+        wanted = gradients(expected[:2], grads, (hidden, weight, bias))
+        # Padding holds NaN, which shows in the results if it is read.
+        shard = [
+            torch.cat([x.detach()[start:stop], torch.full_like(x[:padding], torch.nan)]).requires_grad_()
+            for x in (weight, bias)
+        ]
+        # Only the end of the vocabulary has padding.
+        assert not padding or stop == vocab or world == 1 or rank < world - 1
+        real = slice(0, stop - start)
+        if rank < world - 1:
+            shard = [x.detach()[real].requires_grad_() for x in shard]
+        actual = linear_logprob_entropy(
+            hidden, shard[0], targets, bias=shard[1], vocab_start=start, vocab_size=vocab,
+            group=GROUPS[world - 1], chunk_rows=16, **options,
+        )  # fmt: skip
+        for a, b in zip(actual[:2], expected[:2], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+        assert torch.equal(actual[2], expected[2])
+        torch.testing.assert_close(actual[3], expected[3])
+        got = gradients(actual[:2], grads, (hidden, *shard))
+        torch.testing.assert_close(got[0], wanted[0], atol=1e-5, rtol=1e-5)
+        for a, b in zip(got[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(a[real], b[start:stop], atol=1e-5, rtol=1e-5)
+            assert (a[stop - start :] == 0).all()
 
 
 SHARDS = {
@@ -463,21 +458,8 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("world", SHARDS)
-def test_sharded_vocabulary_equals_the_unsharded_one(device, world, tmp_path):
-    if device.type == "cuda":
-        pytest.skip("gloo on CPU tensors; one GPU holds no group")
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    workers = [
-        context.Process(target=_sharded_worker, args=(rank, world, tmp_path / "store", queue)) for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode is not None, "a rank hangs"
-    results = dict(queue.get() for _ in range(world) if not queue.empty())
-    assert results == dict.fromkeys(range(world))
+def test_sharded_vocabulary_equals_the_unsharded_one(world, eight):
+    eight.run(sharded_equals_unsharded, world)
 
 
 # ---- Registration, compilation, autograd

@@ -1,12 +1,14 @@
 """The trainer on several ranks: an optimizer step does not depend on its split, and how runs resume and end."""
 
+import contextlib
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,18 @@ from training import ACTOR, as_arguments, read_metrics, without_times
 Overrides = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    pool = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ranks]]:
+    """Two ranks, and four."""
+    pools = {size: Ranks(size, tmp_path_factory.mktemp("ranks")) for size in (2, 4)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request: pytest.FixtureRequest, pools: dict[int, Ranks]) -> Ranks:
+    return pools[request.param]
 
 
 # ---- One optimizer step
@@ -186,7 +195,9 @@ def test_prepass_and_old_policy_agree_before_the_first_step(overrides: Overrides
     assert results[0].any() and torch.equal(*results)
 
 
-# ---- Complete runs under torchrun
+# ---- Complete runs
+
+Run = Callable[[int, Overrides], list[dict[str, Any]]]
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
@@ -196,17 +207,24 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     ]
 
 
-def run(processes: int, overrides: Overrides) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    result = subprocess.run(
-        torchrun(processes, *as_arguments(overrides)),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    return read_metrics(Path(overrides["trainer.default_local_dir"]))
+def train_here(arguments: list[str]) -> tuple[int, str]:
+    """The trainer's status and what it wrote to stderr, on a rank of a pool."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = train.main(arguments)
+    return status, errors.getvalue()
+
+
+@pytest.fixture
+def run(pools: dict[int, Ranks]) -> Run:
+    """Trains on this process or on ranks that are running, which saves their start: the lines of metrics.jsonl."""
+
+    def run_trainer(processes: int, overrides: Overrides) -> list[dict[str, Any]]:
+        arguments = as_arguments(overrides)
+        results = [train_here(arguments)] if processes == 1 else pools[processes].run(train_here, arguments)
+        assert all(status == 0 for status, _ in results), results
+        return read_metrics(Path(overrides["trainer.default_local_dir"]))
+
+    return run_trainer
 
 
 @pytest.fixture
@@ -223,7 +241,9 @@ def small_run(overrides: Overrides, problems_path: Path) -> Overrides:
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_greedy_run_is_the_same_on_any_number_of_ranks(strategy: str, small_run: Overrides, tmp_path: Path) -> None:
+def test_greedy_run_is_the_same_on_any_number_of_ranks(
+    strategy: str, small_run: Overrides, run: Run, tmp_path: Path
+) -> None:
     """Two steps on 1, 2 and 4 processes, without randomness in sampling, have the same metrics and final weights."""
     small_run |= {
         f"{ACTOR}.strategy": strategy,
@@ -257,7 +277,7 @@ def state_of(directory: Path, step: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_resume_with_another_number_of_ranks(strategy: str, small_run: Overrides, tmp_path: Path) -> None:
+def test_resume_with_another_number_of_ranks(strategy: str, small_run: Overrides, run: Run, tmp_path: Path) -> None:
     """Two ranks, then one, then two again: each run resumes the weights and moments that the one before saved."""
     directory = tmp_path / "run"
     small_run |= {f"{ACTOR}.strategy": strategy, "trainer.default_local_dir": directory}
@@ -276,11 +296,15 @@ def test_resume_with_another_number_of_ranks(strategy: str, small_run: Overrides
     assert (after[name]["exp_avg_sq"] >= 0.999 * before[name]["exp_avg_sq"] * (1 - 1e-6)).all()
 
 
-def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, tmp_path: Path) -> None:
-    """With random sampling and mini-batches in random order on two ranks, the weights have the same bits."""
+def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, run: Run, tmp_path: Path) -> None:
+    """With random sampling and mini-batches in random order on two ranks, the weights have the same bits. torchrun
+    starts the uninterrupted run, so that its bits are also those of ranks that were running already."""
     small_run |= {f"{ACTOR}.shuffle": "true", f"{ACTOR}.ppo_mini_batch_size": 2, "data.val_files": "null"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(2, small_run | {"trainer.total_training_steps": 2, "trainer.default_local_dir": whole})
+    uninterrupted = small_run | {"trainer.total_training_steps": 2, "trainer.default_local_dir": whole}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(torchrun(2, *as_arguments(uninterrupted)), capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
     for step in (1, 2):
         run(2, small_run | {"trainer.total_training_steps": step, "trainer.default_local_dir": parts})
     weights = [checkpoint.model_directory(path / "global_step_2") / "model.safetensors" for path in (whole, parts)]
@@ -288,7 +312,7 @@ def test_resume_on_as_many_ranks_is_the_uninterrupted_run(small_run: Overrides, 
     assert without_times(read_metrics(whole)) == without_times(read_metrics(parts))
 
 
-def test_ranks_write_their_responses_together(small_run: Overrides, tmp_path: Path) -> None:
+def test_ranks_write_their_responses_together(small_run: Overrides, run: Run, tmp_path: Path) -> None:
     """Greedy runs of one and two ranks write the same responses; percentiles and histograms are those of all."""
     directories, lines = {}, {}
     for processes in (1, 2):
@@ -379,11 +403,11 @@ def test_a_rank_that_dies_ends_the_run(machines: int, small_run: Overrides, tmp_
             process.wait(30)
 
 
-def test_batches_that_ranks_cannot_share(small_run: Overrides) -> None:
+def test_batches_that_ranks_cannot_share(small_run: Overrides, pools: dict[int, Ranks]) -> None:
     for change, message in (
         ({f"{ACTOR}.ppo_mini_batch_size": 1}, "ppo_mini_batch_size=1: the number of processes, 2, must divide it"),
         ({f"{ACTOR}.ppo_micro_batch_size_per_gpu": 16}, "rollout.n / processes = 8"),
         ({"trainer.n_gpus_per_node": 3}, "trainer.n_gpus_per_node=3, trainer.nnodes=1: torchrun started 2 processes"),
     ):
-        result = subprocess.run(torchrun(2, *as_arguments(small_run | change)), capture_output=True, text=True)
-        assert result.returncode != 0 and message in result.stderr
+        for status, errors in pools[2].run(train_here, as_arguments(small_run | change)):
+            assert status == 2 and message in errors
