@@ -206,6 +206,7 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
 def test_counted_bytes_are_those_of_the_simulation() -> None:
     """With 2 to 16 processes: the collectives and payloads of the plan, and on the wire the bytes of its rings."""
     result = json.loads(selection_over_ranks.COUNTS.read_text())
+    assert selection_over_ranks.SCALE.read_text() == selection_over_ranks.page_of_counts(result)
     assert [run["ranks"] for run in result["runs"][::2]] == [2, 4, 8, 16]
     for few, many in zip(result["runs"][::2], result["runs"][1::2], strict=True):
         ranks = few["ranks"]
