@@ -32,7 +32,7 @@ from entropy_rl_ext import linear_logprob_entropy
 RESULT = ROOT / "benchmarks" / "results" / "distributed" / "head.json"
 PAGE = ROOT / "docs" / "verl.md"
 RANKS = 2
-ROWS, HIDDEN, VOCAB = 512, 1024, 151_936  # the head of Qwen3-0.6B; 151,936 is a multiple of the ranks
+ROWS, HIDDEN, VOCAB = 512, 512, 65_536
 QUICK = (32, 16, 256)
 SELECTED = 0.2
 VERL = "verl, `use_fused_kernels=false`"
