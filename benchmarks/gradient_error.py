@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.bench_linear_logprob_entropy import Head, liger, torch_dense, trl, verl
 from benchmarks.harness import ROOT, environment
-from benchmarks.report import with_table
+from benchmarks.report import commit_of, with_table
 from entropy_rl_ext import linear_logprob_entropy
 
 RESULT = ROOT / "benchmarks" / "results" / "gradient_error" / "bfloat16.json"
@@ -64,8 +64,8 @@ def table(result: dict[str, Any]) -> str:
     columns = [f"{what}, {share:.0%} of the rows" for share in SHARES for what in ("hidden", "weight")]
     lines = [
         f"{ROWS} rows, H = {WIDTH}, V = {VOCAB}, {result['device_name']}, "
-        f"{', '.join(f'{name} {versions[name]}' for name in names)}, commit {(result['commit'] or 'unknown')[:10]}"
-        f"{' with changes' if result['modified'] else ''}, {result['date']}.",
+        f"{', '.join(f'{name} {versions[name]}' for name in names)}, {commit_of(result)}, "
+        f"{result['date']}.",
         "",
         f"| | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",

@@ -189,8 +189,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"### {result['op']}, {_where(result)}",
         "",
-        f"{result['device_name']}, commit {(result['commit'] or 'unknown')[:10]}"
-        f"{' with changes' if result['modified'] else ''}, {result['date']}, torch {torch}; "
+        f"{result['device_name']}, {commit_of(result)}, {result['date']}, torch {torch}; "
         f"a copy moves {copy / 1e9:.1f} GB/s.",
         "",
         "| work | who | time | quartiles | against ours | GB/s | of a copy | memory |",
@@ -425,6 +424,11 @@ def filled(text: str, source: str, lines: str) -> str:
         text,
         flags=re.DOTALL,
     )
+
+
+def commit_of(result: dict[str, Any]) -> str:
+    """Which version of this package a result is of."""
+    return f"commit {(result['commit'] or 'unknown')[:10]}{' with changes' if result['modified'] else ''}"
 
 
 def with_table(path: Path, module: str, lines: str) -> str:

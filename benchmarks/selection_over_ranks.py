@@ -1,21 +1,28 @@
-"""Time and bytes sent of one selection over several processes, ours and TRL's.
+"""Time and bytes sent of one selection over several processes, ours and TRL's; or, with --counts, what it sends.
 
-    python -m benchmarks.selection_over_ranks [--quick] [--json FILE]
+    python -m benchmarks.selection_over_ranks [--counts] [--quick] [--json FILE]
 
-Writes benchmarks/results/distributed/selection.json and, from it, the table of docs/distributed.md; with --json, only
-FILE. The processes are gloo ranks on one machine, one thread each, started by torchrun. The bytes are the counters of
-the loopback interface, so nothing else may use it during the measurement.
+Writes benchmarks/results/distributed/selection.json and, from it, the table of docs/distributed.md; with --counts
+counts.json there and the table of docs/scale.md; with --json, only FILE. The processes are gloo ranks on one machine,
+one thread each, started by torchrun. The bytes beside the times are the counters of the loopback interface, so nothing
+else may use it during the measurement. --counts reads the counters of each rank's own connections instead, in forks of
+one process: 16 processes that import torch would take minutes to start.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
+import socket
 import statistics
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +32,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.harness import ROOT, environment
-from benchmarks.report import _median, _spread, _time, with_table
+from benchmarks.report import _median, _spread, _time, commit_of, with_table
+from benchmarks.scale import ring_all_gather, ring_all_reduce
 from entropy_rl_ext import global_top_mask
 
 RESULT = ROOT / "benchmarks" / "results" / "distributed" / "selection.json"
 PAGE = ROOT / "docs" / "distributed.md"
 RANKS = (2, 4)
+COUNTS = RESULT.with_name("counts.json")
+SCALE = ROOT / "docs" / "scale.md"
+COUNTED_RANKS = (2, 4, 8, 16)
 RATIO = 0.2
 ROWS, LENGTH = (2, 256), 4096  # 2^13 and 2^20 tokens per rank, padding included
+HEADER = 48  # bytes of gloo before each message
+COUNTED_ROWS = (2, 32)  # few tokens, which are gathered, and many
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 Contender = Callable[[Tensor, Tensor], Tensor]
@@ -86,6 +99,91 @@ def measure(contender: Contender, entropy: Tensor, mask: Tensor) -> tuple[float,
     return seconds.item(), float(sent)
 
 
+@contextlib.contextmanager
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """The collectives that begin within it: names, and bytes that this rank puts in."""
+    begun: list[tuple[str, int]] = []
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_into_tensor")}
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            begun.append((name, arguments[0 if name == "all_reduce" else 1].nbytes))
+            return originals[name](*arguments, **options)
+
+        return call
+
+    vars(dist).update({name: recorded(name) for name in originals})
+    try:
+        yield begun
+    finally:
+        vars(dist).update(originals)
+
+
+def sent_over_tcp() -> int:
+    """Bytes that this process has sent on its open TCP connections, each once."""
+    sent = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+        except OSError:  # closed by now, or not of TCP
+            continue
+        # Of struct tcp_info in linux/tcp.h: tcpi_bytes_sent and tcpi_bytes_retrans.
+        total, again = struct.unpack_from("QQ", info, 200)
+        sent += total - again
+    return sent
+
+
+def count(rows: int, repetitions: int) -> dict[str, Any]:
+    """What every contender sends with `rows` rows per rank."""
+    contenders = {"ours, topk": ours("topk"), "ours, quantile": ours("quantile")}
+    contenders["gather, then global_top_mask"] = gathered
+    batch = inputs(rows, torch.Generator().manual_seed(dist.get_rank()))
+    records: dict[str, Any] = {}
+    for name, contender in contenders.items():
+        wire_bytes = []
+        for _ in range(repetitions):
+            dist.barrier()
+            time.sleep(0.2)  # until the barrier's last message is sent; below, until the contender's is
+            before = sent_over_tcp()
+            with collectives() as begun:
+                contender(*batch)
+            time.sleep(0.2)
+            sent = torch.tensor(sent_over_tcp() - before)
+            dist.all_reduce(sent)
+            wire_bytes.append(int(sent))
+        records[name] = {"collectives": begun, "wire_bytes": wire_bytes}
+    return {"ranks": dist.get_world_size(), "tokens": rows * LENGTH, "contenders": records}
+
+
+def count_on_rank(rank: int, ranks: int, store: str, records: Any) -> None:
+    """Runs on each rank of --counts. The first puts the record of each number of tokens into the queue."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    for rows in COUNTED_ROWS:
+        record = count(rows, 5)
+        if rank == 0:
+            records.put(record)
+    dist.destroy_process_group()
+
+
+def counted(ranks: int) -> list[dict[str, Any]]:
+    """The records of that many processes, one for each number of tokens."""
+    context = multiprocessing.get_context("fork")
+    records = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (ranks, f"{folder}/store", records)
+        processes = [context.Process(target=count_on_rank, args=(rank, *arguments)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"one of {ranks} processes failed; its error is above")
+    return [records.get() for _ in COUNTED_ROWS]
+
+
 def rank_main(quick: bool) -> None:
     """Runs on each rank. The first prints the record of each number of tokens as a line of JSON."""
     warnings.simplefilter("ignore")
@@ -129,8 +227,8 @@ def table(result: dict[str, Any]) -> str:
     """A result file as Markdown."""
     lines = [
         f"{result['device_name']}, {result['cores']} cores, gloo, float32, ratio {RATIO}, "
-        f"torch {result['versions']['torch']}, TRL {result['versions']['trl']}, commit "
-        f"{(result['commit'] or 'unknown')[:10]}{' with changes' if result['modified'] else ''}, {result['date']}; "
+        f"torch {result['versions']['torch']}, TRL {result['versions']['trl']}, "
+        f"{commit_of(result)}, {result['date']}; "
         "time of the slowest rank, median and quartiles of "
         f"{len(result['runs'][0]['contenders']['ours, topk']['seconds'])}.",
         "",
@@ -153,16 +251,55 @@ def page(result: dict[str, Any]) -> str:
     return with_table(PAGE, __spec__.name, table(result))
 
 
+def table_of_counts(result: dict[str, Any]) -> str:
+    """A result file of --counts as Markdown."""
+    lines = [
+        f"gloo, float32, ratio {RATIO}, torch {result['versions']['torch']}, {commit_of(result)}, "
+        f"{result['date']}; "
+        "medians over "
+        f"{len(result['runs'][0]['contenders']['ours, topk']['wire_bytes'])} selections, divided by the ranks.",
+        "",
+        "| ranks | tokens a rank | who | collectives | payload, bytes | in rings, bytes | sent, bytes | messages |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for run in result["runs"]:
+        for name, record in run["contenders"].items():
+            sizes = [size for _, size in record["collectives"]]
+            rings, sent = sent_by_rings(record["collectives"], run["ranks"]), statistics.median(record["wire_bytes"])
+            of_rank = [round(total / run["ranks"]) for total in (rings, sent, (sent - rings) / HEADER)]
+            cells = [len(sizes), sum(sizes), *of_rank]
+            lines.append(f"| {run['ranks']} | {run['tokens']:,} | {name} | {' | '.join(f'{n:,}' for n in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def sent_by_rings(begun: list[tuple[str, int]], ranks: int) -> int:
+    """The bytes that all ranks send if each of these collectives is a ring."""
+    hops = torch.zeros(ranks, dtype=torch.float64)
+    return sum(
+        int((ring_all_reduce if name == "all_reduce" else ring_all_gather)(size, hops).bytes.sum())
+        for name, size in begun
+    )
+
+
+def page_of_counts(result: dict[str, Any]) -> str:
+    """docs/scale.md with the table of `result`."""
+    return with_table(SCALE, f"{__spec__.name} --counts", table_of_counts(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selection_over_ranks")
+    parser.add_argument("--counts", action="store_true", help="collectives and bytes with up to 16 processes, no times")
     parser.add_argument("--quick", action="store_true", help="few tokens, two repetitions; writes with --json alone")
-    parser.add_argument("--json", type=Path, help=f"where the result goes; default: {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--json", type=Path, help="where the result goes; default: benchmarks/results/distributed")
     arguments = parser.parse_args()
     if dist.is_torchelastic_launched():
         rank_main(arguments.quick)
         return
     runs = []
-    for ranks in RANKS:
+    if arguments.counts:
+        torch.set_num_threads(1)  # forks of a process with several threads could wait for them forever
+        runs = [record for ranks in COUNTED_RANKS for record in counted(ranks)]
+    for ranks in () if arguments.counts else RANKS:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", __spec__.name]
         answer = subprocess.run(
             [sys.executable, *command, *(["--quick"] if arguments.quick else [])],
@@ -174,12 +311,15 @@ def main() -> None:
         )
         runs += [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
     result = {**environment("cpu"), "cores": os.cpu_count(), "runs": runs}
-    print(table(result))
-    path = arguments.json or (None if arguments.quick else RESULT)
+    print(table_of_counts(result) if arguments.counts else table(result))
+    default = COUNTS if arguments.counts else RESULT
+    path = arguments.json or (None if arguments.quick else default)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    if path == RESULT:
+    if path == COUNTS:
+        SCALE.write_text(page_of_counts(result))
+    elif path == RESULT:
         PAGE.write_text(page(result))
 
 

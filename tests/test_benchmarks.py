@@ -20,7 +20,7 @@ OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks")
 OPS_WITH_KERNELS = [op for op in OPS if op != "train_step"]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gradient_error, harness, report, selection_over_ranks  # noqa: E402
+from benchmarks import gradient_error, harness, report, scale, selection_over_ranks  # noqa: E402
 from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
 from benchmarks.__main__ import with_kept_runs  # noqa: E402
 
@@ -210,6 +210,49 @@ def test_selection_over_ranks_runs(tmp_path: Path) -> None:
         assert min(ours["wire_bytes"]) >= ranks * (ranks - 1) * 4 * 4096
         assert len(alone["wire_bytes"]) == 2
         assert f"| {ranks} | 8,192 | ours, topk |" in selection_over_ranks.table(result)
+
+
+def test_counted_bytes_are_those_of_the_simulation() -> None:
+    """With 2 to 16 processes: the collectives and payloads of the plan, and on the wire the bytes of its rings."""
+    result = json.loads(selection_over_ranks.COUNTS.read_text())
+    assert selection_over_ranks.SCALE.read_text() == selection_over_ranks.page_of_counts(result)
+    assert [run["ranks"] for run in result["runs"][::2]] == [2, 4, 8, 16]
+    for few, many in zip(result["runs"][::2], result["runs"][1::2], strict=True):
+        ranks = few["ranks"]
+        count = ["all_gather", 8]  # of the response tokens
+        begun = {name: record["collectives"] for name, record in many["contenders"].items()}
+        sizes = scale.payloads(ranks)
+        assert begun["ours, topk"] == [count, *(["all_reduce", size] for size in sizes)]
+        assert begun["ours, quantile"] == [count, *(["all_reduce", size] for size in [*sizes[:3], 4])]
+        tokens = many["tokens"]
+        assert begun["gather, then global_top_mask"] == [["all_gather_into_tensor", size * tokens] for size in (4, 1)]
+        name, payload = few["contenders"]["ours, topk"]["collectives"][1]
+        assert name == "all_gather" and 4 * 4096 < payload <= 4 * few["tokens"]
+        for record in (record for run in (few, many) for record in run["contenders"].values()):
+            rings = selection_over_ranks.sent_by_rings(record["collectives"], ranks)
+            for sent in record["wire_bytes"]:
+                messages, others = divmod(sent - rings, selection_over_ranks.HEADER)
+                # Nothing else is sent. Each step of a ring is one message or more of every rank.
+                assert others == 0 and messages >= ranks * (ranks - 1) * len(record["collectives"])
+
+
+def test_the_plan_for_1024_ranks_is_simulated() -> None:
+    page = " ".join(selection_over_ranks.SCALE.read_text().split())
+    for name, figure in scale.figures().items():
+        assert figure in page, f"{name}: {figure}"
+
+
+def test_simulated_rings_and_trees() -> None:
+    """By hand, for three ranks of which the last is on another machine, and for two machines of two ranks."""
+    hops = torch.tensor([1.0, 10.0, 10.0], dtype=torch.float64)
+    gather = scale.ring_all_gather(7, hops)
+    assert gather.microseconds == 20 and gather.bytes.tolist() == [14, 14, 14]
+    # Parts of 44, 44 and 40 bytes. The slowest goes from the second rank to the third, on to the first and around.
+    reduce = scale.ring_all_reduce(128, hops)
+    assert reduce.microseconds == 10 + 10 + 1 + 10
+    assert reduce.bytes.tolist() == [44 + 40 + 44 + 44, 44 + 44 + 40 + 44, 40 + 44 + 44 + 40]
+    tree = scale.tree_all_reduce(8, 2, 2, scale.Protocol(0, 1, 10, 1))
+    assert tree.microseconds == 2 * (1 + 10) and tree.bytes.tolist() == [16, 8, 16, 8]
 
 
 @pytest.mark.parametrize("module", [selection_over_ranks, gradient_error])

@@ -18,6 +18,13 @@ from entropy_rl.integrations.trl import EntropyGRPOConfig, EntropyGRPOTrainer
 
 LOSS_TYPES = ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
 MINI_BATCH = {"entropy_top_scope": "mini_batch", "entropy_top_ranks": "global"}
+# The options that select the tokens of TRL's top_entropy_quantile=0.2.
+TRLS_RULE = {
+    "entropy_top_ratio": 0.2,
+    "entropy_top_rule": "quantile",
+    "entropy_top_ranks": "global",
+    "entropy_top_normalize": "response",
+}
 PROMPTS = [f"{a} + {a * a} =" for a in range(16)]
 SETTINGS = {
     "bf16": False,
@@ -45,17 +52,25 @@ def make_trainer(
     trainer_class: type = EntropyGRPOTrainer,
     *,
     peft_config: Any = None,
+    others: dict[str, Any] | None = None,
     **settings: Any,
 ) -> GRPOTrainer:
+    """`others` are arguments of the trainer, `settings` those of its configuration."""
     config_class = EntropyGRPOConfig if issubclass(trainer_class, EntropyGRPOTrainer) else GRPOConfig
+    arguments = {"reward_funcs": share_of_digits, "train_dataset": Dataset.from_dict({"prompt": PROMPTS})}
     return trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) if isinstance(model, Path) else model,
-        reward_funcs=share_of_digits,
         args=config_class(output_dir=str(output), **SETTINGS | settings),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
         peft_config=peft_config,
+        **arguments | (others or {}),
     )
+
+
+def log_of(trainer: GRPOTrainer) -> list[list[float]]:
+    """(loss, gradient norm, entropy) of each step."""
+    names = ("loss", "grad_norm", "entropy")
+    return [[line[name] for name in names] for line in trainer.state.log_history if "loss" in line]
 
 
 def make_batch(rows: int = 8, *, seed: int = 0, prompt: int = 5, completion: int = 12) -> dict[str, Tensor]:

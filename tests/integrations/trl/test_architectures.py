@@ -8,23 +8,14 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from architectures import CONFIGS
-from grpo import make_trainer
+from grpo import TRLS_RULE, log_of, make_trainer
 from tiny_model import save_model_of
-
-TRLS_RULE = {
-    "entropy_top_ratio": 0.2,
-    "entropy_top_rule": "quantile",
-    "entropy_top_ranks": "global",
-    "entropy_top_normalize": "response",
-}
 
 
 def steps(model: Path, output: Path, *arguments: Any, peft_config: LoraConfig | None = None, **settings: Any) -> list:
-    """(loss, gradient norm, entropy) of each of two steps."""
     trainer = make_trainer(model, output, *arguments, peft_config=peft_config, max_steps=2, **settings)
     trainer.train()
-    names = ("loss", "grad_norm", "entropy")
-    return [[line[name] for name in names] for line in trainer.state.log_history if "loss" in line]
+    return log_of(trainer)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "LoRA"])

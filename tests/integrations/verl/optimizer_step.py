@@ -4,7 +4,7 @@ torchrun --nproc-per-node RANKS optimizer_step.py MODELS OUTPUT [CASE...]
 
 MODELS/tied and MODELS/untied are models whose LM head shares, or does not share, the weights of the embeddings;
 MODELS/four_heads has four attention heads and a tied LM head. MODELS/adapter is a LoRA adapter for MODELS/untied that
-trains the LM head too. MODELS/experts is a mixture of experts.
+trains the LM head too. MODELS/experts is a mixture of experts. MODELS/images takes images.
 """
 
 import sys
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vision_model import FRAMES, IMAGE, MERGE, PATCH, VISION_END, VISION_START
 
 ROWS = 8
 TEMPERATURE = 0.8
@@ -65,6 +67,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "kl_cov": ({"actor.policy_loss.loss_mode": "kl_cov"} | COVARIANCE_MODES["kl_cov"], (2,)),
     "experts": ({"model": "experts"}, (2,)),
     "mini-batch-experts": (MINI_BATCH | REMOVE_PADDING | {"model": "experts"}, (1, 4)),
+    "images": ({"model": "images"}, (1, 4)),
+    "mini-batch-images": (MINI_BATCH | {"model": "images"}, (2,)),
+    "fused-images": (FUSED | OLD_POLICY | {"model": "images"}, (2,)),
     "mini-batch-weights": (MINI_BATCH | {"weights": True}, (1, 4)),
     "mini-batch-remove-padding": (MINI_BATCH | REMOVE_PADDING | {"weights": True}, (2, 0)),
     "mini-batch-local": (MINI_BATCH | {"actor.entropy_top_ranks": "local"}, (2,)),
@@ -209,11 +214,37 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return result
 
 
+def with_image(index: int, prompt: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A row's prompt after an image of four or of eight tokens; and the image, as its processor gives it."""
+    grid = torch.tensor([[1, 4, 4 << index % 2]])  # in patches
+    generator = torch.Generator().manual_seed(index)
+    pixels = torch.randn(int(grid.prod()), 3 * FRAMES * PATCH**2, generator=generator)
+    tokens = [VISION_START, *[IMAGE] * (len(pixels) // MERGE**2), VISION_END]
+    return torch.cat([torch.tensor(tokens), prompt]), {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def positions_with_image(length: int, grid: torch.Tensor) -> torch.Tensor:
+    """[4, length]: places of the tokens of `with_image`, and their times, rows and columns in Qwen2-VL's rotation."""
+    height, width = (int(patches) // MERGE for patches in grid[0, 1:])
+    row, column = (
+        values.flatten() for values in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    )
+    image = 1 + torch.stack([torch.zeros_like(row), row, column])
+    rest = 1 + max(height, width) + torch.arange(length - 1 - height * width)
+    rotation = torch.cat([torch.zeros(3, 1, dtype=torch.int64), image, rest.expand(3, -1)], 1)
+    return torch.cat([torch.arange(length)[None], rotation])
+
+
 def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
     """The rows as verl's trainer passes them to an engine, for `count` micro-batches."""
+    from tensordict import NonTensorStack
     from verl.utils import tensordict_utils as tu
 
     part = [rows()[index] for index in indices]
+    images: list[dict[str, torch.Tensor]] = []
+    if directory(case) == "images":
+        prompts, images = map(list, zip(*map(with_image, indices, (row["prompt"] for row in part)), strict=True))
+        part = [row | {"prompt": prompt} for row, prompt in zip(part, prompts, strict=True)]
 
     def nested(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(values, layout=torch.jagged)
@@ -234,6 +265,11 @@ def batch(indices: list[int], case: dict[str, Any], count: int) -> Any:
     }
     if case.get("weights"):
         fields["rollout_is_weights"] = nested([row["weight"] for row in part])
+    if images:
+        fields["position_ids"] = nested(
+            [positions_with_image(len(ids), image["image_grid_thw"]) for ids, image in zip(tokens, images, strict=True)]
+        )
+        fields["multi_modal_inputs"] = NonTensorStack(*images)
     return tu.get_tensordict(
         fields,
         non_tensor_dict={

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import megatron_step
@@ -10,6 +11,7 @@ import pytest
 import torch
 from megatron_step import CASES, PADDED, VOCAB
 
+TESTS = Path(__file__).parents[2]
 OURS = [name for name, (_, head, *_) in CASES.items() if head == "ours"]
 
 
@@ -24,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         env=os.environ
         | {
             # Where `make test-verl` puts Megatron Core.
-            "PYTHONPATH": f"{sys.prefix}/megatron{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": os.pathsep.join((f"{sys.prefix}/megatron", str(TESTS), os.environ.get("PYTHONPATH", ""))),
             "VERL_USE_EXTERNAL_MODULES": "entropy_rl.integrations.verl.cpu",
             "OMP_NUM_THREADS": "1",
         },

@@ -16,12 +16,14 @@ import torch
 from optimizer_step import CASES, LORA, TEMPERATURE, ULYSSES
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from architectures import CONFIGS as ARCHITECTURES
 from entropy_rl.scores import random_scores
 from entropy_rl_ext import covariance_mask
+from vision_model import IMAGE, vision_config
 
+TESTS = Path(__file__).parents[2]
 RATIO = 0.2
 REST = "actor.entropy_rest"
 
@@ -33,6 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task.save_model(directory / "untied", tied=False)
     task.save_model(directory / "four_heads", heads=4)
     task.save_model(directory / "experts", config=ARCHITECTURES["qwen3_moe"])
+    task.save_model(directory / "images", config=vision_config())
     save_adapter(directory / "untied", directory / "adapter")
     return directory
 
@@ -58,6 +61,7 @@ def run(ranks: int, models: Path, output: Path, *cases: str, **environment: str)
             "VERL_USE_EXTERNAL_MODULES": "entropy_rl.integrations.verl.cpu",
             "RAY_LOCAL_WORLD_SIZE": str(ranks),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))),
         }
         | environment,
         check=True,
@@ -108,13 +112,19 @@ def policies(models: Path) -> dict[str, Policy]:
 
 def policy_of(model_path: Path) -> Policy:
     """Runs the model on one row at a time, without padding."""
-    model = AutoModelForCausalLM.from_pretrained(
+    auto_class = AutoModelForImageTextToText if model_path.name == "images" else AutoModelForCausalLM
+    model = auto_class.from_pretrained(
         model_path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     rows = []
-    for row in optimizer_step.rows():
-        tokens = torch.cat([row["prompt"], row["response"]])
-        log_p = (model(tokens[None]).logits[0, len(row["prompt"]) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+    for index, row in enumerate(optimizer_step.rows()):
+        prompt, image = row["prompt"], {}
+        if model_path.name == "images":
+            prompt, image = optimizer_step.with_image(index, prompt)
+        tokens = torch.cat([prompt, row["response"]])[None]
+        if image:
+            image["mm_token_type_ids"] = (tokens == IMAGE).int()  # the model finds the places of the image by these
+        log_p = (model(tokens, **image).logits[0, len(prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1)
         rows.append(
             Row(log_p.gather(-1, row["response"][:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)),
         )
