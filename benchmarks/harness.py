@@ -1,13 +1,15 @@
 """Times our ops and their peers side by side: in one process, alternating, with the same fresh inputs.
 
-A `bench_<op>.py` yields cases; `run_case` times one of them. On CUDA, events on the stream measure the time; on the
-CPU, a wall clock. A sweep empties the caches before every timed call, so that inputs come from memory as in training.
+A `bench_<op>.py` yields cases; `run_case` times one of them. On CUDA, events on the stream measure the time, and the
+GPU sleeps while the host queues the call; on the CPU, a wall clock. A sweep empties the caches before every timed call,
+so that inputs come from memory as in training.
 """
 
 import ctypes
 import multiprocessing
 import platform
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -92,28 +94,52 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- measuring -----------------------------------------------------------------------------------
 
 
+_SLEEP_CYCLES = 1 << 22  # 2 ms of a GPU at 2 GHz
+_LONGER = 4
+_ATTEMPTS = 3
+
+
 @cache
 def _sweep_buffer(device: str) -> Tensor:
-    return torch.empty(256 << 20, dtype=torch.uint8, device=device)  # more than any cache holds
+    return torch.zeros(64 << 20, dtype=torch.float32, device=device)  # more than any cache holds
+
+
+def _sweep(device: str) -> None:
+    """Fills the caches with other data. It reads: lines that it wrote would go to memory while the call is timed."""
+    _sweep_buffer(device).sum()
 
 
 def _timed(call: Callable[[], Any], device: str) -> float:
     """Seconds that one call takes with cold caches."""
-    _sweep_buffer(device).zero_()
-    if device == "cpu":
-        begin = time.perf_counter()
-        result = call()
-        seconds = time.perf_counter() - begin
-    else:
-        # The sweep still runs while the host queues the call, so that launch overhead is hidden, as in training.
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if device == "cuda":
+        return _timed_on_gpu(call)
+    _sweep(device)
+    begin = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+def _timed_on_gpu(call: Callable[[], Any]) -> float:
+    """The same on the GPU, which sleeps until the host has queued the call: launch overhead does not count.
+
+    A call for which the GPU woke up too early is timed again after a longer sleep. One that waits for the device wakes
+    it up each time, and its host time counts.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for attempt in range(_ATTEMPTS):
+        _sweep("cuda")
+        torch.cuda._sleep(_SLEEP_CYCLES * _LONGER**attempt)
         start.record()
         result = call()
         end.record()
+        was_asleep = not start.query()
         end.synchronize()
-        seconds = start.elapsed_time(end) / 1e3
-    del result
-    return seconds
+        del result
+        if was_asleep:
+            break
+    return start.elapsed_time(end) / 1e3
 
 
 def _peak_bytes(call: Callable[[], Any], device: str) -> int | None:
@@ -186,10 +212,10 @@ def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., An
 
 
 def measure_copy(device: str) -> float:
-    """Bytes per second, read and written, of a copy of 512 MiB: the best of ten."""
+    """Bytes per second, read and written, of a copy of 512 MiB: the median of ten."""
     source = torch.empty(128 << 20, device=device).normal_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.nbytes / statistics.median(_timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def run_case(case: Case, device: str, repetitions: int, tick: Callable[[str], None]) -> dict[str, Any]:

@@ -58,6 +58,79 @@ def test_a_missed_goal_is_reported() -> None:
     assert report._goal("copy", 0.9, run, 100.0)[1] == "100%, met"
 
 
+class FakeStream:
+    """Stands for torch.cuda's stream in _timed_on_gpu: a sleep of n cycles takes n us, a call costs the host a time.
+
+    `log` has what was queued and what it saw; time is in us.
+    """
+
+    def __init__(self, host_time: int) -> None:
+        self.log: list[str] = []
+        self.host_time, self.now, self.device_free = host_time, 0, 0
+
+    def queue(self, what: str, duration: int) -> int:
+        self.log.append(what)
+        self.device_free = max(self.device_free, self.now) + duration
+        return self.device_free
+
+    def call(self) -> None:
+        self.now += self.host_time
+        self.queue("call", 7)
+
+    def event(self, enable_timing: bool) -> "FakeEvent":
+        assert enable_timing
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, stream: FakeStream) -> None:
+        self.stream = stream
+
+    def record(self) -> None:
+        self.at = self.stream.queue("event", 0)
+
+    def query(self) -> bool:
+        return self.stream.now >= self.at
+
+    def synchronize(self) -> None:
+        self.stream.now = max(self.stream.now, self.at)
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return (end.at - self.at) / 1e3
+
+
+@pytest.mark.parametrize("host_time, attempts", [(0, 1), (99, 1), (106, 2), (500, 3), (10**6, 3)])
+def test_the_gpu_sleeps_while_the_host_queues_a_call(
+    host_time: int, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the call is between the events, and the host's time counts only where no sleep is long enough."""
+    stream = FakeStream(host_time)
+    monkeypatch.setattr(harness, "_SLEEP_CYCLES", 100)
+    monkeypatch.setattr(harness, "_sweep", lambda device: stream.queue(f"sweep {device}", 5))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stream.queue(f"sleep {cycles}", cycles))
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    seconds = harness._timed(stream.call, "cuda")
+    sleeps = [f"sleep {100 * 4**k}" for k in range(attempts)]
+    assert stream.log == [what for sleep in sleeps for what in ("sweep cuda", sleep, "event", "call", "event")]
+    hidden = 5 + 100 * 4 ** (attempts - 1) > host_time
+    assert seconds == pytest.approx(7e-6) if hidden else seconds > 9e-4
+
+
+def test_the_sweep_only_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = torch.zeros(1000)
+    monkeypatch.setattr(harness, "_sweep_buffer", lambda device: buffer)
+    version = buffer._version
+    harness._sweep("cpu")
+    assert buffer._version == version
+
+
+def test_a_copy_is_measured_by_its_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.1, *[2.0] * 5, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(harness, "_timed", lambda call, device: next(seconds))
+    monkeypatch.setattr(torch, "empty", lambda size, device: torch.zeros(size >> 20))
+    assert harness.measure_copy("cpu") == pytest.approx(2 * 128 * 4 / 2.0)
+
+
 def test_memory_that_the_op_keeps_does_not_count_in_later_calls() -> None:
     """The op keeps the pages of a dropped gradient; a call that does not use them does not count them."""
     logits = torch.randn(128, 151936)

@@ -15,6 +15,9 @@ from torch import distributed as dist
 # Rows and vocabulary entries of a tile, and so its memory. On the CPU a tile stays in the last-level cache between its
 # GEMM and its kernel; on a GPU it is as large as its GEMM needs to fill the device.
 _TILE = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+# In the backward a GPU takes more rows: of several chunks, each adds its part to the weight's gradient in float32, and
+# so reads and writes all of it; one chunk writes it in its own dtype.
+_BACKWARD_TILE = _TILE | {"cuda": (8192, 8192)}
 
 # Elements to which a buffer's rows are padded: 16 bytes of a 16-bit dtype, which cuBLAS needs for its fastest GEMMs.
 _PADDING = 8
@@ -55,7 +58,7 @@ class Head:
     group: dist.ProcessGroup | None
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> "Head":
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, *, backward: bool = False) -> "Head":
         accumulate = accumulate_dtype(hidden)
         # A CPU has no GEMM of 16-bit inputs that leaves its result in float32.
         narrow = hidden.is_cuda and accumulate == torch.float32
@@ -65,7 +68,7 @@ class Head:
                 raise ValueError("vocab_size is None; with group it must be the size of the unsharded vocabulary")
             vocab_size = weight.shape[0]
         valid = min(max(vocab_size - options.vocab_start, 0), weight.shape[0])
-        rows, chunk_vocab = _TILE["cuda" if hidden.is_cuda else "cpu"]
+        rows, chunk_vocab = (_BACKWARD_TILE if backward else _TILE)["cuda" if hidden.is_cuda else "cpu"]
         if valid < chunk_vocab:  # more rows of a small vocabulary make a tile of the same size
             rows, chunk_vocab = rows * chunk_vocab // max(valid, 1), valid
         return Head(

@@ -230,7 +230,7 @@ def _backward(
         hidden, grad_log_prob=grad_log_prob, grad_entropy=grad_entropy, entropy=entropy, max_log_sum=max_log_sum
     )
     needs_hidden, needs_weight, needs_bias = needs[0], needs[1], needs[2] and bias is not None
-    head = Head.of(hidden, weight, bias, options)
+    head = Head.of(hidden, weight, bias, options, backward=True)
     shape, hidden_dtype = hidden.shape, hidden.dtype
 
     def by_row(values: Tensor, *columns: int) -> Tensor:

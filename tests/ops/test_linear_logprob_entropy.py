@@ -1,12 +1,14 @@
 """linear_logprob_entropy: parity, gradients, rows without mask or gradient, shards, compile, properties, bad input."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compiled import compile_counting
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy, reference
@@ -310,6 +312,27 @@ def test_chunk_rows_does_not_change_the_result(device):
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows, is_summed", [(8192, False), (8193, True)])
+def test_the_weights_gradient_is_summed_in_float32_only_over_several_chunks(rows, is_summed, monkeypatch):
+    """On a GPU, by shapes alone: 8192 rows are one chunk of the backward."""
+    monkeypatch.setitem(tiles._BACKWARD_TILE, "cpu", tiles._BACKWARD_TILE["cuda"])
+    outputs = []
+    monkeypatch.setattr(tiles, "gemm", lambda out, *factors, accumulate=False: outputs.append((out, accumulate)))
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(n, 16, dtype=torch.bfloat16) for n in (rows, 20_000))
+        head = tiles.Head.of(hidden, weight, None, tiles.Options(), backward=True)
+        head = replace(head, dtype=torch.bfloat16)  # as on a GPU
+        values = torch.empty(rows)
+        row_values = [values, None, values, torch.empty(rows, 2), values.long(), torch.ones((), dtype=torch.float64)]
+        tiles.backward_tiles(head, hidden, row_values, weight, [False, True, False])
+    of_weight = [(out.dtype, accumulate) for out, accumulate in outputs if out.shape[1] == 16]
+    vocab_tiles = 3
+    if is_summed:
+        assert of_weight == [(torch.float32, False), (torch.float32, True)] * vocab_tiles
+    else:
+        assert of_weight == [(torch.bfloat16, False)] * vocab_tiles
 
 
 def test_frozen_weight_or_hidden(device):
