@@ -59,9 +59,11 @@ PYTHON_FILES := setup.py entropy_rl_ext python recipe tests benchmarks tools
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
 # What the builds of the package and of the gtests need.
-.venv/build-tools: constraints.txt
-	[ -d .venv ] || $(PYTHON) -m venv .venv
+.venv/build-tools: constraints.txt | .venv/bin/pip
 	@echo "Installing PyTorch and the build tools into .venv: a minute, and the download"
 	$(BIN)/pip install -q torch setuptools ninja pybind11 cmake
 	touch $@
@@ -152,7 +154,8 @@ test-trl: .venv-trl/environment .venv/libraries
 	touch $@
 
 DEVICE ?= cpu
-bench: .venv/libraries .venv-bench/environment $(SMOLLM2)
+# Only llm_step, which also runs where ARGS names no --op, needs the model.
+bench: .venv/libraries .venv-bench/environment $(if $(findstring --op,$(ARGS)),$(if $(findstring llm_step,$(ARGS)),$(SMOLLM2)),$(SMOLLM2))
 	PYTHONPATH=.:python $(BENCH_BIN)/python -W ignore -m benchmarks --device $(DEVICE) $(ARGS)
 
 performance: .venv/libraries
@@ -166,12 +169,13 @@ performance: .venv/libraries
 # auditwheel gives a wheel the oldest manylinux tag that its symbols allow; torch and CUDA stay out of it.
 REPAIR := PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*'
 
-.venv/release-tools: .venv/build-tools
+# Without torch: `make release-cuda` has that of .venv-cuda, and two of them fill the disk of a workflow's machine.
+.venv/release-tools: constraints.txt | .venv/bin/pip
 	$(BIN)/pip install -q $(RELEASE_TOOLS)
 	touch $@
 
 # `build` makes the sdist from this folder and the wheel from the sdist.
-wheel: .venv/release-tools
+wheel: .venv/build-tools .venv/release-tools
 	rm -rf build/lib* build/temp* build/bdist* build/release dist/*.whl dist/*.tar.gz
 	ENTROPY_RL_ABI3=1 ENTROPY_RL_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/release
 	$(REPAIR) --wheel-dir dist build/release/*.whl
@@ -251,6 +255,7 @@ lint: .venv/libraries
 	$(BIN)/ruff check $(wildcard $(PYTHON_FILES))
 	$(BIN)/ruff format --check $(wildcard $(PYTHON_FILES))
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 format: .venv/libraries

@@ -101,3 +101,14 @@ def test_every_target_of_make_is_described() -> None:
     header = makefile[: makefile.index("\nSHELL")]
     missing = [name for name in phony[1].split() if not re.search(rf"make {name}\b", header)]
     assert set(missing) <= {"help", "gtest", "pytest", "clean"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"), [("", True), ("--op policy_loss", False), ("--op policy_loss llm_step", True)]
+)
+def test_bench_fetches_the_model_only_for_the_op_that_needs_it(arguments: str, needed: bool) -> None:
+    """Under `make pytest` this make is a make's make, whose flags it would take over."""
+    command = ["make", "-n", "bench", "SMOLLM2=build/no-such-model", f"ARGS={arguments}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert ("tools/smollm2.py" in run.stdout) == needed
