@@ -155,14 +155,16 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selection_over_ranks")
-    parser.add_argument("--quick", action="store_true", help="few tokens, two repetitions; writes with --json alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="two ranks, few tokens, two repetitions; writes with --json alone"
+    )
     parser.add_argument("--json", type=Path, help=f"where the result goes; default: {RESULT.relative_to(ROOT)}")
     arguments = parser.parse_args()
     if dist.is_torchelastic_launched():
         rank_main(arguments.quick)
         return
     runs = []
-    for ranks in RANKS:
+    for ranks in RANKS[:1] if arguments.quick else RANKS:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", __spec__.name]
         answer = subprocess.run(
             [sys.executable, *command, *(["--quick"] if arguments.quick else [])],
