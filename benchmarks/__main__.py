@@ -44,7 +44,7 @@ def main() -> None:
 
     for threads in arguments.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
-        copy = measure_copy(arguments.device)
+        copy = measure_copy(arguments.device, size=(16 if arguments.quick else 512) << 20)
         for op in arguments.op:
             torch.manual_seed(0)
             cases = list(importlib.import_module(f"benchmarks.bench_{op}").cases(size, torch.device(arguments.device)))

@@ -211,9 +211,9 @@ def _captured(contender: Callable[..., Any], inputs: Inputs) -> Callable[..., An
     return replay
 
 
-def measure_copy(device: str) -> float:
-    """Bytes per second, read and written, of a copy of 512 MiB: the median of ten."""
-    source = torch.empty(128 << 20, device=device).normal_()
+def measure_copy(device: str, size: int) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes: the median of ten."""
+    source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / statistics.median(_timed(lambda: target.copy_(source), device) for _ in range(10))
 

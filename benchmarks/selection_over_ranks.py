@@ -289,7 +289,9 @@ def page_of_counts(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selection_over_ranks")
     parser.add_argument("--counts", action="store_true", help="collectives and bytes with up to 16 processes, no times")
-    parser.add_argument("--quick", action="store_true", help="few tokens, two repetitions; writes with --json alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="two ranks, few tokens, two repetitions; writes with --json alone"
+    )
     parser.add_argument("--json", type=Path, help="where the result goes; default: benchmarks/results/distributed")
     arguments = parser.parse_args()
     if dist.is_torchelastic_launched():
@@ -299,7 +301,7 @@ def main() -> None:
     if arguments.counts:
         torch.set_num_threads(1)  # forks of a process with several threads could wait for them forever
         runs = [record for ranks in COUNTED_RANKS for record in counted(ranks)]
-    for ranks in () if arguments.counts else RANKS:
+    for ranks in () if arguments.counts else RANKS[:1] if arguments.quick else RANKS:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", __spec__.name]
         answer = subprocess.run(
             [sys.executable, *command, *(["--quick"] if arguments.quick else [])],
