@@ -19,7 +19,7 @@
 # make emulator    an emulated CUDA device, and the CUDA wheel for it
 # make test-emulated  tests of the CUDA wheel on the emulated device; make test-emulated-full: all of them
 # make instruction-counts  docs/cuda_instructions.md from the emulated device
-# make lint        formatting and types; make format fixes the formatting
+# make lint        formatting, types and the schema of the workflows; make format fixes the formatting
 # make compile-commands  build/compile_commands.json, for clangd and other editors
 #
 # Each target makes the virtual environment that it needs and installs nothing outside it. PYTHON selects the

@@ -1,6 +1,7 @@
 """A build that cannot succeed ends with one line that names what is missing."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_old_compiler(tmp_path: Path) -> None:
     compiler.chmod(0o755)
     line = last_line(BUILD, CXX=str(compiler))
     assert f"'{compiler}' does not compile C++17 (unrecognized option -std=c++17); install a newer g++" in line
+
+
+def test_the_page_quotes_the_messages() -> None:
+    """The left column of the table in docs/install.md; an ellipsis stands for what differs."""
+    table = (ROOT / "docs/install.md").read_text().partition("| the build says |")[2].partition("\n\n")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    source = (ROOT / "setup.py").read_text()
+    reasons = re.findall(r'return (?:False|True), None, f?"(.+)"', source)
+    messages = [*re.findall(r'f"entropy_rl_ext: (.+)"\)', source), *(f"building CPU only: {why}" for why in reasons)]
+    assert len(quoted) == 5
+    for line in quoted:
+        pattern = ".+".join(re.escape(part) for part in line.split("…"))
+        assert any(re.search(pattern, message) for message in messages), line
