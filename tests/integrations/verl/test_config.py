@@ -253,10 +253,10 @@ def checked(*overrides: str, ratio: str = "0.2") -> None:
                 (f"+{ATTENTION}={attention}", "actor_rollout_ref.model.use_remove_padding=true", f"{size}=2"),
                 f"{ATTENTION}={attention}: it must be flash attention",
             )
-            for attention in ("eager", "sdpa", "flex_attention")
-            for size in (
-                "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
-                "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size",
+            for attention, size in (
+                ("eager", "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
+                ("sdpa", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"),
+                ("flex_attention", "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
             )
         ),
         # There are no entropies of an old policy.
