@@ -20,7 +20,7 @@ OPS = sorted({path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks")
 OPS_WITH_KERNELS = [op for op in OPS if op != "train_step"]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gradient_error, harness, report, scale, selection_over_ranks  # noqa: E402
+from benchmarks import gradient_error, harness, head_over_ranks, report, scale, selection_over_ranks  # noqa: E402
 from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
 from benchmarks.__main__ import with_kept_runs  # noqa: E402
 
@@ -326,7 +326,7 @@ def test_simulated_rings_and_trees() -> None:
     assert tree.microseconds == 2 * (1 + 10) and tree.bytes.tolist() == [16, 8, 16, 8]
 
 
-@pytest.mark.parametrize("module", [selection_over_ranks, gradient_error])
+@pytest.mark.parametrize("module", [selection_over_ranks, head_over_ranks, gradient_error])
 def test_docs_have_the_measured_table(module: ModuleType) -> None:
     result = json.loads(module.RESULT.read_text())
     page = module.PAGE.read_text()

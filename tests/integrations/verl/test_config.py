@@ -8,9 +8,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import verl.utils.config
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
@@ -231,16 +231,81 @@ def test_recipes_are_found() -> None:
     assert {recipe.name for recipe in RECIPES} >= {"run_entropy_top20.sh", "run_dapo_14b_entropy_top20.sh"}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_ulysses_without_flash_attention_is_refused(attention: str) -> None:
-    """verl would let each rank attend to its own slice alone."""
-    from entropy_rl.integrations.verl import engine
+OLD_POLICY = ("entropy_top_scope=mini_batch", "entropy_top_source=old_policy")
+ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
+SOURCE = "actor_rollout_ref.actor.entropy_top_source=old_policy: it must be prepass with"
 
-    model_config = SimpleNamespace(hf_config=SimpleNamespace(_attn_implementation=attention))
-    fsdp = SimpleNamespace(model_config=model_config, use_ulysses_sp=True)
-    with pytest.raises(ConfigError, match=f"attn_implementation={attention}: it must be flash attention"):
-        engine._check_attention(fsdp)
-    fsdp.use_ulysses_sp = False
-    engine._check_attention(fsdp)
-    model_config.hf_config._attn_implementation, fsdp.use_ulysses_sp = "flash_attention_2", True
-    engine._check_attention(fsdp)
+
+def checked(*overrides: str, ratio: str = "0.2") -> None:
+    """Checks a run's configuration as the driver does before Ray starts."""
+    actor = tuple(f"actor_rollout_ref.actor.{key}" if key.startswith("entropy_top") else key for key in overrides)
+    rollout = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1"
+    config = composed(f"{RATIO}={ratio}", MICRO_BATCH, rollout, *actor)
+    verl.utils.config.validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # verl would let each rank attend to its own slice alone.
+        *(
+            (
+                (f"+{ATTENTION}={attention}", "actor_rollout_ref.model.use_remove_padding=true", f"{size}=2"),
+                f"{ATTENTION}={attention}: it must be flash attention",
+            )
+            for attention, size in (
+                ("eager", "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
+                ("sdpa", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"),
+                ("flex_attention", "actor_rollout_ref.actor.ulysses_sequence_parallel_size"),
+            )
+        ),
+        # There are no entropies of an old policy.
+        (
+            (*OLD_POLICY, "algorithm.rollout_correction.bypass_mode=true"),
+            f"{SOURCE} algorithm.rollout_correction.bypass_mode=true",
+        ),
+        ((*OLD_POLICY, "trainer.use_v1=false"), f"{SOURCE} trainer.use_v1=false"),
+    ],
+)
+def test_a_run_that_contradicts_the_selection_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        checked(*overrides)
+    assert "\n" not in str(error.value)
+    checked(*(key for key in overrides if not key.startswith("entropy_top")), ratio="null")  # verl alone takes it
+
+
+def test_runs_that_do_not_contradict_the_selection() -> None:
+    checked()
+    checked(*OLD_POLICY)
+    checked("entropy_top_scope=mini_batch", "algorithm.rollout_correction.bypass_mode=true")
+    ulysses = (
+        "actor_rollout_ref.model.use_remove_padding=true",
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+    )
+    checked(*ulysses)
+    checked(*ulysses, f"+{ATTENTION}=packed_cpu")
+    checked(f"+{ATTENTION}=eager")
+
+
+def test_the_driver_refuses_such_a_run_before_anything_starts() -> None:
+    attention = (f"+{ATTENTION}=eager", "actor_rollout_ref.model.use_remove_padding=true")
+    size = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
+    rollout = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1"
+    run = main_ppo(f"{RATIO}=0.2", "algorithm.adv_estimator=grpo", *attention, size, rollout)
+    assert run.returncode == 1
+    assert f"{ATTENTION}=eager: it must be flash attention" in run.stderr
+    assert "ray init" not in run.stdout
+
+
+def test_megatrons_dynamic_context_parallelism_is_refused() -> None:
+    key = "actor_rollout_ref.actor.megatron.dynamic_context_parallel"
+    length = "actor_rollout_ref.actor.megatron.max_seqlen_per_dp_cp_rank=64"
+    overrides = ("model_engine=megatron", f"{RATIO}=0.2", MICRO_BATCH, f"{key}=true", length)
+    with pytest.raises(Exception, match=re.escape(f"{key}=true: it must be false with entropy_top_ratio")):
+        omega_conf_to_dataclass(composed(*overrides).actor_rollout_ref.actor)
+
+
+@pytest.mark.parametrize("engine", ["veomni", "torchtitan"])
+def test_other_engines_have_no_such_key(engine: str) -> None:
+    with pytest.raises(ConfigCompositionException, match="entropy_top_ratio"):
+        composed(f"model_engine={engine}", f"{RATIO}=0.2")

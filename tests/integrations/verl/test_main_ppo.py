@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import task
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from architectures import CONFIGS as ARCHITECTURES
 from entropy_rl.integrations.verl import cpu
+from tiny_model import WORDS
 
 RECIPES = Path(__file__).parents[3] / "recipe/entropy_token_rule"
 ACTOR = "actor_rollout_ref.actor."
@@ -60,6 +62,7 @@ NO_GPU = [
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = task.save_problems(tmp_path_factory.mktemp("files"))
     task.save_model(directory / "model")
+    task.save_model(directory / "experts", config=ARCHITECTURES["qwen3_moe"])
     return directory
 
 
@@ -277,6 +280,114 @@ def test_two_workers_mini_batches_epochs_and_weights(files: Path, tmp_path: Path
         assert metrics["actor/entropy_token_ratio"] == pytest.approx(0.2, abs=0.02)
         assert "actor/kl_loss" in metrics and "rollout_corr/rollout_is_mean" in metrics
     assert_checkpoint_loads(files, tmp_path, ranks=2)
+
+
+PACKED = [
+    "actor_rollout_ref.model.use_remove_padding=true",
+    "actor_rollout_ref.model.override_config.attn_implementation=packed_cpu",
+]
+# What larger runs use, each with the fused head on the selected rows.
+LARGER = {
+    "packing, dynamic batch size": [
+        *PACKED,
+        *(f"{ACTOR}use_dynamic_bsz=true", f"{ACTOR}ppo_max_token_len_per_gpu=120"),
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=120",
+    ],
+}
+
+
+@FULL
+@pytest.mark.parametrize("name", LARGER)
+def test_larger_runs(files: Path, tmp_path: Path, name: str) -> None:
+    steps = main_ppo(
+        files,
+        tmp_path,
+        f"{ACTOR}entropy_top_ratio=0.2",
+        f"{ACTOR}entropy_top_scope=mini_batch",
+        f"{ACTOR}entropy_top_ranks=global",
+        f"{ACTOR}entropy_top_source=old_policy",
+        "actor_rollout_ref.model.use_fused_kernels=true",
+        *(override.format(files=files) for override in LARGER[name]),
+    )
+    assert_trained(steps)
+    for metrics in steps:
+        assert metrics["actor/ppo_kl_selected"] == pytest.approx(0, abs=1e-5)  # the policy has not moved yet
+
+
+TOOL = '''
+from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
+from verl.tools.function_tool import function_tool
+
+
+@function_tool
+def clock() -> str:
+    """Tells the time."""
+    return "It is noon."
+
+
+@ToolParser.register("every_answer")
+class EveryAnswer(ToolParser):
+    """A random model calls no tool, so each of its answers is taken for a call."""
+
+    async def extract_tool_calls(self, responses_ids, tools=None):
+        return self.tokenizer.decode(responses_ids), [FunctionCall(name="clock", arguments="{}")]
+'''
+WEIGHT = '''
+import time
+from pathlib import Path
+
+import torch
+
+
+def one(log_prob, entropy, advantages, response_mask):
+    """Weighs all tokens alike, and keeps what it was given."""
+    torch.save((entropy, response_mask), Path(__file__).parent / f"{time.time_ns()}.pt")
+    return torch.ones_like(entropy)
+'''
+
+
+@FULL
+def test_tokens_of_a_tool_in_an_agent_loop(files: Path, tmp_path: Path) -> None:
+    """verl's ToolAgentLoop: a turn of the model, one of the tool, one of the model. The tool's tokens neither compete
+    nor count."""
+    shutil.copytree(files / "model", tmp_path / "model")
+    # Digits end a turn, so that several fit into a response.
+    ends = [1, *(WORDS.index(digit) for digit in "0123456789")]
+    GenerationConfig(eos_token_id=ends, pad_token_id=0).save_pretrained(tmp_path / "model")
+    (tmp_path / "tool.py").write_text(TOOL)
+    (tmp_path / "weight.py").write_text(WEIGHT)
+    rollout = "actor_rollout_ref.rollout."
+    steps = main_ppo(
+        files,
+        tmp_path,
+        f"actor_rollout_ref.model.path={tmp_path}/model",
+        "data.max_response_length=64",
+        "data.return_raw_chat=true",
+        f"{rollout}multi_turn.enable=true",
+        f"{rollout}multi_turn.max_assistant_turns=2",
+        f"{rollout}multi_turn.format=every_answer",
+        f"{rollout}multi_turn.function_tool_path={tmp_path}/tool.py",
+        f"{rollout}agent.default_agent_loop=tool_agent",
+        f"{ACTOR}entropy_top_ratio=0.2",
+        f"{ACTOR}entropy_top_scope=mini_batch",
+        f"{ACTOR}token_weight={tmp_path}/weight.py:one",
+    )
+    seen = [torch.load(path) for path in sorted(tmp_path.glob("*.pt"))]
+    assert len(seen) == len(steps) == 2
+    for (entropy, mask), metrics in zip(seen, steps, strict=True):
+        inside = mask.bool()
+        # Tokens of the tool have tokens of the model before and after them.
+        between = ~inside & (inside.cumsum(1) > 0) & (inside.flip(1).cumsum(1).flip(1) > 0)
+        with_tool = between.any(1)
+        assert with_tool.sum() >= len(mask) // 4
+        assert (between.sum(1)[with_tool] == len("It is noon.")).all()
+        n = int(inside.sum())
+        k = int(n * 0.2 + 0.9999)
+        assert metrics["actor/entropy_token_ratio"] == pytest.approx(k / n, rel=1e-6)
+        assert metrics["actor/entropy_threshold"] == pytest.approx(
+            entropy[inside].sort(descending=True).values[k - 1].item(), rel=1e-6
+        )
 
 
 @FULL

@@ -83,6 +83,33 @@ class McoreActorConfig(_EntropyTop, verl.McoreActorConfig):
         super().__post_init__()
 
 
+def check_run(config: Any) -> None:
+    """Raises ConfigError if a run's configuration, a DictConfig, contradicts the selection of its actor."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    if not loss.applies(actor):
+        return
+    attention = model.get("override_config", {}).get("attn_implementation", "flash_attention_2")
+    ranks = max(each.get("ulysses_sequence_parallel_size", 1) for each in (actor, actor.get("fsdp_config", {})))
+    if ranks > 1 and attention in ("eager", "sdpa", "flex_attention"):
+        raise ConfigError(
+            f"actor_rollout_ref.model.override_config.attn_implementation={attention}: it must be flash attention (on "
+            f"a CPU packed_cpu) with {_PREFIX}ulysses_sequence_parallel_size={ranks}; verl exchanges heads around no "
+            "other"
+        )
+    if actor.entropy_top_scope == "micro_batch" or actor.entropy_top_source != "old_policy":
+        return
+    correction = config.algorithm.get("rollout_correction") or {}
+    for key, value, keeps_none in (
+        ("algorithm.rollout_correction.bypass_mode", correction.get("bypass_mode", False), True),
+        ("trainer.use_v1", config.trainer.get("use_v1", True), False),
+    ):
+        if value == keeps_none:
+            raise ConfigError(
+                f"{_PREFIX}entropy_top_source=old_policy: it must be prepass with {key}={str(value).lower()}, which "
+                "keeps no entropies of the old policy"
+            )
+
+
 def _check(name: str, value: Any, rule: Any) -> None:
     if not rule.holds(value):
         text = "null" if value is None else value

@@ -23,7 +23,6 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine.fsdp import transformer_impl as fsdp
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
-from entropy_rl.config import ConfigError
 from entropy_rl.integrations.verl import loss
 from entropy_rl.lm_head import patched_forward
 from entropy_rl.selection import StepSelection, prepass
@@ -99,7 +98,6 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
     def wrapped(self: Any, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         config = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and loss.applies(config):
-            _check_attention(self)
             step = StepSelection(config, self.get_data_parallel_group())
             if step.before_step:
                 # The loss of a distillation reads all tokens.
@@ -110,16 +108,6 @@ def _with_selection(forward_backward_batch: Callable[..., Any]) -> Callable[...,
         return forward_backward_batch(self, data, loss_function, forward_only)
 
     return wrapped
-
-
-def _check_attention(engine: Any) -> None:
-    """Raises ConfigError for Ulysses with an attention around which verl does not exchange heads and sequences."""
-    attention = getattr(engine.model_config.hf_config, "_attn_implementation", None)
-    if getattr(engine, "use_ulysses_sp", False) and attention in ("eager", "sdpa", "flex_attention"):
-        raise ConfigError(
-            f"actor_rollout_ref.model.override_config.attn_implementation={attention}: it must be flash attention (on "
-            "a CPU packed_cpu) with ulysses_sequence_parallel_size above 1; verl exchanges heads around no other"
-        )
 
 
 def _select_mini_batch(

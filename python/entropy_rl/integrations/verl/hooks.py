@@ -11,6 +11,7 @@ LOSS = {
     "verl.workers.config:FSDPActorConfig": _ACTOR,
     "verl.workers.config:McoreActorConfig": _ACTOR,
     "verl.workers.utils.losses:ppo_loss": "config, model_output, data, dp_group",
+    "verl.utils.config:validate_config": "config, ...",
     "verl.workers.utils.padding:no_padding_2_padding": "tensor, data",
     "verl.workers.utils.padding:response_from_nested": "tensor, response_mask",
     "verl.utils.tensordict_utils:get_non_tensor_data": "data, key, default",

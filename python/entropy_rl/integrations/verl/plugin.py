@@ -1,11 +1,14 @@
-"""The `verl.plugins` entry point, which installs this package's `ppo_loss` in verl.
+"""The `verl.plugins` entry point, which installs this package's `ppo_loss` and its check of a configuration in verl.
 
 verl loads it in each of its processes and logs an exception at debug level only. Importing this module therefore never
 raises: it stores the reason in `failure`, and `require` raises it when `entropy_top_ratio` is set.
 """
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from entropy_rl.integrations import missing_hook, warn_if_untested
 from entropy_rl.integrations.verl import hooks
@@ -41,17 +44,33 @@ def require() -> None:
     warn_if_untested("verl")
 
 
+def _with_check(validate_config: Callable[..., Any]) -> Callable[..., Any]:
+    """verl's check of the whole configuration, which the driver makes before Ray starts, and this package's."""
+
+    @functools.wraps(validate_config)
+    def wrapped(config: Any, *arguments: Any, **options: Any) -> Any:
+        from entropy_rl.integrations.verl.config import check_run
+
+        result = validate_config(config, *arguments, **options)
+        check_run(config)
+        return result
+
+    return wrapped
+
+
 def _install() -> None:
     global failure
     try:
         failure = unsupported_reason()
         if failure is not None:
             return
+        from verl.utils import config
         from verl.workers.utils import losses
 
         from entropy_rl.integrations.verl.loss import ppo_loss
 
         losses.ppo_loss = ppo_loss
+        config.validate_config = _with_check(config.validate_config)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
 
