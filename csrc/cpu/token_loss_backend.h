@@ -38,15 +38,6 @@ struct Chunk {
   }
 };
 
-// What a loss makes of a chunk and a tile sums.
-template <class T>
-struct ChunkResults {
-  alignas(64) T loss[kChunkTokens];
-  T clipped[kChunkTokens];
-  T clipped_lower[kChunkTokens];
-  T kl[kChunkTokens];
-};
-
 // Calls fn(tile, row, first token, end) for every tile.
 template <class T, class Fn>
 void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {

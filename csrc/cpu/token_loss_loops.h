@@ -4,7 +4,7 @@
 // there are more than a hundred: compiled in each, it would take most of the build.
 
 template <class T>
-__attribute__((always_inline)) inline T sum_of(const T* x, int count) {
+__attribute__((noinline)) T sum_of(const T* x, int count) {
   T lanes[kLanes] = {};
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -52,51 +52,41 @@ __attribute__((noinline)) int load_chunk(const TokenInputs<T>& in, int64_t row, 
   return count;
 }
 
-template <class T>
-__attribute__((noinline)) void add_results(const Chunk<T>& chunk, const ChunkResults<T>& results,
-                                           int count, LossSums<T>& sums) {
-  sums.loss += sum_of(results.loss, count);
-  sums.selected += sum_of(chunk.selected, count);
-  sums.response += sum_of(chunk.response, count);
-  sums.clipped += sum_of(results.clipped, count);
-  sums.clipped_lower += sum_of(results.clipped_lower, count);
-  sums.kl += sum_of(results.kl, count);
-}
-
-// What only a sequence loss needs.
-template <class T>
-__attribute__((noinline)) void add_sequence(const Chunk<T>& chunk, int count, bool weighted,
-                                            LossSums<T>& sums) {
-  alignas(64) T values[kChunkTokens];
-  for (int i = 0; i < count; ++i) values[i] = chunk.response[i] != 0 ? chunk.advantage[i] : T(0);
-  sums.advantage += sum_of(values, count);
-  if (!weighted) return;
-  for (int i = 0; i < count; ++i) {
-    values[i] = chunk.response[i] != 0 ? log_of_weight(chunk.weight[i]) : T(0);
-  }
-  sums.log_weight += sum_of(values, count);
-}
-
 template <class T, class TokenLoss>
 LossSums<T> tile_loss(TokenLoss token_loss, const TokenInputs<T>& in, int64_t row, int64_t begin,
                       int64_t end, T* __restrict__ gradient /*[rows, cols]*/) {
   LossSums<T> sums{};
   Chunk<T> chunk;
-  ChunkResults<T> results;
+  alignas(64) T loss[kChunkTokens], clipped[kChunkTokens], clipped_lower[kChunkTokens],
+      kl[kChunkTokens], advantage[kChunkTokens], log_weight[kChunkTokens];
   for (; begin < end; begin += kChunkTokens) {
     const int count = load_chunk(in, row, begin, end, chunk);
     for (int i = 0; i < count; ++i) {
       const TokenResult<T> result = token_loss(chunk.token(i));
       const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weight[i];
       // A selection, because a token outside the mask may hold NaN, and 0 * NaN is NaN.
-      results.loss[i] = chunk.selected[i] != 0 ? result.loss * weight : T(0);
+      loss[i] = chunk.selected[i] != 0 ? result.loss * weight : T(0);
       gradient[begin + i] = chunk.selected[i] != 0 ? result.gradient * weight : T(0);
-      results.clipped[i] = chunk.response[i] != 0 ? result.clipped : T(0);
-      results.clipped_lower[i] = chunk.response[i] != 0 ? result.clipped_lower : T(0);
-      results.kl[i] = chunk.response[i] != 0 ? result.kl : T(0);
+      clipped[i] = chunk.response[i] != 0 ? result.clipped : T(0);
+      clipped_lower[i] = chunk.response[i] != 0 ? result.clipped_lower : T(0);
+      kl[i] = chunk.response[i] != 0 ? result.kl : T(0);
     }
-    add_results(chunk, results, count, sums);
-    if constexpr (kIsSequenceLoss<TokenLoss>) add_sequence(chunk, count, in.weights, sums);
+    sums.loss += sum_of(loss, count);
+    sums.selected += sum_of(chunk.selected, count);
+    sums.response += sum_of(chunk.response, count);
+    sums.clipped += sum_of(clipped, count);
+    sums.clipped_lower += sum_of(clipped_lower, count);
+    sums.kl += sum_of(kl, count);
+    if constexpr (kIsSequenceLoss<TokenLoss>) {
+      for (int i = 0; i < count; ++i) {
+        advantage[i] = chunk.response[i] != 0 ? chunk.advantage[i] : T(0);
+      }
+      sums.advantage += sum_of(advantage, count);
+      for (int i = 0; i < count && in.weights; ++i) {
+        log_weight[i] = chunk.response[i] != 0 ? log_of_weight(chunk.weight[i]) : T(0);
+      }
+      if (in.weights) sums.log_weight += sum_of(log_weight, count);
+    }
   }
   return sums;
 }
