@@ -1,5 +1,6 @@
 """A tiny model, problems in verl's format, and the trainer's command line."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from entropy_rl import train
+from entropy_rl import config as configuration
+from entropy_rl import logs, train
 from tiny_model import save_tiny_model
 from training import ACTOR, as_arguments, read_metrics
 
@@ -23,6 +25,14 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process leave their curves empty: drawing them takes longer than training. test_logs.py draws them,
+    and so does a run in a separate process."""
+    if request.module.__name__ != "test_logs":
+        monkeypatch.setattr(logs, "_draw", lambda history, path: path.touch())
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +90,22 @@ def overrides(model_path: Path, problems_path: Path, reward_path: Path, tmp_path
         "trainer.default_local_dir": tmp_path / "run",
         "trainer.logger": "[file]",
     }
+
+
+DIRECTORY = "trainer.default_local_dir"
+_LOADED: dict[tuple[str, ...], Any] = {}
+
+
+@pytest.fixture
+def config(overrides: dict[str, Any]) -> Any:
+    """The configuration of `overrides`, a copy of the one that the first test composed: Hydra takes as long for it as
+    the rest of a test."""
+    arguments = tuple(as_arguments({key: value for key, value in overrides.items() if key != DIRECTORY}))
+    if arguments not in _LOADED:
+        _LOADED[arguments] = configuration.load(arguments)
+    loaded = copy.deepcopy(_LOADED[arguments])
+    loaded.trainer.default_local_dir = str(overrides[DIRECTORY])
+    return loaded
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from training import as_arguments
 
 
 @pytest.fixture
-def config(overrides: dict[str, Any]) -> Any:
-    return configuration.load(as_arguments(overrides | {"actor_rollout_ref.rollout.temperature": 0.8}))
+def config(config: Any) -> Any:
+    config.actor_rollout_ref.rollout.temperature = 0.8
+    return config
 
 
 @pytest.fixture

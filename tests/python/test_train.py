@@ -24,11 +24,6 @@ Overrides = dict[str, Any]
 
 
 @pytest.fixture
-def config(overrides: Overrides) -> Any:
-    return configuration.load(as_arguments(overrides))
-
-
-@pytest.fixture
 def model(config: Any) -> Any:
     return train.load_model(config.actor_rollout_ref.model, config.actor_rollout_ref.model.path)
 
