@@ -62,11 +62,12 @@ def linear_work(rows: int, vocab: int) -> Callable[[], Any]:
     return run
 
 
-def selection_work(rows: int, columns: int, scope: str, algorithm: str) -> Callable[[], Any]:
+def selection_work(rows: int, columns: int, scope: str, algorithm: str, groups: int = 0) -> Callable[[], Any]:
     x = logits(rows, columns, dtype=torch.float32).abs()
     mask = x > -1
     ratio = torch.tensor(0.2, dtype=torch.float64)
-    return lambda: ops.global_top_mask_forward(x, mask, ratio, "topk", scope, None, algorithm)
+    group_ids = device.to_device(torch.arange(rows) % groups) if groups else None
+    return lambda: ops.global_top_mask_forward(x, mask, ratio, "topk", scope, group_ids, algorithm)
 
 
 def loss_work(loss_mode: str, rows: int, columns: int) -> Callable[[], Any]:
@@ -94,6 +95,8 @@ def make_work() -> dict[str, tuple[int, Callable[[], Any]]]:
         "global_top_mask fp32 [1, 131072], radix": (tokens, selection_work(1, tokens, "batch", "radix")),
         "global_top_mask fp32 [1, 131072], sort": (tokens, selection_work(1, tokens, "batch", "sort")),
         "global_top_mask fp32 [32, 4096] by row, radix": (tokens, selection_work(32, 4096, "sequence", "radix")),
+        "global_top_mask fp32 [128, 1024] in 2 groups": (tokens, selection_work(128, 1024, "group", "radix", 2)),
+        "global_top_mask fp32 [128, 1024] in 16 groups": (tokens, selection_work(128, 1024, "group", "radix", 16)),
     }
     for mode in ("vanilla", "gspo", "cispo"):
         work[f"policy_loss {mode} fp32 [64, 2048]"] = (tokens, loss_work(mode, 64, 2048))

@@ -119,23 +119,33 @@ void radix_select(const Keys& keys, int64_t rows, int64_t columns, const Segment
                   const SelectionRule& rule, uint8_t* mask /*[rows, columns]*/,
                   const Tensor& on_device_of, cudaStream_t stream) {
   using Key = typename Keys::Key;
-  if (radix_block_a_segment(rows, columns)) {
-    const RadixInputs<Keys> in{keys, segments.ids, segments.row_order, TileLayout(rows, columns),
-                               rule};
+  const bool by_group = segments.ids != nullptr;
+  const DeviceArray<SegmentRows> groups(on_device_of, by_group ? rows : 0);
+  const SegmentRows* segment_rows = by_group ? groups.data() : nullptr;
+  if (by_group) {
+    const int64_t blocks = (rows + kTileThreads - 1) / kTileThreads;
+    segment_rows_kernel<<<grid_size(blocks), kTileThreads, 0, stream>>>(segments.ids, rows,
+                                                                        groups.data());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  const int64_t block_keys = radix_block_keys(rows, columns, by_group);
+  if (columns <= block_keys) {
+    const RadixInputs<Keys> in{keys, segment_rows, segments.row_order, TileLayout(rows, columns),
+                               rule, block_keys};
     radix_segment_kernel<Keys><<<grid_size(rows), kRadixThreads, 0, stream>>>(in, mask);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    return;
   }
+  if ((by_group ? rows * columns : columns) <= block_keys) return;
   const TileLayout layout(rows, columns, radix_tile_keys(rows, columns));
-  const RadixInputs<Keys> in{keys, segments.ids, segments.row_order, layout, rule};
+  const RadixInputs<Keys> in{keys, segment_rows, segments.row_order, layout, rule, block_keys};
   constexpr int kPasses = Digit<Key>::kPasses;
-  const DeviceArray<uint32_t> histograms(on_device_of, kPasses * rows * kDigits);
-  const DeviceArray<RadixCut<Key>> cuts(on_device_of, kPasses * rows);
+  const int64_t counts = kPasses * in.places() * kDigits;
+  const DeviceArray<uint32_t> histograms(on_device_of, counts);
+  const DeviceArray<RadixCut<Key>> cuts(on_device_of, kPasses * in.places());
   const DeviceArray<Key> tile_values(on_device_of, layout.tiles());
-  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), rows};
+  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), in.places()};
   const unsigned blocks = grid_size(layout.tiles());
-  STD_CUDA_CHECK(
-      cudaMemsetAsync(histograms.data(), 0, kPasses * rows * kDigits * sizeof(uint32_t), stream));
+  STD_CUDA_CHECK(cudaMemsetAsync(histograms.data(), 0, counts * sizeof(uint32_t), stream));
   for (int pass = 0; pass < kPasses; ++pass) {
     radix_histogram_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, pass);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

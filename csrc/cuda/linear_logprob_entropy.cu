@@ -14,7 +14,7 @@ struct Tiles {
       using Acc = accumulate_t<decltype(element)>;
       const auto kernel = token_statistics ? linear_logprob_entropy_tile_kernel<Acc, true>
                                            : linear_logprob_entropy_tile_kernel<Acc, false>;
-      kernel<<<grid_size(in.rows), softmax_row_threads(in.width), 0, device.stream()>>>(
+      kernel<<<grid_size(in.rows), head_tile_threads(in.width), 0, device.stream()>>>(
           arguments<Acc>(in), mutable_data<VocabState>(state));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -27,7 +27,7 @@ struct Tiles {
       using Acc = decltype(element);
       using Out = decltype(out_element);
       linear_logprob_entropy_tile_backward_kernel<Acc, Out>
-          <<<grid_size(in.rows), softmax_row_threads(in.width), 0, device.stream()>>>(
+          <<<grid_size(in.rows), head_tile_threads(in.width), 0, device.stream()>>>(
               arguments<Acc>(in), const_data<Acc>(gradients.grad_log_prob),
               const_data<Acc>(gradients.grad_entropy), const_data<Acc>(gradients.entropy),
               const_data<Acc>(gradients.max_log_sum), mutable_data<Out>(gradient),

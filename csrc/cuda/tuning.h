@@ -14,6 +14,9 @@ inline int softmax_row_threads(int64_t vocab) {
   if (vocab >= 1024) return 128;
   return 32;
 }
+// Threads that share a row of a tile of the LM head's logits, at most 8192 of them: each takes four
+// rounds of four packs, so that the merge of the threads' sums is a small part of the work.
+inline int head_tile_threads(int64_t width) { return width >= 1024 ? 128 : 32; }
 // From this many rows on, a block takes a row: three waves of blocks on 132 SMs, two to an SM. With
 // fewer rows a block takes a part of a row, and a second kernel merges the parts.
 constexpr int64_t kWholeRowsFrom = 768;
@@ -36,13 +39,17 @@ constexpr int kSegmentThreads = 256;
 constexpr int64_t kMaxRadixKeys = (int64_t{1} << 32) - 1;
 constexpr int kRadixThreads = 512;
 
-// Whether a block takes a segment: where there are enough rows to fill the device, or so few tokens
-// that one block is done before a second kernel would start.
-inline bool radix_block_a_segment(int64_t rows, int64_t columns) {
-  return rows >= 128 || rows * columns <= 8192;
+// The most keys of a segment for which one block does everything. Of a larger segment a block takes
+// a tile.
+//   Rows: any number, where there are enough rows to fill the device; otherwise so few that one
+//   block is done before a second kernel would start.
+//   Groups: 16,384, which a block reads four to six times, 2048 at a time. The number of groups and
+//   their sizes are known on the device alone.
+inline int64_t radix_block_keys(int64_t rows, int64_t columns, bool by_group) {
+  if (by_group) return 16384;
+  return rows >= 128 ? columns : 8192 / rows;
 }
-// Otherwise a block takes a tile. About 512 tiles, two waves of two blocks an SM; at least 4096
-// keys each.
+// The tiles of larger segments: about 512, two waves of two blocks an SM; at least 4096 keys each.
 inline int radix_tile_keys(int64_t rows, int64_t columns) {
   constexpr int64_t kSmallest = 4096;
   const int64_t tiles_per_row = rows < 512 ? 512 / rows : 1;

@@ -47,11 +47,17 @@ __device__ __forceinline__ VocabPart<Acc> warp_merge(const VocabPart<Acc>& part,
   return merged;
 }
 
-// The sums of a tile's row over this thread's packs. kStatistics: squares and before_target too.
+// A part of a tile's row. Only the statistics need squares and before_target, which take as many
+// shuffles as the softmax.
+template <class Acc, bool kStatistics>
+using TilePart = std::conditional_t<kStatistics, VocabPart<Acc>, OnlineSoftmax<Acc>>;
+
+// The sums of a tile's row over this thread's packs.
 template <bool kStatistics, class Acc>
-__device__ __forceinline__ VocabPart<Acc> thread_part(const LogitTile<Acc>& tile,
-                                                      const PackReader<Acc>& reader, int64_t target,
-                                                      const RowScale<Acc>& scale) {
+__device__ __forceinline__ TilePart<Acc, kStatistics> thread_part(const LogitTile<Acc>& tile,
+                                                                  const PackReader<Acc>& reader,
+                                                                  int64_t target,
+                                                                  const RowScale<Acc>& scale) {
   constexpr int kCount = Pack<Acc>::kCount;
   LogitSums<Acc> sums;
   Acc before_target = -static_cast<Acc>(INFINITY);
@@ -82,25 +88,30 @@ __device__ __forceinline__ VocabPart<Acc> thread_part(const LogitTile<Acc>& tile
     }
   };
   for_each_pair(reader, 0, reader.packs(), add);
-  return {sums.state(scale), sums.squares, before_target};
+  if constexpr (kStatistics) {
+    return {sums.state(scale), sums.squares, before_target};
+  } else {
+    return sums.state(scale);
+  }
 }
 
 // A block a row. With statistics a thread needs more registers than two blocks an SM leave it.
 template <class Acc, bool kStatistics>
 __global__ void __launch_bounds__(kMaxRowThreads, kStatistics ? 1 : kRowBlocks<Acc>)
     linear_logprob_entropy_tile_kernel(LogitTile<Acc> tile, VocabState* state /*[rows]*/) {
-  __shared__ VocabPart<Acc> shared[kMaxRowWarps];
+  using Part = TilePart<Acc, kStatistics>;
+  __shared__ Part shared[kMaxRowWarps];
   const int64_t row = blockIdx.x;
   const Acc* products = tile.products + row * tile.stride;
   const int64_t target = tile.target_column(row);
   const RowScale<Acc> scale(tile.temperature_of(row));
   const PackReader<Acc> reader(products, tile.width);
-  const VocabPart<Acc> part =
+  const Part part =
       warp_merge(thread_part<kStatistics>(tile, reader, target, scale), scale.inverse_temperature);
   if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = part;
   __syncthreads();
   if (threadIdx.x >= kWarpSize) return;
-  const VocabPart<Acc> merged = merge_warps(shared, scale.inverse_temperature);
+  const Part merged = merge_warps(shared, scale.inverse_temperature);
   if (threadIdx.x != 0) return;
   state[row].part =
       merge(state[row].part, widened(merged), static_cast<double>(scale.inverse_temperature));
@@ -115,8 +126,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) linear_logprob_entropy_tile_ba
     LogitTile<Acc> tile, const Acc* grad_log_prob /*[rows]*/, const Acc* grad_entropy /*[rows]*/,
     const Acc* entropy /*[rows]*/, const Acc* max_log_sum /*[rows, 2]*/,
     Out* gradient /*[rows, width]*/, int64_t gradient_stride) {
-  // 16 bytes of float. Doubles are taken one by one, since four would spill.
+  // 16 bytes of float. Doubles are taken one by one: four would spill.
   constexpr int kCount = 4;
+  constexpr int kAhead = 4;  // packs that a thread loads before it uses the first
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int64_t row = blockIdx.x;
@@ -132,24 +144,48 @@ __global__ void __launch_bounds__(kMaxRowThreads) linear_logprob_entropy_tile_ba
   const RowGradient<Acc> at(
       SoftmaxGradient<Acc>{shift_of(max_log_sum[2 * row]), max_log_sum[2 * row + 1], entropy[row],
                            Acc(1) / tile.temperature_of(row), g_log_prob, g_entropy});
+  const bool is_identity = tile.transform.is_identity();
   const auto gradient_of = [&](Acc x, int column) {
     const Acc z = tile.transform(x, column);
     return tile.transform.slope(z) * (at(z) + (column == target ? at.pull : Acc(0)));
   };
-  const bool by_packs = sizeof(Acc) == sizeof(float) && Pack<Acc, kCount>::is_aligned(products) &&
-                        Pack<Out, kCount>::is_aligned(out);
-  const int packs = by_packs ? tile.width / kCount : 0;
-  for (int pack = thread; pack < packs; pack += threads) {
-    const int column = pack * kCount;
-    const auto x = Pack<Acc, kCount>::load(products + column);
-    Pack<Out, kCount> written;
+  const auto write = [&](const Pack<Acc, kCount>& x, int column) {
+    Acc values[kCount];
+    if (is_identity) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      store_value(gradient_of(x.values[j], column + j), &written.values[j]);
+      for (int j = 0; j < kCount; ++j) values[j] = at(x.values[j]);
+      const int64_t in_pack = target - column;
+      if (in_pack >= 0 && in_pack < kCount) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) values[j] += j == in_pack ? at.pull : Acc(0);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) values[j] = gradient_of(x.values[j], column + j);
     }
-    written.store(out + column);
+    rounded_pack<Out>(values).store(out + column);
+  };
+  int written = 0;
+  if constexpr (std::is_same_v<Acc, float>) {
+    const bool aligned =
+        Pack<Acc, kCount>::is_aligned(products) && Pack<Out, kCount>::is_aligned(out);
+    const int packs = aligned ? tile.width / kCount : 0;
+    int pack = thread;
+    for (; pack < packs - (kAhead - 1) * threads; pack += kAhead * threads) {
+      Pack<Acc, kCount> loaded[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        loaded[i] = Pack<Acc, kCount>::load_at_once(products + (pack + i * threads) * kCount);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) write(loaded[i], (pack + i * threads) * kCount);
+    }
+    for (; pack < packs; pack += threads) {
+      write(Pack<Acc, kCount>::load_at_once(products + pack * kCount), pack * kCount);
+    }
+    written = packs * kCount;
   }
-  for (int j = packs * kCount + thread; j < tile.width; j += threads) {
+  for (int j = written + thread; j < tile.width; j += threads) {
     store_value(gradient_of(products[j], j), out + j);
   }
 }

@@ -98,12 +98,20 @@ ENTROPY_RL_HD inline VocabPart<Acc> merge(const VocabPart<Acc>& a, const VocabPa
   return out;
 }
 
+// In double; a part without statistics gets those of a part without elements.
+template <class Acc>
+ENTROPY_RL_HD inline VocabPart<double> widened(const OnlineSoftmax<Acc>& part) {
+  VocabPart<double> out = VocabPart<double>::neutral();
+  out.softmax = {static_cast<double>(part.max), static_cast<double>(part.sum),
+                 static_cast<double>(part.dot)};
+  return out;
+}
 template <class Acc>
 ENTROPY_RL_HD inline VocabPart<double> widened(const VocabPart<Acc>& part) {
-  return {{static_cast<double>(part.softmax.max), static_cast<double>(part.softmax.sum),
-           static_cast<double>(part.softmax.dot)},
-          static_cast<double>(part.squares),
-          static_cast<double>(part.before_target)};
+  VocabPart<double> out = widened(part.softmax);
+  out.squares = static_cast<double>(part.squares);
+  out.before_target = static_cast<double>(part.before_target);
+  return out;
 }
 
 // A row after some of its tiles: a row of the state tensor [rows, 6] float64.

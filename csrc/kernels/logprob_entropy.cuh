@@ -203,26 +203,6 @@ __global__ void softmax_merge_kernel(
 
 // ---- Backward ----
 
-// `x` rounded to T; in pairs for bfloat16, which the hardware rounds by one instruction.
-template <class T, class Acc>
-__device__ __forceinline__ Pack<T> rounded_pack(const Acc (&x)[Pack<T>::kCount]) {
-  Pack<T> pack;
-#if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kCount; j += 2) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[j], x[j + 1]);
-      memcpy(&pack.values[j], &pair, sizeof(pair));
-    }
-  } else
-#endif
-  {
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kCount; ++j) store_value(x[j], &pack.values[j]);
-  }
-  return pack;
-}
-
 // One part of a row that is written: packs [begin, end), for the first part also the elements
 // before the first 16-byte boundary, for the last part also the elements after the last pack.
 template <class T>

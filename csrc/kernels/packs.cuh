@@ -83,6 +83,26 @@ struct Pack {
   }
 };
 
+// `x` rounded to T; in pairs for bfloat16, which the hardware rounds by one instruction.
+template <class T, int kCount, class Acc>
+__device__ __forceinline__ Pack<T, kCount> rounded_pack(const Acc (&x)[kCount]) {
+  Pack<T, kCount> pack;
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+#pragma unroll
+    for (int j = 0; j < kCount; j += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[j], x[j + 1]);
+      memcpy(&pack.values[j], &pair, sizeof(pair));
+    }
+  } else
+#endif
+  {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) store_value(x[j], &pack.values[j]);
+  }
+  return pack;
+}
+
 // ---- Tokens ----
 
 // Consecutive tokens that a thread takes at a time.

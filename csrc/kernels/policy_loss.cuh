@@ -45,7 +45,8 @@ __global__ void sequence_log_ratio_kernel(const Moments<T>* moments /*[rows, til
   const int lanes = lanes_per_row(tiles_per_row);
   const int64_t rows_per_block = blockDim.x / lanes;
   const int64_t row = blockIdx.x * rows_per_block + threadIdx.x / lanes;
-  const Moments<double> sums = shared_row_sum(moments, row, rows, tiles_per_row, lanes);
+  const Moments<T> first = first_tile(moments, row, rows, tiles_per_row, lanes);
+  const Moments<double> sums = shared_row_sum(first, moments, row, rows, tiles_per_row, lanes);
   if (threadIdx.x % lanes == 0 && row < rows) out[row] = static_cast<T>(sequence_log_ratio(sums));
 }
 

@@ -1,9 +1,10 @@
 // global_top_mask by radix select (global_top_mask.cuh has the rule): a histogram of the keys that
 // share the bits found so far gives 11 more bits of the k-th largest key.
+// Segments of few keys, and where segments are groups of rows first segment_rows_kernel:
 //   radix_segment_kernel    a block a segment does all of it, with histograms in shared memory
+// The others:
 //   radix_histogram_kernel  a block a tile: one pass, added to the counts of the segment; each
-//   block
-//                           finds the previous pass's digit for itself
+//                           block finds the previous pass's digit for itself
 //   radix_ties_kernel       a block a tile: what the masks of other tiles must know of this one
 //   radix_mask_kernel       a block a tile
 // For keys of several processes, radix_counts_kernel and radix_key_kernel are a pass, and between
@@ -280,38 +281,66 @@ __device__ __forceinline__ uint32_t mask_first_ties(const Keys& keys, int64_t be
   return before_round;
 }
 
-// The inputs of the kernels. Rows are taken in `row_order`. A segment is a run of rows with the
-// same id, or one row if `ids` is null.
+// Rows [begin, end) that are a segment.
+struct alignas(16) SegmentRows {
+  int64_t begin;
+  int64_t end;
+};
+
+// The segment of each row. `ids` ascend; a segment is a run of equal ones.
+template <class Id>
+__global__ void segment_rows_kernel(const Id* ids /*[rows]*/, int64_t rows,
+                                    SegmentRows* segments /*[rows]*/) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  int64_t begin = 0;
+  int64_t end = row;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (ids[middle] < ids[row]) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  segments[row] = {begin, segment_end(ids, row, rows)};
+}
+
+// The inputs of the kernels. Rows are taken in `row_order`. Without `segments` every row is one,
+// and all go to the same kernels.
 template <class Keys>
 struct RadixInputs {
-  Keys keys;                 // [rows, columns]
-  const int64_t* ids;        // [rows] ascending, or null
-  const int64_t* row_order;  // [rows], or null: 0, 1, 2, ...
+  Keys keys;                    // [rows, columns]
+  const SegmentRows* segments;  // [rows], or null
+  const int64_t* row_order;     // [rows], or null: 0, 1, 2, ...
   TileLayout layout;
   SelectionRule rule;
+  int64_t block_keys = 0;  // most keys of a segment that radix_segment_kernel takes
 
   // Where a tile begins among the keys and in the mask.
   __device__ __forceinline__ int64_t begin(int64_t tile) const {
     const int64_t row = layout.row(tile);
     return (row_order ? row_order[row] : row) * layout.columns + layout.column(tile);
   }
-  // The first row of a row's segment, which identifies the segment.
-  __device__ __forceinline__ int64_t segment_begin(int64_t row) const {
-    if (!ids) return row;
-    int64_t begin = 0;
-    int64_t end = row;
-    while (begin < end) {
-      const int64_t middle = begin + (end - begin) / 2;
-      if (ids[middle] < ids[row]) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
-    }
-    return begin;
+  __device__ __forceinline__ SegmentRows segment(int64_t row) const {
+    return segments ? segments[row] : SegmentRows{row, row + 1};
   }
-  __device__ __forceinline__ int64_t segment_end(int64_t row) const {
-    return ids ? entropy_rl::segment_end(ids, row, layout.rows) : row + 1;
+  __device__ __forceinline__ bool is_small(const SegmentRows& rows) const {
+    return (rows.end - rows.begin) * layout.columns <= block_keys;
+  }
+
+  // The place in RadixState of a segment that is not small. Two such segments begin over block_keys
+  // keys apart, so that far fewer places than rows are enough.
+  __device__ __forceinline__ int64_t place(const SegmentRows& rows) const {
+    return segments ? rows.begin * layout.columns / keys_a_place() : rows.begin;
+  }
+  ENTROPY_RL_HD int64_t places() const {
+    return segments ? layout.rows * layout.columns / keys_a_place() : layout.rows;
+  }
+
+ private:
+  ENTROPY_RL_HD int64_t keys_a_place() const {
+    return layout.columns > block_keys ? layout.columns : block_keys;
   }
 };
 
@@ -324,9 +353,11 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
   __shared__ RadixShared<Key> shared;
   const TileLayout& layout = in.layout;
   for (int64_t row = blockIdx.x; row < layout.rows; row += gridDim.x) {
-    if (in.ids && row > 0 && in.ids[row] == in.ids[row - 1]) continue;  // another block's segment
+    const SegmentRows segment = in.segment(row);
+    if (segment.begin != row) continue;  // another block's segment
+    if (in.segments && !in.is_small(segment)) continue;
     const int64_t first = row * layout.tiles_per_row;
-    const int64_t last = in.segment_end(row) * layout.tiles_per_row;
+    const int64_t last = segment.end * layout.tiles_per_row;
     RadixCut<Key> cut{};
     for (int pass = 0; pass < Digit<Key>::kPasses; ++pass) {
       clear_digits(histogram);
@@ -370,19 +401,19 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
 
 // ---- A block a tile ----
 
-// What the kernels pass on, for every segment at the index of its first row.
+// What the kernels pass on, for every segment at its place.
 template <class Key>
 struct RadixState {
-  uint32_t* histograms;  // [passes, rows, kDigits], zero at the start; null if the cuts are given
-  RadixCut<Key>* cuts;   // [passes, rows]
+  uint32_t* histograms;  // [passes, places, kDigits], zero at the start; null if the cuts are given
+  RadixCut<Key>* cuts;   // [passes, places]
   Key* tile_values;      // [tiles]: ties in the tile, or its smallest key above the cut
-  int64_t rows;
+  int64_t places;
 
-  __device__ __forceinline__ uint32_t* histogram(int pass, int64_t segment) const {
-    return histograms + (pass * rows + segment) * kDigits;
+  __device__ __forceinline__ uint32_t* histogram(int pass, int64_t place) const {
+    return histograms + (pass * places + place) * kDigits;
   }
-  __device__ __forceinline__ RadixCut<Key>* cut(int pass, int64_t segment) const {
-    return cuts + pass * rows + segment;
+  __device__ __forceinline__ RadixCut<Key>* cut(int pass, int64_t place) const {
+    return cuts + pass * places + place;
   }
 };
 
@@ -390,13 +421,14 @@ struct RadixState {
 template <class Keys>
 __device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
     const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state, int pass,
-    int64_t segment, int64_t tile, RadixShared<typename Keys::Key>* shared) {
+    const SegmentRows& segment, int64_t tile, RadixShared<typename Keys::Key>* shared) {
   using Key = typename Keys::Key;
-  const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, segment) : RadixCut<Key>{};
-  const RadixCut<Key> cut = with_digit(state.histogram(pass, segment), kDigits, before, pass == 0,
+  const int64_t place = in.place(segment);
+  const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, place) : RadixCut<Key>{};
+  const RadixCut<Key> cut = with_digit(state.histogram(pass, place), kDigits, before, pass == 0,
                                        Digit<Key>(pass).shift, in.rule, shared);
-  if (tile == segment * in.layout.tiles_per_row && threadIdx.x == 0) {
-    *state.cut(pass, segment) = cut;
+  if (tile == segment.begin * in.layout.tiles_per_row && threadIdx.x == 0) {
+    *state.cut(pass, place) = cut;
   }
   return cut;
 }
@@ -408,14 +440,15 @@ __global__ void radix_histogram_kernel(RadixInputs<Keys> in, RadixState<typename
   __shared__ uint32_t histogram[kDigits];
   __shared__ RadixShared<Key> shared;
   const int64_t tile = blockIdx.x;
-  const int64_t segment = in.segment_begin(in.layout.row(tile));
+  const SegmentRows segment = in.segment(in.layout.row(tile));
+  if (in.segments && in.is_small(segment)) return;
   RadixCut<Key> cut{};
   if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
   clear_digits(histogram);
   __syncthreads();
   count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
   __syncthreads();
-  add_digits(histogram, state.histogram(pass, segment));
+  add_digits(histogram, state.histogram(pass, in.place(segment)));
 }
 
 template <class Keys>
@@ -423,10 +456,11 @@ __global__ void radix_ties_kernel(RadixInputs<Keys> in, RadixState<typename Keys
   using Key = typename Keys::Key;
   __shared__ RadixShared<Key> shared;
   const int64_t tile = blockIdx.x;
-  const int64_t segment = in.segment_begin(in.layout.row(tile));
+  const SegmentRows segment = in.segment(in.layout.row(tile));
+  if (in.segments && in.is_small(segment)) return;
   constexpr int kLast = Digit<Key>::kPasses - 1;
   const RadixCut<Key> cut = state.histograms ? cut_after(in, state, kLast, segment, tile, &shared)
-                                             : *state.cut(kLast, segment);
+                                             : *state.cut(kLast, in.place(segment));
   const int64_t begin = in.begin(tile);
   const int64_t size = in.layout.size(tile);
   Key value = 0;
@@ -451,11 +485,12 @@ __global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys
   using Key = typename Keys::Key;
   __shared__ RadixShared<Key> shared;
   const int64_t tile = blockIdx.x;
-  const int64_t segment = in.segment_begin(in.layout.row(tile));
-  const RadixCut<Key> cut = *state.cut(Digit<Key>::kPasses - 1, segment);
+  const SegmentRows segment = in.segment(in.layout.row(tile));
+  if (in.segments && in.is_small(segment)) return;
+  const RadixCut<Key> cut = *state.cut(Digit<Key>::kPasses - 1, in.place(segment));
   const int64_t begin = in.begin(tile);
   const int64_t size = in.layout.size(tile);
-  const int64_t first = segment * in.layout.tiles_per_row;
+  const int64_t first = segment.begin * in.layout.tiles_per_row;
   if (splits_ties(cut, in.rule)) {
     Key before = 0;
     for (int64_t i = first + threadIdx.x; i < tile; i += blockDim.x) before += state.tile_values[i];
@@ -467,7 +502,7 @@ __global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys
   if (cut.keeps_nothing()) return fill_zero_bytes(mask + begin, size);
   Key next = kNaNKey<Key>;
   if (needs_next_key(cut, in.rule)) {
-    const int64_t last = in.segment_end(segment) * in.layout.tiles_per_row;
+    const int64_t last = segment.end * in.layout.tiles_per_row;
     for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
       next = SmallerKey{}(next, state.tile_values[i]);
     }

@@ -153,15 +153,27 @@ ENTROPY_RL_HD inline int lanes_per_row(int64_t tiles_per_row) {
   return lanes;
 }
 
-// row_sum by `lanes` neighbouring threads, each of which returns it. All threads of a warp call it.
-// The sum of a row after the last is 0.
+constexpr int kMaxFinishThreads = 512;
+
+// This lane's first tile of a row; zero where it has none, and after the last row.
 template <template <class> class Sums, class T>
-__device__ __forceinline__ Sums<double> shared_row_sum(const Sums<T>* tile_sums, int64_t row,
+__device__ __forceinline__ Sums<T> first_tile(const Sums<T>* tile_sums, int64_t row, int64_t rows,
+                                              int64_t tiles_per_row, int lanes) {
+  const int64_t tile = threadIdx.x % lanes;
+  return row < rows && tile < tiles_per_row ? tile_sums[row * tiles_per_row + tile] : Sums<T>{};
+}
+
+// row_sum by `lanes` neighbouring threads, each of which returns it; `first` is first_tile. All
+// threads of a warp call it.
+template <template <class> class Sums, class T>
+__device__ __forceinline__ Sums<double> shared_row_sum(const Sums<T>& first,
+                                                       const Sums<T>* tile_sums, int64_t row,
                                                        int64_t rows, int64_t tiles_per_row,
                                                        int lanes) {
   Sums<double> sum{};
+  sum += first;
   if (row < rows) {
-    for (int64_t tile = threadIdx.x % lanes; tile < tiles_per_row; tile += lanes) {
+    for (int64_t tile = threadIdx.x % lanes + lanes; tile < tiles_per_row; tile += lanes) {
       sum += tile_sums[row * tiles_per_row + tile];
     }
   }
@@ -171,37 +183,53 @@ __device__ __forceinline__ Sums<double> shared_row_sum(const Sums<T>* tile_sums,
   return sum;
 }
 
-// Launched with one block.
-template <class T, bool is_sequence_loss>
-__global__ void finish_loss_kernel(const LossSums<T>* sums /*[tiles]*/, int64_t rows,
-                                   int64_t tiles_per_row, Normalization normalization,
-                                   T* loss /*[]*/, T* metrics /*[kMetrics]*/,
-                                   T* row_scale /*[rows]*/) {
-  __shared__ BatchSums shared_batch[kMaxWarps];
-  __shared__ double shared_loss[kMaxWarps];
+// Calls f(row, sum of the row) for every row, by one thread. All threads of the block call it.
+template <class T, class F>
+__device__ __forceinline__ void for_each_row(const LossSums<T>* sums /*[rows, tiles_per_row]*/,
+                                             int64_t rows, int64_t tiles_per_row, F f) {
+  // Rows whose loads a thread has in flight together, since nothing else hides their latency.
+  constexpr int kAhead = 4;
   const int lanes = lanes_per_row(tiles_per_row);
   const int rows_at_once = static_cast<int>(blockDim.x) / lanes;
-  const int64_t first_row = threadIdx.x / lanes;
-  const bool is_first_lane = threadIdx.x % lanes == 0;
   // Every thread makes all rounds, because the shuffles need all lanes.
-  const int64_t rounds = (rows + rows_at_once - 1) / rows_at_once;
-  BatchSums batch{};
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t row = first_row + round * rows_at_once;
-    const LossSums<double> row_sums = shared_row_sum(sums, row, rows, tiles_per_row, lanes);
-    if (is_first_lane) batch.add_row(row_sums, normalization);
+  for (int64_t begin = 0; begin < rows; begin += kAhead * rows_at_once) {
+    const int64_t first_row = begin + threadIdx.x / lanes;
+    LossSums<T> first[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      first[i] = first_tile(sums, first_row + i * rows_at_once, rows, tiles_per_row, lanes);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (begin + i * rows_at_once >= rows) break;
+      const int64_t row = first_row + i * rows_at_once;
+      const LossSums<double> sum = shared_row_sum(first[i], sums, row, rows, tiles_per_row, lanes);
+      if (threadIdx.x % lanes == 0 && row < rows) f(row, sum);
+    }
   }
+}
+
+// Launched with one block. Without the bound the compiler might give a thread more registers than a
+// block of kMaxFinishThreads has for it, and the launch would fail.
+template <class T, bool is_sequence_loss>
+__global__ void __launch_bounds__(kMaxFinishThreads)
+    finish_loss_kernel(const LossSums<T>* sums /*[tiles]*/, int64_t rows, int64_t tiles_per_row,
+                       Normalization normalization, T* loss /*[]*/, T* metrics /*[kMetrics]*/,
+                       T* row_scale /*[rows]*/) {
+  __shared__ BatchSums shared_batch[kMaxWarps];
+  __shared__ double shared_loss[kMaxWarps];
+  BatchSums batch{};
+  for_each_row(sums, rows, tiles_per_row, [&](int64_t, const LossSums<double>& row_sums) {
+    batch.add_row(row_sums, normalization);
+  });
   batch = block_reduce(batch, BatchSums{}, Plus{}, shared_batch);
   double sum = 0;
-  for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t row = first_row + round * rows_at_once;
-    const LossSums<double> row_sums = shared_row_sum(sums, row, rows, tiles_per_row, lanes);
-    if (!is_first_lane || row >= rows) continue;
+  for_each_row(sums, rows, tiles_per_row, [&](int64_t row, const LossSums<double>& row_sums) {
     const RowLoss result =
         row_loss<is_sequence_loss>(row_sums, batch, normalization, static_cast<double>(rows));
     sum += result.loss;
     row_scale[row] = static_cast<T>(result.scale);
-  }
+  });
   sum = block_reduce(sum, 0.0, Plus{}, shared_loss);
   if (threadIdx.x == 0) {
     *loss = static_cast<T>(sum);

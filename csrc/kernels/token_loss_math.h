@@ -70,9 +70,10 @@ struct TokenInputs {
 
 // Sums over a tile in T, or over a row or the batch in double. `loss` is over selected tokens, the
 // others over response tokens; only a sequence loss needs the last two. {} is zero. The struct is
-// trivial, so that it can live in shared memory.
+// trivial, so that it can live in shared memory, and aligned, so that it is loaded 16 bytes at a
+// time.
 template <class T>
-struct LossSums {
+struct alignas(16) LossSums {
   T loss;
   T selected;
   T response;

@@ -129,10 +129,12 @@ TYPED_TEST(AggregateKernels, AbsentInputsReadAsTheirDefaults) {
 }
 
 TYPED_TEST(AggregateKernels, MoreRowsThanThreadsAddUp) {
-  TokenBatch<TypeParam> batch(testing::kThreads + 5, 3);
-  LossRun<TypeParam, PlainValue<TypeParam>> run({}, batch.inputs(),
-                                                normalization(Aggregation::kSeqMeanTokenSum));
+  // More rows a thread than it has in flight.
+  TokenBatch<TypeParam> batch(5 * kWarpSize + 5, 3);
+  LossRun<TypeParam, PlainValue<TypeParam>> run(
+      {}, batch.inputs(), normalization(Aggregation::kSeqMeanTokenSum), kWarpSize);
   double sum = 0, rows = 0;
+  std::vector<bool> has_tokens;
   for (int64_t row = 0; row < batch.rows; ++row) {
     bool counted = false;
     for (int64_t i = 3 * row; i < 3 * row + 3; ++i) {
@@ -141,8 +143,12 @@ TYPED_TEST(AggregateKernels, MoreRowsThanThreadsAddUp) {
       counted = true;
     }
     rows += counted;
+    has_tokens.push_back(counted);
   }
   EXPECT_NEAR(run.loss[0], sum / rows, 10 * kTolerance<TypeParam>);
+  for (int64_t row = 0; row < batch.rows; ++row) {
+    EXPECT_NEAR(run.row_scale[row], has_tokens[row] ? 1 / rows : 0, kTolerance<TypeParam>) << row;
+  }
 }
 
 template <class T>

@@ -232,28 +232,42 @@ std::vector<uint8_t> expected_mask(const Problem& problem, const SelectionRule& 
   return mask;
 }
 
-// CUB's sort, radix select with a block a segment, and radix select with a block a tile.
-enum class Algorithm { kSort, kRadixSegments, kRadixTiles };
+// CUB's sort; radix select with a block a segment, with a block a tile, and with both, where only
+// segments of up to kBlockKeys keys are a block's.
+enum class Algorithm { kSort, kRadixSegments, kRadixTiles, kRadixBoth };
 constexpr Algorithm kAlgorithms[] = {Algorithm::kSort, Algorithm::kRadixSegments,
-                                     Algorithm::kRadixTiles};
+                                     Algorithm::kRadixTiles, Algorithm::kRadixBoth};
+constexpr int64_t kBlockKeys = 750;
 
 template <class Keys>
 void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, int64_t rows,
-               int64_t columns, const SelectionRule& rule, bool block_a_segment, uint8_t* mask) {
+               int64_t columns, const SelectionRule& rule, Algorithm algorithm, uint8_t* mask) {
   using Key = typename Keys::Key;
   const int threads = 64;
-  if (block_a_segment) {
-    const RadixInputs<Keys> in{keys, ids, row_order, TileLayout(rows, columns), rule};
+  simt::Buffer<SegmentRows> groups(ids ? rows : 0);
+  const SegmentRows* segments = ids ? groups.data() : nullptr;
+  if (ids) {
+    simt::launch(rows / threads + 1, threads, segment_rows_kernel<int64_t>, ids, rows,
+                 groups.data());
+  }
+  const int64_t block_keys = algorithm == Algorithm::kRadixSegments ? rows * columns
+                             : algorithm == Algorithm::kRadixTiles  ? 0
+                                                                    : kBlockKeys;
+  if (columns <= block_keys) {
+    const RadixInputs<Keys> in{keys, segments,  row_order, TileLayout(rows, columns),
+                               rule, block_keys};
     const int blocks = 2;  // fewer than segments, so that a block takes several
     simt::launch(blocks, threads, radix_segment_kernel<Keys>, in, mask);
-    return;
   }
-  const RadixInputs<Keys> in{keys, ids, row_order, TileLayout(rows, columns, 1024), rule};
+  if ((ids ? rows * columns : columns) <= block_keys) return;
+  const RadixInputs<Keys> in{keys, segments,  row_order, TileLayout(rows, columns, 1024),
+                             rule, block_keys};
   constexpr int kPasses = Digit<Key>::kPasses;
-  simt::Buffer<uint32_t> histograms(std::vector<uint32_t>(kPasses * rows * kDigits, 0));
-  simt::Buffer<RadixCut<Key>> cuts(kPasses * rows);
+  const int64_t places = in.places();
+  simt::Buffer<uint32_t> histograms(std::vector<uint32_t>(kPasses * places * kDigits, 0));
+  simt::Buffer<RadixCut<Key>> cuts(kPasses * places);
   simt::Buffer<Key> tile_values(in.layout.tiles());
-  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), rows};
+  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), places};
   const unsigned tiles = in.layout.tiles();
   for (int pass = 0; pass < kPasses; ++pass) {
     simt::launch(tiles, threads, radix_histogram_kernel<Keys>, in, state, pass);
@@ -289,8 +303,7 @@ std::vector<uint8_t> run_kernels(const Problem& problem, const SelectionRule& ru
   simt::Buffer<uint8_t> result(n);
   if (algorithm != Algorithm::kSort) {
     run_radix(EntropyKeys<Element>{entropy.data(), mask.data()}, ids_or_null, order_or_null,
-              problem.rows, problem.columns, rule, algorithm == Algorithm::kRadixSegments,
-              result.data());
+              problem.rows, problem.columns, rule, algorithm, result.data());
     return {result.begin(), result.end()};
   }
   simt::Buffer<Key> keys(n);
@@ -344,6 +357,24 @@ TYPED_TEST(GlobalTopMaskTest, EveryRowASegment) {
 TYPED_TEST(GlobalTopMaskTest, GroupsOfScatteredRows) {
   const Problem problem = make_problem(7, 45, 2, 0.5, 3);
   for (const TopRule rule : kRules) expect_equal<TypeParam>(problem, {rule, 0.3, nullptr});
+}
+
+TEST(GlobalTopMask, GroupsOfManyKeysAndOfFew) {
+  // Groups of 1 row, of exactly kBlockKeys keys, of more, and of several times as many.
+  constexpr int64_t kColumns = 50;
+  const int64_t rows_of_group[] = {1, kBlockKeys / kColumns, kBlockKeys / kColumns + 1, 1, 40, 16,
+                                   2};
+  Problem problem = make_problem(91, kColumns, 1, 0.8, 14);
+  problem.ids.clear();
+  int64_t group = 0;
+  for (const int64_t rows : rows_of_group) {
+    problem.ids.insert(problem.ids.end(), rows, group++);
+  }
+  ASSERT_EQ(problem.ids.size(), 91u);
+  for (const bool scattered : {false, true}) {
+    if (scattered) std::shuffle(problem.ids.begin(), problem.ids.end(), std::mt19937(15));
+    for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 0.2, nullptr});
+  }
 }
 
 TEST(GlobalTopMask, GroupsOfRowsOfSeveralTiles) {
@@ -421,10 +452,10 @@ TEST(GlobalTopMask, KeysInMemory) {
     const uint32_t cut = kept > 0 ? descending[kept - 1] : ~0u;
     int64_t ties =
         kept - std::count_if(values.begin(), values.end(), [&](uint32_t v) { return v > cut; });
-    for (const bool block_a_segment : {false, true}) {
+    for (const Algorithm algorithm : {Algorithm::kRadixTiles, Algorithm::kRadixSegments}) {
       simt::Buffer<uint8_t> mask(values.size());
       run_radix(GivenKeys<uint32_t>{keys.data()}, nullptr, nullptr, 1, values.size(),
-                {TopRule::kTopK, 0.0, count.data()}, block_a_segment, mask.data());
+                {TopRule::kTopK, 0.0, count.data()}, algorithm, mask.data());
       int64_t ties_left = ties;
       for (size_t i = 0; i < values.size(); ++i) {
         const bool expected =

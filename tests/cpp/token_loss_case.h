@@ -88,7 +88,8 @@ struct LossRun {
   simt::Buffer<T> loss;                // []
   simt::Buffer<T> metrics, row_scale;  // [kMetrics], [rows]
 
-  LossRun(const TokenLoss& token_loss, const TokenInputs<T>& in, const Normalization& by)
+  LossRun(const TokenLoss& token_loss, const TokenInputs<T>& in, const Normalization& by,
+          int finish_threads = kThreads)
       : gradient(in.rows * in.cols),
         sums(in.tiles()),
         loss(1),
@@ -96,7 +97,7 @@ struct LossRun {
         row_scale(in.rows) {
     simt::launch(kBlocks, kThreads, token_loss_kernel<T, TokenLoss>, token_loss, in,
                  gradient.data(), sums.data());
-    simt::launch(1, kThreads, finish_loss_kernel<T, kIsSequenceLoss<TokenLoss>>, sums.data(),
+    simt::launch(1, finish_threads, finish_loss_kernel<T, kIsSequenceLoss<TokenLoss>>, sums.data(),
                  in.rows, in.tiles_per_row(), by, loss.data(), metrics.data(), row_scale.data());
   }
 };

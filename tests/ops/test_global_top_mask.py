@@ -102,6 +102,21 @@ def test_equals_reference(shape, rule, scope, dtype, device):
         assert torch.equal(actual, expected), (kind, ratio)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_groups_of_many_tokens_and_of_few(rule, dtype, device):
+    """On CUDA a block takes a group of up to 16,384 tokens; of a larger one, a block takes each tile."""
+    rows_of_group = [9, 1, 20, 7, 8, 1]  # 7 rows have 14,357 tokens, 8 have 16,408
+    columns = 2051
+    owner = torch.arange(len(rows_of_group)).repeat_interleave(torch.tensor(rows_of_group))
+    for kind in ["random", "tied", "special"]:
+        entropy, mask, _ = make_inputs((len(owner), columns), dtype, kind, 3, device)
+        for ids in (owner, owner[torch.randperm(len(owner), generator=torch.Generator().manual_seed(4))]):
+            actual = select(entropy, mask, 0.2, rule, "group", ids.to(device))
+            expected = reference.global_top_mask(entropy, mask, 0.2, rule=rule, scope="group", group_ids=ids.to(device))
+            assert torch.equal(actual, expected), kind
+
+
 @pytest.mark.parametrize("kind", ["random", "tied", "constant", "zeros", "special", "all masked"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("rule", RULES)
