@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compiled import compile_counting
@@ -81,11 +81,21 @@ def assert_equal_to_reference(batch, mode, loss_scale, **options):
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert loss.shape == () and gradient.dtype == dtype
     assert_within(loss, expected_loss, loss_scale)
-    assert_within(gradient, expected_gradient, expected_gradient.abs().max())
+    assert_within(gradient, expected_gradient, gradient_scale(batch, mode, expected_gradient))
     assert metrics.keys() == expected_metrics.keys()
     for name, value in metrics.items():
         assert value.dtype == loss.dtype and value.device == loss.device and not value.requires_grad
         assert_within(value, expected_metrics[name], 1.0)
+
+
+def gradient_scale(batch, mode, gradient):
+    """The largest gradient; in geo_mean, what it would be if the advantages of a row, which are summed, had one sign."""
+    size = gradient.abs()
+    if mode == "geo_mean":
+        advantages = torch.where(batch["response_mask"], batch["advantages"].double(), 0.0)
+        total, sizes = advantages.sum(1).abs(), advantages.abs().sum(1)
+        size = torch.where(total > 0, size.amax(1) * sizes / total, 0.0)
+    return size.max()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -607,6 +617,7 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
 
 
 @settings(deadline=None, max_examples=60)
+@example((1, 17), 1, "geo_mean", "token-mean", False)  # the advantages nearly cancel
 @given(shapes, seeds, st.sampled_from(MODES), st.sampled_from(AGGREGATIONS), st.booleans())
 def test_equals_reference_for_any_masks(device, shape, seed, mode, aggregation, weights):
     batch = make_batch(shape, torch.float64, device, seed)
