@@ -89,7 +89,7 @@ def assert_equal_to_reference(batch, mode, loss_scale, **options):
 
 
 def gradient_scale(batch, mode, gradient):
-    """The largest gradient; in geo_mean, what it would be if the advantages of a row, which are summed, had one sign."""
+    """The largest gradient; in geo_mean, what it would be if the advantages that a row sums had one sign."""
     size = gradient.abs()
     if mode == "geo_mean":
         advantages = torch.where(batch["response_mask"], batch["advantages"].double(), 0.0)
