@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import task
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from architectures import CONFIGS as ARCHITECTURES
@@ -294,6 +295,7 @@ LARGER = {
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=120",
     ],
+    "LoRA": ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=true"],
 }
 
 
@@ -313,6 +315,24 @@ def test_larger_runs(files: Path, tmp_path: Path, name: str) -> None:
     assert_trained(steps)
     for metrics in steps:
         assert metrics["actor/ppo_kl_selected"] == pytest.approx(0, abs=1e-5)  # the policy has not moved yet
+    if name == "LoRA":
+        assert_adapter_loads(tmp_path)
+
+
+def assert_adapter_loads(output: Path) -> None:
+    """verl's merger makes a model and an adapter of the checkpoint, in bfloat16, and PEFT loads them."""
+    actor, merged = output / "checkpoints/global_step_2/actor", output / "merged"
+    command = ["-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    subprocess.run(
+        [sys.executable, *command, "--local_dir", str(actor), "--target_dir", str(merged)], check=True, timeout=300
+    )
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(model, merged / "lora_adapter").state_dict()
+    saved = torch.load(actor / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert any("lora_B" in name and value.to_local().any() for name, value in saved.items())  # 0 before training
+    assert loaded.keys() == saved.keys()
+    for name, value in saved.items():
+        assert torch.equal(loaded[name].bfloat16(), value.to_local().bfloat16()), name
 
 
 TOOL = '''
