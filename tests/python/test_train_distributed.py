@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from entropy_rl import checkpoint, distributed, train
+from entropy_rl import checkpoint, distributed, logs, train
 from entropy_rl import config as configuration
 from entropy_rl.report.rollouts import read_rollouts
 from entropy_rl.selection import StepSelection, movement_metrics
@@ -208,8 +209,8 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
 
 
 def train_here(arguments: list[str]) -> tuple[int, str]:
-    """The trainer's status and what it wrote to stderr, on a rank of a pool."""
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
+    """The trainer's status and what it wrote to stderr, on a rank of a pool. It draws no curves (conftest.py)."""
+    with mock.patch.object(logs, "_draw"), contextlib.redirect_stderr(io.StringIO()) as errors:
         status = train.main(arguments)
     return status, errors.getvalue()
 
