@@ -297,6 +297,7 @@ LARGER = {
     ],
     "Ulysses": [*PACKED, "trainer.n_gpus_per_node=2", f"{ACTOR}fsdp_config.ulysses_sequence_parallel_size=2"],
     "LoRA": ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=true"],
+    "experts": ["actor_rollout_ref.model.path={files}/experts"],
 }
 
 
