@@ -295,7 +295,9 @@ LARGER = {
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=true",
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=120",
     ],
+    "Ulysses": [*PACKED, "trainer.n_gpus_per_node=2", f"{ACTOR}fsdp_config.ulysses_sequence_parallel_size=2"],
     "LoRA": ["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=true"],
+    "experts": ["actor_rollout_ref.model.path={files}/experts"],
 }
 
 

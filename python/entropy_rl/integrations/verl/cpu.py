@@ -167,6 +167,7 @@ class Server:
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
         from verl.utils.config import omega_conf_to_dataclass
 
         print(
@@ -174,6 +175,7 @@ class Server:
             "and for trying a recipe with a tiny model. It is slow.",
             flush=True,
         )
+        disable_progress_bar()  # of loading weights, in every step
         self.config = config
         model_config = omega_conf_to_dataclass(model_config)
         self.model = AutoModelForCausalLM.from_config(
@@ -192,7 +194,16 @@ class Server:
 
     async def load_weights(self, weights: dict[str, Tensor], global_steps: int | None) -> None:
         async with self.running:
-            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+            # The names are those of a checkpoint, in which the experts of a mixture are separate tensors.
+            self.model, loaded = type(self.model).from_pretrained(
+                None,
+                config=self.model.config,
+                state_dict=weights,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+            missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
             missing = set(missing) - set(self.model.all_tied_weights_keys)
             if missing or unexpected:
                 raise ValueError(f"the trainer's weights lack {sorted(missing)} and also have {sorted(unexpected)}")
