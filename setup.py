@@ -171,9 +171,10 @@ class Build(cpp_extension.BuildExtension):
 
     def build_extensions(self):
         check_compiler()
-        files = sum(len(extension.sources) for extension in self.extensions)
+        files = [file for extension in self.extensions for file in extension.sources]
+        duration = "minutes" if any(file.endswith(".cu") for file in files) else "about a minute"
         jobs = os.environ.get("MAX_JOBS") or os.cpu_count()
-        print(f"entropy_rl_ext: compiling {files} files, {jobs} at a time (MAX_JOBS); this takes minutes", flush=True)
+        print(f"entropy_rl_ext: compiling {len(files)} files, {jobs} at a time (MAX_JOBS): {duration}", flush=True)
         os.environ.setdefault("NINJA_STATUS", "[%f of %t done, %e s] ")
         os.environ.setdefault("MAX_JOBS", str(jobs))
         if not self.debug:  # Python's own flags have -g, which makes the library five times as large
