@@ -212,7 +212,40 @@ if ABI3:
     if BUILD_CUDA:
         OPTIONS["egg_info"] = {"tag_build": "+cu" + torch.version.cuda.replace(".", "")}
 
+
+def description():
+    """The README, and the addresses of the project, for the page of a package index.
+
+    The repository's address is in ENTROPY_RL_REPOSITORY, or in what GitHub sets in a workflow. With it the README's
+    links lead to the repository's files of this version, because an index has the README alone. Without it they stay.
+    """
+    with open(os.path.join(os.path.dirname(__file__), "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    server, name = (os.environ.get(f"GITHUB_{part}") for part in ("SERVER_URL", "REPOSITORY"))
+    address = os.environ.get("ENTROPY_RL_REPOSITORY") or (f"{server}/{name}" if server and name else None)
+    if not address:
+        return readme, {}
+
+    def absolute(link):
+        kind = "raw" if link[1] else "blob"
+        return f"{link[1]}[{link[2]}]({address}/{kind}/v{VERSION}/{link[3]})"
+
+    readme = re.sub(r"(!?)\[([^][]+)\]\((?!https?://|#)([^)]+)\)", absolute, readme)
+    urls = {
+        "Homepage": "",
+        "Documentation": "/tree/v{}/docs",
+        "Changelog": "/blob/v{}/CHANGELOG.md",
+        "Issues": "/issues",
+    }
+    return readme, {name: address + path.format(VERSION) for name, path in urls.items()}
+
+
+README, URLS = description()
+
 setup(
+    long_description=README,
+    long_description_content_type="text/markdown",
+    project_urls=URLS,
     packages=[
         "entropy_rl_ext",
         "entropy_rl_ext.ops",

@@ -1,5 +1,6 @@
 """A build that cannot succeed ends with one line that names what is missing."""
 
+import json
 import os
 import re
 import subprocess
@@ -90,3 +91,38 @@ def test_the_page_quotes_the_messages() -> None:
     for line in quoted:
         pattern = ".+".join(re.escape(part) for part in line.split("…"))
         assert any(re.search(pattern, message) for message in messages), line
+
+
+DESCRIPTIONS = """
+import json, os, runpy, sys
+import setuptools
+setuptools.setup = lambda **given: None
+environments = json.loads(sys.argv.pop())
+sys.argv = ["setup.py", "--version"]
+description = runpy.run_path("setup.py")["description"]
+found = []
+for environment in environments:
+    for name in [name for name in os.environ if name.startswith(("GITHUB_", "ENTROPY_RL_"))]:
+        del os.environ[name]
+    os.environ.update(environment)
+    found.append(description())
+print(json.dumps(found))
+"""
+
+
+def test_links_of_an_index_page_lead_to_the_repository() -> None:
+    """In a workflow of GitHub's, and with an address of one's own; without one the README stays as it is."""
+    text = (ROOT / "README.md").read_text()
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    in_workflow = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "me/it"}
+    environments = [{}, in_workflow, {"ENTROPY_RL_REPOSITORY": "https://example.org/it"}]
+    command = [sys.executable, "-c", DESCRIPTIONS, json.dumps(environments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    unchanged, *others = json.loads(result.stdout.splitlines()[-1])
+    assert unchanged == [text, {}]
+    for (readme, urls), address in zip(others, ("https://github.com/me/it", "https://example.org/it"), strict=True):
+        assert urls["Homepage"] == address and urls["Changelog"] == f"{address}/blob/v{version}/CHANGELOG.md"
+        links = re.findall(r"\]\(([^)]+)\)", readme)
+        assert links and all(link.startswith(("https://", "#")) for link in links)
+        assert f"]({address}/blob/v{version}/docs/install.md)" in readme
+        assert f"]({address}/raw/v{version}/docs/images/inspect.png)" in readme

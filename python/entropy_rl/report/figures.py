@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from entropy_rl.errors import UserError
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.page import MeasuredModel
 from entropy_rl.report.tokens import token_text
@@ -36,7 +38,14 @@ def write_figures(
     """Writes entropy.json and entropy.png to an existing directory. The arguments are those of `page.write_page`.
 
     Entropies are in nats. "threshold" is the least entropy among the tokens that `ratio` selects.
+
+    Raises:
+        UserError: an entropy is not finite.
     """
+    for model in models:
+        unknown = int((~model.measurement.entropy.isfinite()).sum())
+        if unknown:
+            raise UserError(f"--figures {directory}: {model.name} gives {unknown:,} tokens no finite entropy")
     tokens = torch.tensor([token for completion in completions for token in completion.tokens])
     found: dict[str, Any] = {
         "tokens": len(tokens),
@@ -69,7 +78,7 @@ def _distribution(entropy: Tensor, tokens: Tensor, tokenizer: PreTrainedTokenize
     least, ranked = _by_mean_entropy(exact, tokens)
     return {
         "mean": exact.mean().item(),
-        "percentiles": {str(p): exact.quantile(p / 100).item() for p in PERCENTILES},
+        "percentiles": dict(zip(map(str, PERCENTILES), numpy.percentile(exact, PERCENTILES).tolist(), strict=True)),
         f"below_{ALMOST_CERTAIN}": (exact < ALMOST_CERTAIN).double().mean().item(),
         "threshold": entropy[_select(entropy, ratio)].min().item(),
         "histogram": {"edges": edges.tolist(), "counts": counts.long().tolist()},

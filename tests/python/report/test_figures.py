@@ -4,9 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
+from entropy_rl.errors import UserError
 from entropy_rl.report.completions import Completion
 from entropy_rl.report.figures import write_figures
 from entropy_rl.report.measure import Measurement
@@ -69,3 +71,19 @@ def test_rare_tokens_are_left_out(tmp_path: Path, model_path: Path) -> None:
     model = found["models"]["m"]
     assert model["least_occurrences"] == 5
     assert [row["token"] for row in model["highest"]] == [chr(ord("t") - i) for i in range(20)]
+
+
+def test_an_entropy_that_is_not_finite(tmp_path: Path, model_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    entropy = torch.tensor([1.0, math.nan])
+    with pytest.raises(UserError, match="m gives 1 tokens no finite entropy"):
+        write_figures(
+            tmp_path,
+            [measured("m", entropy)],
+            [Completion([5], [6, 7])],
+            tokenizer,
+            ratio=0.2,
+            temperature=1.0,
+            sampling_temperature=None,
+        )
+    assert not list(tmp_path.iterdir())
