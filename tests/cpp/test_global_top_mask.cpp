@@ -361,16 +361,15 @@ TYPED_TEST(GlobalTopMaskTest, GroupsOfScatteredRows) {
 
 TEST(GlobalTopMask, GroupsOfManyKeysAndOfFew) {
   // Groups of 1 row, of exactly kBlockKeys keys, of more, and of several times as many.
-  constexpr int64_t kColumns = 50;
-  const int64_t rows_of_group[] = {1, kBlockKeys / kColumns, kBlockKeys / kColumns + 1, 1, 40, 16,
-                                   2};
-  Problem problem = make_problem(91, kColumns, 1, 0.8, 14);
+  constexpr int64_t kColumns = 250;
+  const int64_t rows_of_group[] = {1, kBlockKeys / kColumns, kBlockKeys / kColumns + 1, 1, 8, 4, 2};
+  Problem problem = make_problem(23, kColumns, 1, 0.8, 14);
   problem.ids.clear();
   int64_t group = 0;
   for (const int64_t rows : rows_of_group) {
     problem.ids.insert(problem.ids.end(), rows, group++);
   }
-  ASSERT_EQ(problem.ids.size(), 91u);
+  ASSERT_EQ(problem.ids.size(), 23u);
   for (const bool scattered : {false, true}) {
     if (scattered) std::shuffle(problem.ids.begin(), problem.ids.end(), std::mt19937(15));
     for (const TopRule rule : kRules) expect_equal<float>(problem, {rule, 0.2, nullptr});
