@@ -87,3 +87,21 @@ def test_an_entropy_that_is_not_finite(tmp_path: Path, model_path: Path) -> None
             sampling_temperature=None,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_figures_of_its_file() -> None:
+    """docs/entropy.md, from benchmarks/results/entropy."""
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "entropy.md").read_text()
+    found = json.loads((root / "benchmarks" / "results" / "entropy" / "smollm2_135m.json").read_text())
+    (model,) = found["models"].values()
+    rows = {"sampled tokens": f"{found['tokens']:,}", "below 0.01 nats": f"{100 * model['below_0.01']:.1f} %"}
+    rows |= {
+        f"{share} below": f"{model['percentiles'][percentile]:.3f} nats"
+        for share, percentile in (("half are", "50"), ("80 % are", "80"), ("95 % are", "95"))
+    }
+    for name, value in rows.items():
+        assert f"| {name} | {value} |" in page
+    assert f"A token needs {model['least_occurrences']} occurrences" in page
+    for end, words in (("highest", ("The", "To", "A", " This", " but")), ("lowest", ("0", " $", "%", " =", " of"))):
+        assert set(words) <= {row["token"] for row in model[end]}
