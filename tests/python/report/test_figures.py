@@ -105,3 +105,8 @@ def test_the_page_has_the_figures_of_its_file() -> None:
     assert f"A token needs {model['least_occurrences']} occurrences" in page
     for end, words in (("highest", ("The", "To", "A", " This", " but")), ("lowest", ("0", " $", "%", " =", " of"))):
         assert set(words) <= {row["token"] for row in model[end]}
+    trained = json.loads((root / "benchmarks" / "results" / "entropy" / "smollm2_135m_trained.json").read_text())
+    for share, overlap in trained["overlap"].items():
+        assert f"| {float(share):.0%} | {overlap:.1%} |".replace("%", " %") in page
+    after, before = (model["mean"] for model in trained["models"].values())
+    assert f"from {before:.3f} to {after:.3f} nats" in page and f"{trained['tokens']:,} tokens" in page
