@@ -202,6 +202,7 @@ test-wheel: release .venv-cuda/environment
 dist/cuda/built: .venv-cuda/environment .venv/release-tools pyproject.toml $(SOURCES) $(shell find entropy_rl_ext python -name '*.py')
 	rm -rf build/lib* build/temp* build/bdist* build/cuda $(@D)
 	ENTROPY_RL_ABI3=1 $(CUDA_BIN)/pip wheel -q . --no-deps --no-build-isolation -w build/cuda
+	rm -rf *.egg-info  # with the CUDA wheel's version, it would pass for the package in place
 	$(REPAIR) --wheel-dir $(@D) build/cuda/*.whl
 	touch $@
 
