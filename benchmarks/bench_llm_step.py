@@ -6,6 +6,7 @@ the entropies that it computes with the old log-probabilities. The contenders sh
 verl's: each has a process of its own.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -46,6 +47,17 @@ def model_and_optimizer(size: str, device: torch.device) -> tuple[PreTrainedMode
     else:
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     return model.to(device), AdamW(model.parameters(), lr=1e-6)
+
+
+@cache
+def model_directory(size: str) -> str:
+    """The model as verl loads it."""
+    if size != "quick":
+        return str(MODEL)
+    directory = tempfile.mkdtemp()
+    LlamaForCausalLM(LlamaConfig(**QUICK)).save_pretrained(directory)
+    bench_trl_step.make_tokenizer(QUICK["vocab_size"]).save_pretrained(directory)
+    return directory
 
 
 @cache
@@ -131,7 +143,7 @@ def case(size: str, device: torch.device) -> Case:
     trl: Callable[..., Any] = partial(trl_step, size)
 
     def verl(*overrides: str) -> InOwnProcess:
-        return InOwnProcess(partial(verl_step.step, None if size == "quick" else MODEL, overrides))
+        return InOwnProcess(partial(verl_step.step, model_directory(size), overrides))
 
     selecting = f"{ACTOR}.entropy_top_ratio={RATIO}"
     return Case(

@@ -5,9 +5,7 @@ What this package changes in verl, and the configuration that verl reads, hold f
 
 import os
 import socket
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,33 +100,20 @@ def _batch(sequences: int, fused: bool, given: dict[str, Tensor]) -> Any:
     return tu.get_tensordict(fields, non_tensor_dict=others)
 
 
-def step(model: Path | None, overrides: tuple[str, ...], **given: Tensor) -> None:
+def step(model: str, overrides: tuple[str, ...], **given: Tensor) -> None:
     """One update of verl's actor: forward, loss, backward, clipping and AdamW.
 
     Args:
-        model: a directory; None: a small random model, made here.
+        model: a directory.
         overrides: of verl's configuration.
         given: the inputs of bench_llm_step.
     """
     sequences, device = len(given["prompt_ids"]), given["prompt_ids"].device.type
-    worker = _worker(_small_model() if model is None else str(model), device, sequences, *overrides)
+    worker = _worker(model, device, sequences, *overrides)
     engine = worker.actor.engine
     batch = _batch(sequences, f"{MODEL}.use_fused_kernels=true" in overrides, given)
     with engine.train_mode():
         engine.optimizer_zero_grad()
         engine.forward_backward_batch(batch, worker.loss_fn)
         engine.optimizer_step()
-    # The next step begins without gradients.
-    engine.optimizer_zero_grad()
-
-
-@cache
-def _small_model() -> str:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from benchmarks import bench_llm_step, bench_trl_step
-
-    directory = tempfile.mkdtemp()
-    LlamaForCausalLM(LlamaConfig(**bench_llm_step.QUICK)).save_pretrained(directory)
-    bench_trl_step.make_tokenizer(bench_llm_step.QUICK["vocab_size"]).save_pretrained(directory)
-    return directory
+    engine.optimizer_zero_grad()  # the next step begins without gradients

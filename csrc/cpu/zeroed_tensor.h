@@ -1,17 +1,9 @@
 // Output tensors of the size of the logits, of which some rows may be zero.
 //
-// What it buys beside a general allocator: CPU time of logprob_entropy's forward and backward over
-// float32 [128, 151936], 74 MiB, on one thread (least and median of 27, taken in turn on a busy
-// EPYC with AVX-512), and the process's resident memory afterwards, of which 74 MiB may be
-// reclaimed here.
-//   this file                                          12 and 17 ms   475 MiB
-//   glibc's malloc, with its defaults                  52 and 59 ms   401 MiB
-//   jemalloc preloaded, with its defaults              54 and 68 ms   403 MiB
-//   tcmalloc preloaded, with its defaults              11 and 13 ms   631 MiB
-//   jemalloc, told to use huge pages and keep memory   11 and 13 ms   639 MiB
-// With a gradient in 20 % of the rows the times are about the same, and the gradient takes 15 MiB
-// here and 74 MiB elsewhere. So no allocator does as well without being preloaded, and those that
-// are as fast hold more memory.
+// What it buys beside a general allocator: glibc and jemalloc give large tensors back to the
+// system, and so fault and clear every page again in each backward. tcmalloc preloaded, or jemalloc
+// told to keep its memory, are as fast as this file, but hold more. None leaves the pages of zero
+// rows out.
 #pragma once
 
 #include <cstring>

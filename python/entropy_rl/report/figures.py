@@ -45,7 +45,10 @@ def write_figures(
     for model in models:
         unknown = int((~model.measurement.entropy.isfinite()).sum())
         if unknown:
-            raise UserError(f"--figures {directory}: {model.name} gives {unknown:,} tokens no finite entropy")
+            raise UserError(
+                f"--figures {directory}: all entropies must be finite; under {model.name}, those of {unknown:,} of "
+                f"{len(model.measurement.entropy):,} tokens are not"
+            )
     tokens = torch.tensor([token for completion in completions for token in completion.tokens])
     found: dict[str, Any] = {
         "tokens": len(tokens),

@@ -76,7 +76,7 @@ def test_rare_tokens_are_left_out(tmp_path: Path, model_path: Path) -> None:
 def test_an_entropy_that_is_not_finite(tmp_path: Path, model_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     entropy = torch.tensor([1.0, math.nan])
-    with pytest.raises(UserError, match="m gives 1 tokens no finite entropy"):
+    with pytest.raises(UserError, match="all entropies must be finite; under m, those of 1 of 2 tokens are not"):
         write_figures(
             tmp_path,
             [measured("m", entropy)],
