@@ -7,22 +7,22 @@ namespace entropy_rl::cpu {
 namespace {
 
 template <class T>
-Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end) {
-  ENTROPY_RL_SIMD_CALL(tile_moments(in, row, begin, end));
+Moments<T> tile_moments(const TokenInputs<T>& in, int64_t begin, int64_t end) {
+  ENTROPY_RL_SIMD_CALL(tile_moments(in, begin, end));
 }
 
 template <class T, class CovarianceKey>
 void tile_keys(const CovarianceKey& key, const TokenInputs<T>& in, const CovarianceMoments& moments,
-               uint64_t seed, int64_t row, int64_t begin, int64_t end,
+               uint64_t seed, int64_t begin, int64_t end,
                typename CovarianceKey::Key* keys) {
-  ENTROPY_RL_SIMD_CALL(tile_keys(key, in, moments, seed, row, begin, end, keys));
+  ENTROPY_RL_SIMD_CALL(tile_keys(key, in, moments, seed, begin, end, keys));
 }
 
 template <class T>
 std::vector<Moments<T>> all_moments(const TokenInputs<T>& in) {
   std::vector<Moments<T>> sums(in.tiles());
-  for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
-    sums[tile] = tile_moments(in, row, begin, end);
+  for_each_tile(in, [&](int64_t tile, int64_t, int64_t begin, int64_t end) {
+    sums[tile] = tile_moments(in, begin, end);
   });
   return sums;
 }
@@ -49,8 +49,8 @@ struct PolicyLoss : TokenLosses {
     using Key = typename CovarianceKey::Key;
     const std::unique_ptr<Key[]> keys(new Key[in.rows * in.cols]);
     const uint64_t seed_value = static_cast<uint64_t>(*const_data<int64_t>(seed));
-    for_each_tile(in, [&](int64_t, int64_t row, int64_t begin, int64_t end) {
-      tile_keys(key, in, moments, seed_value, row, begin, end, keys.get());
+    for_each_tile(in, [&](int64_t, int64_t, int64_t begin, int64_t end) {
+      tile_keys(key, in, moments, seed_value, begin, end, keys.get());
     });
     top_k_mask(StoredKeys<Key>{keys.get()}, in.rows * in.cols, moments.count,
                mutable_data<uint8_t>(chosen));

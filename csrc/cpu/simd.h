@@ -24,6 +24,17 @@ namespace entropy_rl::cpu {
 #define ENTROPY_RL_SIMD_CALL(call) return portable::call
 #endif
 
+// The width of a vector of each instruction set.
+namespace portable {
+constexpr int kVectorBytes = 16;
+}
+namespace avx2 {
+constexpr int kVectorBytes = 32;
+}
+namespace avx512 {
+constexpr int kVectorBytes = 64;
+}
+
 // Independent sums of a loop, which the compiler can hold in vectors. Their number also fixes the
 // order of summation, the same for every instruction set.
 constexpr int kLanes = 16;

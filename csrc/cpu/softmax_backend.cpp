@@ -6,18 +6,6 @@
 #include <immintrin.h>
 #endif
 
-namespace entropy_rl::cpu {
-namespace portable {
-constexpr int kVectorBytes = 16;
-}
-namespace avx2 {
-constexpr int kVectorBytes = 32;
-}
-namespace avx512 {
-constexpr int kVectorBytes = 64;
-}
-}  // namespace entropy_rl::cpu
-
 #define ENTROPY_RL_LOOPS "softmax_loops.h"
 #include "each_simd.h"
 

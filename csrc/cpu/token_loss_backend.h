@@ -1,9 +1,9 @@
-// Token losses on the CPU. Tiles run in parallel, each in chunks that stay in the first-level
-// cache: one loop maps tokens to results and vectorises, and another sums them. Tiles and rows are
-// summed in order, so results do not depend on the number of threads.
+// Token losses on the CPU: tiles run in parallel, and each is one loop over vectors of tokens. Tiles
+// and rows are summed in order, so results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../kernels/policy_loss_math.h"
@@ -16,25 +16,57 @@ constexpr int kChunkTokens = 256;
 // A thread takes at least this many tokens.
 constexpr int64_t kTokensPerTask = 1 << 14;
 
-// The inputs of up to kChunkTokens tokens of one row: masks as 0 and 1, absent inputs as their
-// defaults, and clip ratios only where they are given. They are copied to local arrays, because the
-// compiler vectorises a selection between loaded values only if no load can fault.
+// Calls fn with each array of tokens, or null.
+template <class T, class Fn>
+void for_each_array(TokenInputs<T>& in, const Fn& fn) {
+  for (const T** array : {&in.log_prob, &in.old_log_prob, &in.advantages, &in.weights, &in.clip_low,
+                          &in.clip_high}) {
+    fn(*array);
+  }
+  for (const uint8_t** array : {&in.response_mask, &in.entropy_mask, &in.chosen}) fn(*array);
+}
+
+// The inputs from a token on.
+template <class T>
+TokenInputs<T> tokens_from(TokenInputs<T> in, int64_t begin) {
+  for_each_array(in, [&](auto& array) { array = array ? array + begin : nullptr; });
+  return in;
+}
+
+// Fewer than kLanes tokens, followed by tokens outside the mask.
+template <class T>
+struct PaddedTokens {
+  TokenInputs<T> inputs;
+
+  PaddedTokens(const TokenInputs<T>& in, int64_t begin, int64_t count) : inputs(in) {
+    uint8_t* next = memory_;
+    for_each_array(inputs, [&](auto& array) {
+      using Element = std::decay_t<decltype(*array)>;
+      Element* copy = reinterpret_cast<Element*>(next);
+      if (array) array = static_cast<const Element*>(memcpy(copy, array + begin, count * sizeof(Element)));
+      next += kLanes * sizeof(Element);
+    });
+  }
+  PaddedTokens(const PaddedTokens&) = delete;
+
+ private:
+  alignas(T) uint8_t memory_[kLanes * (6 * sizeof(T) + 3)] = {};
+};
+
+// What keys are made of, for up to kChunkTokens tokens: clip ratios only where they are given. It is
+// copied to local arrays, because the compiler vectorises a selection between loaded values only if
+// no load can fault.
 template <class T>
 struct Chunk {
   alignas(64) T log_prob[kChunkTokens];
   T old_log_prob[kChunkTokens];
   T advantage[kChunkTokens];
-  T weight[kChunkTokens];
-  T response[kChunkTokens];
-  T selected[kChunkTokens];
-  T chosen[kChunkTokens];
-  T sequence_log_ratio[kChunkTokens];
   T clip_low[kChunkTokens];
   T clip_high[kChunkTokens];
+  uint8_t response[kChunkTokens];
 
   __attribute__((always_inline)) Token<T> token(int i) const {
-    return {log_prob[i],    old_log_prob[i], advantage[i], sequence_log_ratio[i],
-            chosen[i] != 0, clip_low[i],     clip_high[i]};
+    return {log_prob[i], old_log_prob[i], advantage[i], T(0), false, clip_low[i], clip_high[i]};
   }
 };
 

@@ -1,94 +1,143 @@
-// The loops of token_loss_backend.h and policy_loss.cpp (see each_simd.h). Losses, keys and moments
-// are passed by value, so that their constants are in registers: a load that may fault would keep a
-// loop from vectorising. What does not depend on them is not inlined into their loops, of which
-// there are more than a hundred: compiled in each, it would take most of the build.
+// The loops of token_loss_backend.h and policy_loss.cpp (see each_simd.h). Losses and moments are
+// computed with vectors: GCC makes poor code of sums of floats, and takes long for it. The loop over
+// keys, which are integers, is vectorised by the compiler.
+
+// GCC compares vectors of 64 bytes lane by lane where the result is a variable.
+constexpr int kLossVectorBytes = std::min(kVectorBytes, 32);
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kLossVectorBytes)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int kWidth = kLossVectorBytes / static_cast<int>(sizeof(T));
+// Vectors that together have kLanes lanes.
+template <class T>
+constexpr int kGroups = kLanes / kWidth<T>;
+
+#define ENTROPY_RL_INLINE __attribute__((always_inline)) inline
 
 template <class T>
-__attribute__((noinline)) T sum_of(const T* x, int count) {
-  T lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
+ENTROPY_RL_INLINE Vector<T> load(const T* values) {
+  Vector<T> loaded;
+  memcpy(&loaded, values, sizeof(loaded));
+  return loaded;
+}
+template <class T>
+ENTROPY_RL_INLINE Vector<T> load_or(T absent, const T* values, int64_t i) {
+  return values ? load(values + i) : Vector<T>{} + absent;
+}
+template <class T>
+ENTROPY_RL_INLINE mask_t<Vector<T>> load_mask(const uint8_t* mask) {
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth<T>)));
+  Bytes bytes;
+  memcpy(&bytes, mask, sizeof(bytes));
+  return __builtin_convertvector(bytes, mask_t<Vector<T>>) != 0;
+}
+
+// A member's sum over all lanes, in an order that does not depend on the instruction set.
+template <class T, class Sums>
+__attribute__((noinline)) T sum_of(const Sums* sums /*[kGroups]*/, Vector<T> Sums::*member) {
+  T lanes[kLanes];
+  for (int group = 0; group < kGroups<T>; ++group) {
+    memcpy(lanes + group * kWidth<T>, &(sums[group].*member), sizeof(Vector<T>));
   }
-  for (int j = 0; i < count; ++i, ++j) lanes[j] += x[i];
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
   }
   return lanes[0];
 }
 
-template <class T>
-__attribute__((always_inline)) inline void load(const T* values, int64_t begin, int count, T absent,
-                                                T* out) {
-  for (int i = 0; i < count; ++i) out[i] = values ? values[begin + i] : absent;
-}
-template <class T>
-__attribute__((always_inline)) inline void load(const uint8_t* mask, int64_t begin, int count,
-                                                T absent, T* out) {
-  for (int i = 0; i < count; ++i) out[i] = mask ? (mask[begin + i] != 0 ? T(1) : T(0)) : absent;
+// Calls add(inputs, count, first token) for the tokens [begin, end), with inputs that begin at their
+// first one: once for all whole groups of kLanes tokens, and once for the rest, which is padded.
+template <class T, class Add>
+void for_whole_lanes(const TokenInputs<T>& in, int64_t begin, int64_t end, const Add& add) {
+  const int64_t rest = (end - begin) % kLanes;
+  if (end - rest > begin) add(tokens_from(in, begin), end - rest - begin, begin);
+  if (rest == 0) return;
+  const PaddedTokens<T> padded(in, end - rest, rest);
+  add(padded.inputs, kLanes, end - rest);
 }
 
-// Returns the number of tokens.
+// LossSums of each lane.
 template <class T>
-__attribute__((noinline)) int load_chunk(const TokenInputs<T>& in, int64_t row, int64_t begin,
-                                         int64_t end, Chunk<T>& chunk) {
-  const int count = static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens));
-  load(in.log_prob, begin, count, T(0), chunk.log_prob);
-  load(in.old_log_prob, begin, count, T(0), chunk.old_log_prob);
-  load(in.advantages, begin, count, T(0), chunk.advantage);
-  load(in.weights, begin, count, T(1), chunk.weight);
-  load(in.response_mask, begin, count, T(1), chunk.response);
-  load(in.entropy_mask, begin, count, T(1), chunk.selected);
-  load(in.chosen, begin, count, T(0), chunk.chosen);
-  if (in.clip_low) {
-    load(in.clip_low, begin, count, T(0), chunk.clip_low);
-    load(in.clip_high, begin, count, T(0), chunk.clip_high);
+struct LossLanes {
+  Vector<T> loss, selected, response, clipped, clipped_lower, kl, advantage, log_weight;
+};
+
+// `count` is a multiple of kLanes.
+template <class T, class TokenLoss>
+__attribute__((noinline)) void add_losses(const TokenLoss& token_loss, const TokenInputs<T>& in,
+                                          T sequence_log_ratio, int64_t count,
+                                          LossLanes<T>* totals /*[kGroups]*/,
+                                          T* __restrict__ gradient /*[count]*/) {
+  using Value = Vector<T>;
+  const TokenLoss loss = token_loss;
+  const Value zero{};
+  LossLanes<T> sums[kGroups<T>];
+  for (int group = 0; group < kGroups<T>; ++group) sums[group] = totals[group];
+  for (int64_t begin = 0; begin < count; begin += kLanes) {
+    for (int group = 0; group < kGroups<T>; ++group) {
+      const int64_t i = begin + group * kWidth<T>;
+      LossLanes<T>& sum = sums[group];
+      const mask_t<Value> response = load_mask<T>(in.response_mask + i);
+      const mask_t<Value> selected =
+          in.entropy_mask ? response & load_mask<T>(in.entropy_mask + i) : response;
+      Token<Value> token{};
+      token.log_prob = load(in.log_prob + i);
+      token.old_log_prob = load_or(T(0), in.old_log_prob, i);
+      token.advantage = load_or(T(0), in.advantages, i);
+      token.sequence_log_ratio = zero + sequence_log_ratio;
+      if (in.chosen) token.chosen = load_mask<T>(in.chosen + i);
+      if constexpr (kReadsClipRatios<TokenLoss>) {
+        token.clip_low = load(in.clip_low + i);
+        token.clip_high = load(in.clip_high + i);
+      }
+      const TokenResult<Value> result = loss(token);
+      const Value weight =
+          kIsSequenceLoss<TokenLoss> ? zero + T(1) : load_or(T(1), in.weights, i);
+      // Selections, because a token outside the mask may hold NaN, and 0 * NaN is NaN.
+      sum.loss += selected ? result.loss * weight : zero;
+      const Value gradients = selected ? result.gradient * weight : zero;
+      memcpy(gradient + i, &gradients, sizeof(gradients));
+      sum.selected += selected ? zero + T(1) : zero;
+      sum.response += response ? zero + T(1) : zero;
+      sum.clipped += response ? result.clipped : zero;
+      sum.clipped_lower += response ? result.clipped_lower : zero;
+      sum.kl += response ? result.kl : zero;
+      if constexpr (kIsSequenceLoss<TokenLoss>) {
+        sum.advantage += response ? token.advantage : zero;
+        if (in.weights) {
+          const Value log_weight = each_lane(load(in.weights + i), log_of_weight<T>);
+          sum.log_weight += response ? log_weight : zero;
+        }
+      }
+    }
   }
-  const T sequence = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
-  for (int i = 0; i < count; ++i) {
-    chunk.selected[i] *= chunk.response[i];
-    chunk.sequence_log_ratio[i] = sequence;
-  }
-  return count;
+  for (int group = 0; group < kGroups<T>; ++group) totals[group] = sums[group];
 }
 
 template <class T, class TokenLoss>
-LossSums<T> tile_loss(TokenLoss token_loss, const TokenInputs<T>& in, int64_t row, int64_t begin,
-                      int64_t end, T* __restrict__ gradient /*[rows, cols]*/) {
-  LossSums<T> sums{};
-  Chunk<T> chunk;
-  alignas(64) T loss[kChunkTokens], clipped[kChunkTokens], clipped_lower[kChunkTokens],
-      kl[kChunkTokens], advantage[kChunkTokens], log_weight[kChunkTokens];
-  for (; begin < end; begin += kChunkTokens) {
-    const int count = load_chunk(in, row, begin, end, chunk);
-    for (int i = 0; i < count; ++i) {
-      const TokenResult<T> result = token_loss(chunk.token(i));
-      const T weight = kIsSequenceLoss<TokenLoss> ? T(1) : chunk.weight[i];
-      // A selection, because a token outside the mask may hold NaN, and 0 * NaN is NaN.
-      loss[i] = chunk.selected[i] != 0 ? result.loss * weight : T(0);
-      gradient[begin + i] = chunk.selected[i] != 0 ? result.gradient * weight : T(0);
-      clipped[i] = chunk.response[i] != 0 ? result.clipped : T(0);
-      clipped_lower[i] = chunk.response[i] != 0 ? result.clipped_lower : T(0);
-      kl[i] = chunk.response[i] != 0 ? result.kl : T(0);
-    }
-    sums.loss += sum_of(loss, count);
-    sums.selected += sum_of(chunk.selected, count);
-    sums.response += sum_of(chunk.response, count);
-    sums.clipped += sum_of(clipped, count);
-    sums.clipped_lower += sum_of(clipped_lower, count);
-    sums.kl += sum_of(kl, count);
-    if constexpr (kIsSequenceLoss<TokenLoss>) {
-      for (int i = 0; i < count; ++i) {
-        advantage[i] = chunk.response[i] != 0 ? chunk.advantage[i] : T(0);
-      }
-      sums.advantage += sum_of(advantage, count);
-      for (int i = 0; i < count && in.weights; ++i) {
-        log_weight[i] = chunk.response[i] != 0 ? log_of_weight(chunk.weight[i]) : T(0);
-      }
-      if (in.weights) sums.log_weight += sum_of(log_weight, count);
-    }
-  }
-  return sums;
+LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row,
+                      int64_t begin, int64_t end, T* gradient /*[rows, cols]*/) {
+  const T sequence_log_ratio = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
+  LossLanes<T> sums[kGroups<T>] = {};
+  for_whole_lanes(in, begin, end, [&](const TokenInputs<T>& from, int64_t count, int64_t first) {
+    T padded[kLanes];
+    T* out = first + count > end ? padded : gradient + first;
+    add_losses(token_loss, from, sequence_log_ratio, count, sums, out);
+    if (out == padded) std::copy_n(padded, end - first, gradient + first);
+  });
+  using Lanes = LossLanes<T>;
+  return {sum_of<T>(sums, &Lanes::loss),
+          sum_of<T>(sums, &Lanes::selected),
+          sum_of<T>(sums, &Lanes::response),
+          sum_of<T>(sums, &Lanes::clipped),
+          sum_of<T>(sums, &Lanes::clipped_lower),
+          sum_of<T>(sums, &Lanes::kl),
+          sum_of<T>(sums, &Lanes::advantage),
+          sum_of<T>(sums, &Lanes::log_weight)};
 }
 
 template <class T>
@@ -97,35 +146,62 @@ void scale_row(const accumulate_t<T>* gradient /*[cols]*/, accumulate_t<T> scale
   for (int64_t i = 0; i < cols; ++i) store_value(token_gradient(gradient[i], scale), out + i);
 }
 
+// Moments of each lane.
 template <class T>
-Moments<T> tile_moments(const TokenInputs<T>& in, int64_t row, int64_t begin, int64_t end) {
-  Moments<T> sums{};
-  Chunk<T> chunk;
-  alignas(64) T log_ratio[kChunkTokens], log_prob[kChunkTokens], advantage[kChunkTokens];
-  for (; begin < end; begin += kChunkTokens) {
-    const int count = load_chunk(in, row, begin, end, chunk);
-    for (int i = 0; i < count; ++i) {
-      const bool is_response = chunk.response[i] != 0;
-      log_ratio[i] = is_response ? chunk.log_prob[i] - chunk.old_log_prob[i] : T(0);
-      log_prob[i] = is_response ? chunk.log_prob[i] : T(0);
-      advantage[i] = is_response ? chunk.advantage[i] : T(0);
+struct MomentLanes {
+  Vector<T> response, log_ratio, log_prob, advantage;
+};
+
+template <class T>
+Moments<T> tile_moments(const TokenInputs<T>& in, int64_t begin, int64_t end) {
+  using Value = Vector<T>;
+  using Lanes = MomentLanes<T>;
+  const Value zero{};
+  Lanes sums[kGroups<T>] = {};
+  for_whole_lanes(in, begin, end, [&](const TokenInputs<T>& from, int64_t count, int64_t) {
+    for (int64_t begin = 0; begin < count; begin += kLanes) {
+      for (int group = 0; group < kGroups<T>; ++group) {
+        const int64_t i = begin + group * kWidth<T>;
+        const mask_t<Value> response = load_mask<T>(from.response_mask + i);
+        const Value log_prob = load(from.log_prob + i);
+        sums[group].response += response ? zero + T(1) : zero;
+        sums[group].log_ratio += response ? log_prob - load(from.old_log_prob + i) : zero;
+        sums[group].log_prob += response ? log_prob : zero;
+        sums[group].advantage += response ? load(from.advantages + i) : zero;
+      }
     }
-    sums.response += sum_of(chunk.response, count);
-    sums.log_ratio += sum_of(log_ratio, count);
-    sums.log_prob += sum_of(log_prob, count);
-    sums.advantage += sum_of(advantage, count);
-  }
-  return sums;
+  });
+  return {sum_of<T>(sums, &Lanes::response), sum_of<T>(sums, &Lanes::log_ratio),
+          sum_of<T>(sums, &Lanes::log_prob), sum_of<T>(sums, &Lanes::advantage)};
 }
 
+// Returns the number of tokens.
+template <class T>
+__attribute__((noinline)) int load_chunk(const TokenInputs<T>& in, int64_t begin, int64_t end,
+                                         Chunk<T>& chunk) {
+  const int count = static_cast<int>(std::min<int64_t>(end - begin, kChunkTokens));
+  const auto copy = [&](const auto* from, auto* to) { std::copy_n(from + begin, count, to); };
+  copy(in.log_prob, chunk.log_prob);
+  copy(in.old_log_prob, chunk.old_log_prob);
+  copy(in.advantages, chunk.advantage);
+  copy(in.response_mask, chunk.response);
+  if (in.clip_low) {
+    copy(in.clip_low, chunk.clip_low);
+    copy(in.clip_high, chunk.clip_high);
+  }
+  return count;
+}
+
+// The key and the moments are passed by value, so that their constants are in registers: a load that
+// may fault would keep the loop from vectorising.
 template <class T, class CovarianceKey>
 void tile_keys(CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments moments,
-               uint64_t seed, int64_t row, int64_t begin, int64_t end,
+               uint64_t seed, int64_t begin, int64_t end,
                typename CovarianceKey::Key* keys /*[rows, cols]*/) {
   using Key = typename CovarianceKey::Key;
   Chunk<T> chunk;
   for (; begin < end; begin += kChunkTokens) {
-    const int count = load_chunk(in, row, begin, end, chunk);
+    const int count = load_chunk(in, begin, end, chunk);
     Key* out = keys + begin;
     for (int i = 0; i < count; ++i) {
       // A key is computed for every token and then selected: a loop with a branch does not
@@ -135,3 +211,5 @@ void tile_keys(CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments mo
     }
   }
 }
+
+#undef ENTROPY_RL_INLINE

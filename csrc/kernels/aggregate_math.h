@@ -8,10 +8,11 @@ namespace entropy_rl {
 // The value itself.
 template <class T>
 struct PlainValue {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    TokenResult<Value> out{};
     out.loss = token.log_prob;
-    out.gradient = T(1);
+    out.gradient = Value{} + T(1);
     return out;
   }
 };

@@ -13,11 +13,12 @@ enum class KlPenalty { kK1, kAbs, kK2, kK3 };
 // d
 template <class T, bool straight_through>
 struct K1Penalty {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    TokenResult<Value> out{};
     out.loss = d;
-    out.gradient = straight_through ? d : T(1);
+    out.gradient = straight_through ? d : Value{} + T(1);
     return out;
   }
 };
@@ -25,11 +26,12 @@ struct K1Penalty {
 // |d|
 template <class T, bool straight_through>
 struct AbsPenalty {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    const T sign = d > 0 ? T(1) : d < 0 ? T(-1) : T(0);
-    TokenResult<T> out{};
-    out.loss = d < 0 ? -d : d;
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    const Value sign = d > T(0) ? T(1) : d < T(0) ? T(-1) : T(0);
+    TokenResult<Value> out{};
+    out.loss = d < T(0) ? -d : d;
     out.gradient = straight_through ? d : sign;
     return out;
   }
@@ -38,9 +40,10 @@ struct AbsPenalty {
 // d^2 / 2
 template <class T>
 struct K2Penalty {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    TokenResult<Value> out{};
     out.loss = T(0.5) * d * d;
     out.gradient = d;
     return out;
@@ -50,12 +53,13 @@ struct K2Penalty {
 // e^-d + d - 1, d clamped to [-20, 20] and the result to [-10, 10]
 template <class T, bool straight_through>
 struct K3Penalty {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    const ClampedRatio<T> r(-d);
-    const T value = r.ratio - r.log_ratio - T(1);
-    const bool inside = r.inside & within(value, T(-10), T(10));
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    const ClampedRatio<Value> r(-d);
+    const Value value = r.ratio - r.log_ratio - T(1);
+    const mask_t<Value> inside = r.inside & within(value, T(-10), T(10));
+    TokenResult<Value> out{};
     out.loss = clamped(value, T(-10), T(10));
     out.gradient = straight_through ? d : inside ? T(1) - r.ratio : T(0);
     return out;

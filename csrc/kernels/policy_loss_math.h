@@ -27,13 +27,16 @@ enum class LossMode {
 };
 
 // max(-A r, -A clip(r, low, high)), given d r / d log_prob.
-template <class T>
-ENTROPY_RL_HD inline TokenResult<T> clipped_surrogate(T advantage, T ratio, T ratio_gradient, T low,
-                                                      T high) {
-  const T loss = -advantage * ratio;
-  const T clipped_loss = -advantage * clamped(ratio, low, high);
-  const bool clipped = clipped_loss > loss;
-  TokenResult<T> out{};
+template <class Value, class Bound>
+ENTROPY_RL_HD inline TokenResult<Value> clipped_surrogate(const Value& advantage,
+                                                          const Value& ratio,
+                                                          const Value& ratio_gradient,
+                                                          const Bound& low, const Bound& high) {
+  using T = scalar_t<Value>;
+  const Value loss = -advantage * ratio;
+  const Value clipped_loss = -advantage * clamped(ratio, low, high);
+  const mask_t<Value> clipped = clipped_loss > loss;
+  TokenResult<Value> out{};
   out.loss = clipped ? clipped_loss : loss;
   out.gradient = clipped ? T(0) : -advantage * ratio_gradient;
   out.clipped = clipped ? T(1) : T(0);
@@ -42,21 +45,23 @@ ENTROPY_RL_HD inline TokenResult<T> clipped_surrogate(T advantage, T ratio, T ra
 
 // PPO with dual clip: max(-A r, -A clip(r, low, high)), and at most -A c where A < 0.
 // arXiv 1707.06347, 1912.09729.
-template <class T>
+template <class T, class Bound = T>
 struct VanillaLoss {
-  T low, high, dual_clip;
+  Bound low, high;
+  T dual_clip;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = T(1) - below;
-    high = T(1) + above;
+  template <class Value>
+  ENTROPY_RL_HD VanillaLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {T(1) - below, T(1) + above, dual_clip};
   }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
-    TokenResult<T> out =
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const ClampedRatio<Value> r(token.log_prob - token.old_log_prob);
+    TokenResult<Value> out =
         clipped_surrogate(token.advantage, r.ratio, r.inside ? r.ratio : T(0), low, high);
-    const T bound = -token.advantage * dual_clip;
-    const bool bounded = (token.advantage < 0) & (out.loss > bound);
+    const Value bound = -token.advantage * dual_clip;
+    const mask_t<Value> bounded = (token.advantage < T(0)) & (out.loss > bound);
     out.loss = bounded ? bound : out.loss;
     out.gradient = bounded ? T(0) : out.gradient;
     out.clipped_lower = bounded ? T(1) : T(0);
@@ -68,8 +73,9 @@ struct VanillaLoss {
 // -A log_prob. arXiv 2504.02546.
 template <class T>
 struct GpgLoss {
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    TokenResult<Value> out{};
     out.loss = -token.log_prob * token.advantage;
     out.gradient = -token.advantage;
     return out;
@@ -77,21 +83,25 @@ struct GpgLoss {
 };
 
 // max(-A r, -A clip(r, low, high)), without loss or gradient where chosen. arXiv 2505.22617.
-template <class T>
+template <class T, class Bound = T>
 struct ClipCovLoss {
-  T low, high;
+  Bound low, high;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = T(1) - below;
-    high = T(1) + above;
+  template <class Value>
+  ENTROPY_RL_HD ClipCovLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {T(1) - below, T(1) + above};
   }
-  // By value: the host's loops do not vectorise where an address is taken.
-  ENTROPY_RL_HD ClipCovLoss at(const Token<T>&) const { return *this; }
+  // By value: the host's loop over keys does not vectorise where an address is taken.
+  template <class Value>
+  ENTROPY_RL_HD ClipCovLoss at(const Token<Value>&) const {
+    return *this;
+  }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    const T ratio = ratio_exp(d);
-    TokenResult<T> out = clipped_surrogate(token.advantage, ratio, ratio, low, high);
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    const Value ratio = ratio_exp(d);
+    TokenResult<Value> out = clipped_surrogate(token.advantage, ratio, ratio, low, high);
     out.loss = token.chosen ? T(0) : out.loss;
     out.gradient = token.chosen ? T(0) : out.gradient;
     out.clipped = token.chosen ? T(1) : T(0);
@@ -105,12 +115,13 @@ template <class T>
 struct KlCovLoss {
   T kl_coefficient;
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    const T loss = -token.advantage * ratio_exp(d);
-    const T sign = d > 0 ? T(1) : d < 0 ? T(-1) : T(0);
-    TokenResult<T> out{};
-    out.kl = d < 0 ? -d : d;
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    const Value loss = -token.advantage * ratio_exp(d);
+    const Value sign = d > T(0) ? T(1) : d < T(0) ? T(-1) : T(0);
+    TokenResult<Value> out{};
+    out.kl = d < T(0) ? -d : d;
     out.loss = token.chosen ? loss + kl_coefficient * out.kl : loss;
     out.gradient = token.chosen ? loss + kl_coefficient * sign : loss;
     return out;
@@ -119,20 +130,21 @@ struct KlCovLoss {
 
 // max(-A s, -A clip(s, low, high)), where s is the geometric mean of r over the sequence and has
 // the gradient of the token's own r. arXiv 2507.18071.
-template <class T>
+template <class T, class Bound = T>
 struct GspoLoss {
-  T low, high;
+  Bound low, high;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = T(1) - below;
-    high = T(1) + above;
+  template <class Value>
+  ENTROPY_RL_HD GspoLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {T(1) - below, T(1) + above};
   }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T log_ratio = token.sequence_log_ratio;
-    const bool inside = log_ratio <= T(10);
-    const T ratio = ratio_exp(log_ratio > T(10) ? T(10) : log_ratio);
-    TokenResult<T> out =
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value log_ratio = token.sequence_log_ratio;
+    const mask_t<Value> inside = log_ratio <= T(10);
+    const Value ratio = ratio_exp(log_ratio > T(10) ? T(10) : log_ratio);
+    TokenResult<Value> out =
         clipped_surrogate(token.advantage, ratio, inside ? ratio : T(0), low, high);
     out.kl = token.old_log_prob - token.log_prob;
     return out;
@@ -142,24 +154,25 @@ struct GspoLoss {
 // The loss of a sequence is -mean(A) * geometric mean of r, where each token's d is clipped to
 // [low, high] on the side to which its advantage pushes it. A token's `loss` here is its clipped d,
 // from which sequence_loss computes the loss. arXiv 2507.20673.
-template <class T>
+template <class T, class Bound = T>
 struct GeoMeanLoss {
-  T low, high;
+  Bound low, high;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = -below;
-    high = above;
+  template <class Value>
+  ENTROPY_RL_HD GeoMeanLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {-below, above};
   }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    const T up = token.advantage > 0 ? T(1) : T(0);
-    const T down = token.advantage < 0 ? T(1) : T(0);
-    const T sign = up - down;
-    const T bound = token.advantage > 0 ? high : low;
-    const bool clipped = sign * d > sign * bound;
-    const T outside = within(d, low, high) ? T(0) : T(1);
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    const Value up = token.advantage > T(0) ? T(1) : T(0);
+    const Value down = token.advantage < T(0) ? T(1) : T(0);
+    const Value sign = up - down;
+    const Value bound = token.advantage > T(0) ? high : low;
+    const mask_t<Value> clipped = sign * d > sign * bound;
+    const Value outside = within(d, low, high) ? T(0) : T(1);
+    TokenResult<Value> out{};
     out.loss = clipped ? bound : sign * sign * d;
     out.gradient = clipped ? T(0) : sign * sign;
     out.clipped = outside * up;
@@ -169,17 +182,19 @@ struct GeoMeanLoss {
   }
 };
 
-template <class T>
-inline constexpr bool kIsSequenceLoss<GeoMeanLoss<T>> = true;
+template <class T, class Bound>
+inline constexpr bool kIsSequenceLoss<GeoMeanLoss<T, Bound>> = true;
 
 // -A min(r, c) log_prob, where r has no gradient; 0 where the token's probability has already moved
 // by more than `low` or `high` in the direction of its advantage. arXiv 2602.04879.
-template <class T>
-ENTROPY_RL_HD inline TokenResult<T> truncated_reinforce(const Token<T>& token, T truncation,
-                                                        bool valid) {
-  const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
-  const T ratio = r.ratio > truncation ? truncation : r.ratio;
-  TokenResult<T> out{};
+template <class Value>
+ENTROPY_RL_HD inline TokenResult<Value> truncated_reinforce(const Token<Value>& token,
+                                                            scalar_t<Value> truncation,
+                                                            const mask_t<Value>& valid) {
+  using T = scalar_t<Value>;
+  const ClampedRatio<Value> r(token.log_prob - token.old_log_prob);
+  const Value ratio = r.ratio > truncation ? truncation : r.ratio;
+  TokenResult<Value> out{};
   out.loss = valid ? -token.advantage * ratio * token.log_prob : T(0);
   out.gradient = valid ? -token.advantage * ratio : T(0);
   out.clipped = valid ? T(0) : T(1);
@@ -189,43 +204,47 @@ ENTROPY_RL_HD inline TokenResult<T> truncated_reinforce(const Token<T>& token, T
 }
 
 // Movement is the total variation distance over (this token, any other token).
-template <class T>
+template <class T, class Bound = T>
 struct DppoTvLoss {
-  T low, high, truncation;
+  Bound low, high;
+  T truncation;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = below;
-    high = above;
+  template <class Value>
+  ENTROPY_RL_HD DppoTvLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {below, above, truncation};
   }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T moved = ratio_exp(token.log_prob) - ratio_exp(token.old_log_prob);
-    const bool up = token.advantage > 0;
-    const bool down = !up;
-    const bool valid = (up & (moved <= high)) | (down & (moved >= -low));
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value moved = ratio_exp(token.log_prob) - ratio_exp(token.old_log_prob);
+    const mask_t<Value> up = token.advantage > T(0);
+    const mask_t<Value> down = !up;
+    const mask_t<Value> valid = (up & (moved <= high)) | (down & (moved >= -low));
     return truncated_reinforce(token, truncation, valid);
   }
 };
 
 // Movement is the KL divergence over (this token, any other token).
-template <class T>
+template <class T, class Bound = T>
 struct DppoKlLoss {
-  T low, high, truncation;
+  Bound low, high;
+  T truncation;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = below;
-    high = above;
+  template <class Value>
+  ENTROPY_RL_HD DppoKlLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {below, above, truncation};
   }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T p = ratio_exp(token.log_prob);
-    const T q = ratio_exp(token.old_log_prob);
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value p = ratio_exp(token.log_prob);
+    const Value q = ratio_exp(token.old_log_prob);
     const T epsilon = T(1e-8);
-    const T moved = q * (token.old_log_prob - token.log_prob) +
+    const Value moved = q * (token.old_log_prob - token.log_prob) +
                     (T(1) - q) * ratio_log((T(1) - q + epsilon) / (T(1) - p + epsilon));
-    const bool up = token.advantage > 0;
-    const bool down = !up;
-    const bool valid = (up & ((moved <= high) | (p <= q))) | (down & ((moved <= low) | (p >= q)));
+    const mask_t<Value> up = token.advantage > T(0);
+    const mask_t<Value> down = !up;
+    const mask_t<Value> valid = (up & ((moved <= high) | (p <= q))) | (down & ((moved <= low) | (p >= q)));
     return truncated_reinforce(token, truncation, valid);
   }
 };
@@ -235,15 +254,16 @@ template <class T>
 struct SapoLoss {
   T tau_positive, tau_negative;
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
-    const T tau = token.advantage > 0 ? tau_positive : tau_negative;
-    const T x = tau * (r.ratio - T(1));
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const ClampedRatio<Value> r(token.log_prob - token.old_log_prob);
+    const Value tau = token.advantage > T(0) ? tau_positive : tau_negative;
+    const Value x = tau * (r.ratio - T(1));
     // e^-|x| cannot overflow.
-    const T e = ratio_exp(x < 0 ? x : -x);
-    const T larger = T(1) / (T(1) + e);
-    const T sigmoid = x < 0 ? e * larger : larger;
-    TokenResult<T> out{};
+    const Value e = ratio_exp(x < T(0) ? x : -x);
+    const Value larger = T(1) / (T(1) + e);
+    const Value sigmoid = x < T(0) ? e * larger : larger;
+    TokenResult<Value> out{};
     out.loss = -token.advantage * sigmoid * (T(4) / tau);
     out.gradient = r.inside ? T(-4) * token.advantage * e * larger * larger * r.ratio : T(0);
     out.kl = -r.log_ratio;
@@ -256,9 +276,10 @@ template <class T>
 struct DroLoss {
   T beta;
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const T d = token.log_prob - token.old_log_prob;
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const Value d = token.log_prob - token.old_log_prob;
+    TokenResult<Value> out{};
     out.loss = -(token.log_prob * token.advantage - T(0.5) * beta * d * d);
     out.gradient = -(token.advantage - beta * d);
     out.kl = -d;
@@ -267,19 +288,20 @@ struct DroLoss {
 };
 
 // -clip(r, low, high) A log_prob, where the clipped r has no gradient. arXiv 2506.13585.
-template <class T>
+template <class T, class Bound = T>
 struct CispoLoss {
-  T low, high;
+  Bound low, high;
 
-  ENTROPY_RL_HD void set_clip_ratios(T below, T above) {
-    low = T(1) - below;
-    high = T(1) + above;
+  template <class Value>
+  ENTROPY_RL_HD CispoLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+    return {T(1) - below, T(1) + above};
   }
 
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
-    const ClampedRatio<T> r(token.log_prob - token.old_log_prob);
-    const T ratio = clamped(r.ratio, low, high);
-    TokenResult<T> out{};
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
+    const ClampedRatio<Value> r(token.log_prob - token.old_log_prob);
+    const Value ratio = clamped(r.ratio, low, high);
+    TokenResult<Value> out{};
     out.loss = -ratio * token.advantage * token.log_prob;
     out.gradient = -ratio * token.advantage;
     out.clipped = r.ratio != ratio ? T(1) : T(0);
@@ -298,16 +320,16 @@ struct ClippedByToken {
   Loss loss;
 
   // The loss that a token has.
-  ENTROPY_RL_HD Loss at(const Token<T>& token) const {
-    Loss own = loss;
-    own.set_clip_ratios(token.clip_low, token.clip_high);
-    return own;
+  template <class Value>
+  ENTROPY_RL_HD auto at(const Token<Value>& token) const {
+    return loss.with_clip_ratios(token.clip_low, token.clip_high);
   }
-  ENTROPY_RL_HD TokenResult<T> operator()(const Token<T>& token) const {
+  template <class Value = T>
+  ENTROPY_RL_HD TokenResult<Value> operator()(const Token<Value>& token) const {
     const T largest = std::numeric_limits<T>::max();
-    const bool valid =
+    const mask_t<Value> valid =
         within(token.clip_low, T(0), largest) & within(token.clip_high, T(0), largest);
-    TokenResult<T> out = at(token)(token);
+    TokenResult<Value> out = at(token)(token);
     out.loss = valid ? out.loss : T(NAN);
     out.gradient = valid ? out.gradient : T(NAN);
     return out;
@@ -392,7 +414,7 @@ struct ClipCovKey {
   ENTROPY_RL_HD Key operator()(const Token<T>& token, const CovarianceMoments& moments,
                                uint64_t seed, int64_t index) const {
     const T ratio = ratio_exp(token.log_prob - token.old_log_prob);
-    const ClipCovLoss<T> own = loss.at(token);
+    const auto own = loss.at(token);
     const bool clipped =
         clipped_surrogate(token.advantage, ratio, ratio, own.low, own.high).clipped != T(0);
     const T covariance = moments.covariance(token.log_prob, token.advantage);

@@ -1,6 +1,6 @@
 // Probability ratios from log-probs, with the clamps that keep them finite; host and device.
-// Here and in the losses, conditions are joined by & and |, and values are selected: && and || are
-// branches, and the host's loops would not vectorise.
+// Here and in the losses, a Value is a number or on the host a vector (exp_log.h), so conditions are
+// joined by & and |, and values are selected: && and || are branches, which vectors do not have.
 #pragma once
 
 #include "exp_log.h"
@@ -8,43 +8,52 @@
 
 namespace entropy_rl {
 
-ENTROPY_RL_HD inline float ratio_exp(float x) {
+template <class Value>
+ENTROPY_RL_HD inline Value ratio_exp(const Value& x) {
 #if defined(__CUDA_ARCH__)
-  return expf(x);
+  return exp(x);
 #else
-  return x > 88.0f ? INFINITY : exp_vectorizable(x);
+  if constexpr (sizeof(scalar_t<Value>) == sizeof(float)) {
+    return x > 88.0f ? INFINITY : exp_vectorizable(x);
+  } else {
+    return each_lane(x, [](double lane) { return exp(lane); });
+  }
 #endif
 }
-ENTROPY_RL_HD inline double ratio_exp(double x) { return exp(x); }
 
-ENTROPY_RL_HD inline float ratio_log(float x) {
+template <class Value>
+ENTROPY_RL_HD inline Value ratio_log(const Value& x) {
 #if defined(__CUDA_ARCH__)
-  return logf(x);
+  return log(x);
 #else
-  return log_vectorizable(x);
+  if constexpr (sizeof(scalar_t<Value>) == sizeof(float)) {
+    return log_vectorizable(x);
+  } else {
+    return each_lane(x, [](double lane) { return log(lane); });
+  }
 #endif
 }
-ENTROPY_RL_HD inline double ratio_log(double x) { return log(x); }
 
 // NaN stays NaN, since comparisons with it are false.
-template <class T>
-ENTROPY_RL_HD inline T clamped(T x, T low, T high) {
+template <class Value, class Low, class High>
+ENTROPY_RL_HD inline Value clamped(const Value& x, const Low& low, const High& high) {
   return x < low ? low : x > high ? high : x;
 }
-template <class T>
-ENTROPY_RL_HD inline bool within(T x, T low, T high) {
+template <class Value, class Low, class High>
+ENTROPY_RL_HD inline mask_t<Value> within(const Value& x, const Low& low, const High& high) {
   return (x >= low) & (x <= high);
 }
 
 // d clamped to [-20, 20], its exponential, and whether d is inside, since only then is there a
 // gradient.
-template <class T>
+template <class Value>
 struct ClampedRatio {
-  T log_ratio;
-  T ratio;
-  bool inside;
+  using T = scalar_t<Value>;
+  Value log_ratio;
+  Value ratio;
+  mask_t<Value> inside;
 
-  ENTROPY_RL_HD explicit ClampedRatio(T d)
+  ENTROPY_RL_HD explicit ClampedRatio(const Value& d)
       : log_ratio(clamped(d, T(-20), T(20))),
         ratio(ratio_exp(log_ratio)),
         inside(within(d, T(-20), T(20))) {}

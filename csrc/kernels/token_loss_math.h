@@ -9,32 +9,33 @@
 #include <cmath>
 #include <cstdint>
 
-#include "macros.h"
+#include "exp_log.h"
 
 namespace entropy_rl {
 
 // Tokens of a row that one worker sums.
 constexpr int64_t kTileTokens = 2048;
 
-// The values of one token; each loss uses some of them.
-template <class T>
+// The values of one token, or on the host of as many tokens as a vector has lanes (exp_log.h); each
+// loss uses some of them.
+template <class Value>
 struct Token {
-  T log_prob;      // of aggregate: the value
-  T old_log_prob;  // of a KL penalty: the reference policy's
-  T advantage;
-  T sequence_log_ratio;  // log of the probability ratio's geometric mean over the row
-  bool chosen;           // because of its covariance (clip_cov, kl_cov)
-  T clip_low;            // the token's own clip ratios, where a loss reads them (below)
-  T clip_high;
+  Value log_prob;      // of aggregate: the value
+  Value old_log_prob;  // of a KL penalty: the reference policy's
+  Value advantage;
+  Value sequence_log_ratio;  // log of the probability ratio's geometric mean over the row
+  mask_t<Value> chosen;      // because of its covariance (clip_cov, kl_cov)
+  Value clip_low;            // the token's own clip ratios, where a loss reads them (below)
+  Value clip_high;
 };
 
-template <class T>
+template <class Value>
 struct TokenResult {
-  T loss;
-  T gradient;
-  T clipped;
-  T clipped_lower;
-  T kl;
+  Value loss;
+  Value gradient;
+  Value clipped;
+  Value clipped_lower;
+  Value kl;
 };
 
 // Whether a loss is a function of sums over its row (sequence_loss below) instead of a sum over
