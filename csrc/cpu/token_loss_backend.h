@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <cstring>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../kernels/policy_loss_math.h"
 #include "../ops/token_loss.h"

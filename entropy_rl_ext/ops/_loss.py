@@ -23,24 +23,37 @@ def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device)
     return one * value
 
 
+def call_loss(op: str, *tensors: Tensor | None, **options: Any) -> Any:
+    """`torch.ops.entropy_rl.<op>`, without one of its trips through the dispatcher where nothing is compiled."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.entropy_rl, op)(*tensors, **options)
+    return loss_and_metrics(op, tensors, options)
+
+
 def loss_and_metrics(op: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The results of an op's forward that its caller sees, NaN where a mask is wrong (`_mask.py`)."""
-    loss, metrics, _, _ = getattr(torch.ops.entropy_rl, f"{op}_forward")(*tensors, **options)
+    loss, metrics, _, _ = _forward(op)(*tensors, **options)
+    if not loss.is_cuda:
+        return loss, metrics
     masks = [tensor for name, tensor in zip(_names(op), tensors, strict=False) if name.endswith("mask")]
     wrong = any_wrong(*masks)
     return nan_if(wrong, loss), nan_if(wrong, metrics)
 
 
 @functools.cache
+def _forward(op: str) -> Any:
+    return getattr(torch.ops.entropy_rl, f"{op}_forward").default
+
+
+@functools.cache
 def _names(op: str) -> tuple[str, ...]:
     """The arguments of an op's forward, in order."""
-    schema = getattr(torch.ops.entropy_rl, f"{op}_forward").default._schema
-    return tuple(argument.name for argument in schema.arguments)
+    return tuple(argument.name for argument in _forward(op)._schema.arguments)
 
 
 def register_loss(op: str) -> None:
     """Fakes and autograd of an op's forward and backward. Only its first argument carries a gradient."""
-    backward = getattr(torch.ops.entropy_rl, f"{op}_backward")
+    backward = getattr(torch.ops.entropy_rl, f"{op}_backward").default
 
     def fake(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         check_same_device(**dict(zip(_names(op), tensors, strict=False)))
@@ -67,10 +80,36 @@ def register_loss(op: str) -> None:
         ctx.constants = len(inputs) - 1
 
     def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        grad_values = None if grad_loss is None else backward(grad_loss, *ctx.saved_tensors)
+        if grad_loss is None:
+            return None, *[None] * ctx.constants
+        gradient, row_scale, values = ctx.saved_tensors
+        scaled = _scaled_in_place(grad_loss, gradient, row_scale) if values.dtype == gradient.dtype else None
+        grad_values = backward(grad_loss, gradient, row_scale, values) if scaled is None else scaled
         return grad_values, *[None] * ctx.constants
 
     torch.library.register_fake(f"entropy_rl::{op}_forward", fake)
     torch.library.register_fake(f"entropy_rl::{op}_backward", fake_backward)
     register_autograd(f"{op}_forward", differentiate, setup_context, differentiable=1)
     register_no_derivative(f"{op}_backward", "second derivatives are not offered")
+
+
+# Below this many tokens the op takes less time than the checks.
+_LEAST_IN_PLACE = 1 << 15
+
+
+def _scaled_in_place(grad_loss: Tensor, gradient: Tensor, row_scale: Tensor) -> Tensor | None:
+    """The result of an op's backward in the memory of its gradient, or None where that may be needed again.
+
+    Only on the CPU, where the first write to new memory takes longer than the arithmetic, and where one can look
+    whether all factors are finite: 0 times another factor would not be 0.
+    """
+    if gradient.numel() < _LEAST_IN_PLACE or not gradient.is_cpu:
+        return None
+    if type(gradient) is not Tensor or torch.is_grad_enabled():
+        return None
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # the caller may run this backward again
+        return None
+    scale = grad_loss * row_scale
+    if not scale.isfinite().all():
+        return None
+    return gradient.mul_(scale.unsqueeze(-1) if gradient.dim() == 2 else scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._fakes import check_number, check_tensors
-from ._loss import loss_and_metrics, register_loss, scalar_tensor
+from ._loss import call_loss, loss_and_metrics, register_loss, scalar_tensor
 from ._options import check_options
 
 # The op returns all metrics; each loss mode reports those that verl reports for it.
@@ -132,7 +132,8 @@ def policy_loss(
     # A warning cannot be part of a compiled graph.
     if entropy_mask is not None and loss_mode in ("gspo", "geo_mean") and not torch.compiler.is_compiling():
         _warn_not_applied(loss_mode)
-    loss, values = torch.ops.entropy_rl.policy_loss(
+    loss, values = call_loss(
+        "policy_loss",
         log_prob,
         old_log_prob,
         advantages,
