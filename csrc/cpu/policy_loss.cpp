@@ -13,8 +13,7 @@ Moments<T> tile_moments(const TokenInputs<T>& in, int64_t begin, int64_t end) {
 
 template <class T, class CovarianceKey>
 void tile_keys(const CovarianceKey& key, const TokenInputs<T>& in, const CovarianceMoments& moments,
-               uint64_t seed, int64_t begin, int64_t end,
-               typename CovarianceKey::Key* keys) {
+               uint64_t seed, int64_t begin, int64_t end, typename CovarianceKey::Key* keys) {
   ENTROPY_RL_SIMD_CALL(tile_keys(key, in, moments, seed, begin, end, keys));
 }
 

@@ -1,5 +1,5 @@
-// Token losses on the CPU: tiles run in parallel, and each is one loop over vectors of tokens. Tiles
-// and rows are summed in order, so results do not depend on the number of threads.
+// Token losses on the CPU: tiles run in parallel, and each is one loop over vectors of tokens.
+// Tiles and rows are summed in order, so results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,8 @@ constexpr int64_t kTokensPerTask = 1 << 14;
 // Calls fn with each array of tokens, or null.
 template <class T, class Fn>
 void for_each_array(TokenInputs<T>& in, const Fn& fn) {
-  for (const T** array : {&in.log_prob, &in.old_log_prob, &in.advantages, &in.weights, &in.clip_low,
-                          &in.clip_high}) {
+  for (const T** array :
+       {&in.log_prob, &in.old_log_prob, &in.advantages, &in.weights, &in.clip_low, &in.clip_high}) {
     fn(*array);
   }
   for (const uint8_t** array : {&in.response_mask, &in.entropy_mask, &in.chosen}) fn(*array);
@@ -46,7 +46,8 @@ struct PaddedTokens {
     for_each_array(inputs, [&](auto& array) {
       using Element = std::decay_t<decltype(*array)>;
       Element* copy = reinterpret_cast<Element*>(next);
-      if (array) array = static_cast<const Element*>(memcpy(copy, array + begin, count * sizeof(Element)));
+      if (array)
+        array = static_cast<const Element*>(memcpy(copy, array + begin, count * sizeof(Element)));
       next += kLanes * sizeof(Element);
     });
   }
@@ -56,9 +57,9 @@ struct PaddedTokens {
   alignas(T) uint8_t memory_[kLanes * (6 * sizeof(T) + 3)] = {};
 };
 
-// What keys are made of, for up to kChunkTokens tokens: clip ratios only where they are given. It is
-// copied to local arrays, because the compiler vectorises a selection between loaded values only if
-// no load can fault.
+// What keys are made of, for up to kChunkTokens tokens: clip ratios only where they are given. It
+// is copied to local arrays, because the compiler vectorises a selection between loaded values only
+// if no load can fault.
 template <class T>
 struct Chunk {
   alignas(64) T log_prob[kChunkTokens];

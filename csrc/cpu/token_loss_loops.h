@@ -1,6 +1,6 @@
 // The loops of token_loss_backend.h and policy_loss.cpp (see each_simd.h). Losses and moments are
-// computed with vectors: GCC makes poor code of sums of floats, and takes long for it. The loop over
-// keys, which are integers, is vectorised by the compiler.
+// computed with vectors: GCC makes poor code of sums of floats, and takes long for it. The loop
+// over keys, which are integers, is vectorised by the compiler.
 
 // GCC compares vectors of 64 bytes lane by lane where the result is a variable.
 constexpr int kLossVectorBytes = std::min(kVectorBytes, 32);
@@ -47,7 +47,7 @@ ENTROPY_RL_INLINE mask_t<Vector<T>> load_mask(const uint8_t* mask) {
 
 // A member's sum over all lanes, in an order that does not depend on the instruction set.
 template <class T, class Sums>
-__attribute__((noinline)) T sum_of(const Sums* sums /*[kGroups]*/, Vector<T> Sums::*member) {
+__attribute__((noinline)) T sum_of(const Sums* sums /*[kGroups]*/, Vector<T> Sums::* member) {
   T lanes[kLanes];
   for (int group = 0; group < kGroups<T>; ++group) {
     memcpy(lanes + group * kWidth<T>, &(sums[group].*member), sizeof(Vector<T>));
@@ -58,8 +58,9 @@ __attribute__((noinline)) T sum_of(const Sums* sums /*[kGroups]*/, Vector<T> Sum
   return lanes[0];
 }
 
-// Calls add(inputs, count, first token) for the tokens [begin, end), with inputs that begin at their
-// first one: once for all whole groups of kLanes tokens, and once for the rest, which is padded.
+// Calls add(inputs, count, first token) for the tokens [begin, end), with inputs that begin at
+// their first one: once for all whole groups of kLanes tokens, and once for the rest, which is
+// padded.
 template <class T, class Add>
 void for_whole_lanes(const TokenInputs<T>& in, int64_t begin, int64_t end, const Add& add) {
   const int64_t rest = (end - begin) % kLanes;
@@ -104,8 +105,7 @@ __attribute__((noinline)) void add_losses(const TokenLoss& token_loss, const Tok
         token.clip_high = load(in.clip_high + i);
       }
       const TokenResult<Value> result = loss(token);
-      const Value weight =
-          kIsSequenceLoss<TokenLoss> ? zero + T(1) : load_or(T(1), in.weights, i);
+      const Value weight = kIsSequenceLoss<TokenLoss> ? zero + T(1) : load_or(T(1), in.weights, i);
       // Selections, because a token outside the mask may hold NaN, and 0 * NaN is NaN.
       sum.loss += selected ? result.loss * weight : zero;
       const Value gradients = selected ? result.gradient * weight : zero;
@@ -139,14 +139,10 @@ LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int
     if (out == padded) std::copy_n(padded, end - first, gradient + first);
   });
   using Lanes = LossLanes<T>;
-  return {sum_of<T>(sums, &Lanes::loss),
-          sum_of<T>(sums, &Lanes::selected),
-          sum_of<T>(sums, &Lanes::response),
-          sum_of<T>(sums, &Lanes::clipped),
-          sum_of<T>(sums, &Lanes::clipped_lower),
-          sum_of<T>(sums, &Lanes::kl),
-          sum_of<T>(sums, &Lanes::advantage),
-          sum_of<T>(sums, &Lanes::log_weight)};
+  return {sum_of<T>(sums, &Lanes::loss),          sum_of<T>(sums, &Lanes::selected),
+          sum_of<T>(sums, &Lanes::response),      sum_of<T>(sums, &Lanes::clipped),
+          sum_of<T>(sums, &Lanes::clipped_lower), sum_of<T>(sums, &Lanes::kl),
+          sum_of<T>(sums, &Lanes::advantage),     sum_of<T>(sums, &Lanes::log_weight)};
 }
 
 template <class T>
@@ -201,8 +197,8 @@ __attribute__((noinline)) int load_chunk(const TokenInputs<T>& in, int64_t begin
   return count;
 }
 
-// The key and the moments are passed by value, so that their constants are in registers: a load that
-// may fault would keep the loop from vectorising.
+// The key and the moments are passed by value, so that their constants are in registers: a load
+// that may fault would keep the loop from vectorising.
 template <class T, class CovarianceKey>
 void tile_keys(CovarianceKey key, const TokenInputs<T>& in, CovarianceMoments moments,
                uint64_t seed, int64_t begin, int64_t end,

@@ -71,11 +71,10 @@ ENTROPY_RL_HD inline Float value_of(const bits_t<Float>& bits) {
 
 }  // namespace detail
 
-// e^x for x in [-104, 88] (any x below 709 for double), with an error under 2 ulp. NaN stays NaN; a
-// result below the smallest normal number becomes 0. Cody-Waite reduction and a polynomial of
-// degree 6, without branches, so that loops over it vectorise.
+// e^x for x in [-87.3, 88], with an error under 2 ulp. NaN stays NaN. Cody-Waite reduction and a
+// polynomial of degree 6, without branches, so that loops over it vectorise.
 template <class Float>
-ENTROPY_RL_HD inline Float exp_vectorizable(const Float& x) {
+ENTROPY_RL_HD inline Float exp_of_normal(const Float& x) {
   // 1.5 * 2^23: adding it rounds to an integer in the low bits.
   constexpr float kRound = 12582912.0f;
   const Float shifted = x * 1.44269504088896341f + kRound;
@@ -88,8 +87,13 @@ ENTROPY_RL_HD inline Float exp_vectorizable(const Float& x) {
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
   const detail::bits_t<Float> exponent = (detail::bits_of(shifted) - 0x4b400000u + 127u) << 23;
-  const Float value = p * detail::value_of<Float>(exponent);
-  return x < -87.3f ? 0.0f : value;
+  return p * detail::value_of<Float>(exponent);
+}
+// The same for x from -104 on (any x below 709 for double); a result below the smallest normal
+// number becomes 0.
+template <class Float>
+ENTROPY_RL_HD inline Float exp_vectorizable(const Float& x) {
+  return x < -87.3f ? 0.0f : exp_of_normal(x);
 }
 ENTROPY_RL_HD inline double exp_vectorizable(double x) { return x < -708.0 ? 0.0 : exp(x); }
 

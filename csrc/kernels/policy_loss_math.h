@@ -51,7 +51,8 @@ struct VanillaLoss {
   T dual_clip;
 
   template <class Value>
-  ENTROPY_RL_HD VanillaLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+  ENTROPY_RL_HD VanillaLoss<T, Value> with_clip_ratios(const Value& below,
+                                                       const Value& above) const {
     return {T(1) - below, T(1) + above, dual_clip};
   }
 
@@ -88,7 +89,8 @@ struct ClipCovLoss {
   Bound low, high;
 
   template <class Value>
-  ENTROPY_RL_HD ClipCovLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+  ENTROPY_RL_HD ClipCovLoss<T, Value> with_clip_ratios(const Value& below,
+                                                       const Value& above) const {
     return {T(1) - below, T(1) + above};
   }
   // By value: the host's loop over keys does not vectorise where an address is taken.
@@ -159,7 +161,8 @@ struct GeoMeanLoss {
   Bound low, high;
 
   template <class Value>
-  ENTROPY_RL_HD GeoMeanLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+  ENTROPY_RL_HD GeoMeanLoss<T, Value> with_clip_ratios(const Value& below,
+                                                       const Value& above) const {
     return {-below, above};
   }
 
@@ -210,7 +213,8 @@ struct DppoTvLoss {
   T truncation;
 
   template <class Value>
-  ENTROPY_RL_HD DppoTvLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+  ENTROPY_RL_HD DppoTvLoss<T, Value> with_clip_ratios(const Value& below,
+                                                      const Value& above) const {
     return {below, above, truncation};
   }
 
@@ -231,7 +235,8 @@ struct DppoKlLoss {
   T truncation;
 
   template <class Value>
-  ENTROPY_RL_HD DppoKlLoss<T, Value> with_clip_ratios(const Value& below, const Value& above) const {
+  ENTROPY_RL_HD DppoKlLoss<T, Value> with_clip_ratios(const Value& below,
+                                                      const Value& above) const {
     return {below, above, truncation};
   }
 
@@ -241,10 +246,11 @@ struct DppoKlLoss {
     const Value q = ratio_exp(token.old_log_prob);
     const T epsilon = T(1e-8);
     const Value moved = q * (token.old_log_prob - token.log_prob) +
-                    (T(1) - q) * ratio_log((T(1) - q + epsilon) / (T(1) - p + epsilon));
+                        (T(1) - q) * ratio_log((T(1) - q + epsilon) / (T(1) - p + epsilon));
     const mask_t<Value> up = token.advantage > T(0);
     const mask_t<Value> down = !up;
-    const mask_t<Value> valid = (up & ((moved <= high) | (p <= q))) | (down & ((moved <= low) | (p >= q)));
+    const mask_t<Value> valid =
+        (up & ((moved <= high) | (p <= q))) | (down & ((moved <= low) | (p >= q)));
     return truncated_reinforce(token, truncation, valid);
   }
 };
@@ -264,7 +270,8 @@ struct SapoLoss {
     const Value larger = T(1) / (T(1) + e);
     const Value sigmoid = x < T(0) ? e * larger : larger;
     TokenResult<Value> out{};
-    out.loss = -token.advantage * sigmoid * (T(4) / tau);
+    const Value factor = token.advantage > T(0) ? T(4) / tau_positive : T(4) / tau_negative;
+    out.loss = -token.advantage * sigmoid * factor;
     out.gradient = r.inside ? T(-4) * token.advantage * e * larger * larger * r.ratio : T(0);
     out.kl = -r.log_ratio;
     return out;

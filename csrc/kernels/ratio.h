@@ -1,6 +1,7 @@
 // Probability ratios from log-probs, with the clamps that keep them finite; host and device.
-// Here and in the losses, a Value is a number or on the host a vector (exp_log.h), so conditions are
-// joined by & and |, and values are selected: && and || are branches, which vectors do not have.
+// Here and in the losses, a Value is a number or on the host a vector (exp_log.h), so conditions
+// are joined by & and |, and values are selected: && and || are branches, which vectors do not
+// have.
 #pragma once
 
 #include "exp_log.h"
@@ -19,6 +20,15 @@ ENTROPY_RL_HD inline Value ratio_exp(const Value& x) {
     return each_lane(x, [](double lane) { return exp(lane); });
   }
 #endif
+}
+
+// For x in [-20, 20], or NaN.
+template <class Value>
+ENTROPY_RL_HD inline Value bounded_ratio_exp(const Value& x) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (sizeof(scalar_t<Value>) == sizeof(float)) return exp_of_normal(x);
+#endif
+  return ratio_exp(x);
 }
 
 template <class Value>
@@ -55,7 +65,7 @@ struct ClampedRatio {
 
   ENTROPY_RL_HD explicit ClampedRatio(const Value& d)
       : log_ratio(clamped(d, T(-20), T(20))),
-        ratio(ratio_exp(log_ratio)),
+        ratio(bounded_ratio_exp(log_ratio)),
         inside(within(d, T(-20), T(20))) {}
 };
 
