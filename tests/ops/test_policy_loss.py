@@ -767,3 +767,34 @@ def test_wrong_device(device):
     here = torch.zeros(3, 9, device=device)
     with pytest.raises(ValueError, match="must be on the same device"):
         policy_loss(here, here, here, torch.ones(3, 9, device="meta"))
+
+
+# ---- The backward of a large batch, which the CPU scales in place -------------------------------------------
+
+
+def _large_backward(batch, factor, *, twice):
+    log_prob = batch["log_prob"].detach().requires_grad_()
+    names = ("old_log_prob", "advantages", "response_mask")
+    loss = policy_loss(log_prob, *(batch[name] for name in names), loss_agg_mode="seq-mean-token-mean")[0] * factor
+    gradients = [torch.autograd.grad(loss, log_prob, retain_graph=True)[0] for _ in range(2 if twice else 0)]
+    return [*gradients, torch.autograd.grad(loss, log_prob)[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 8192), (1 << 16,)], ids=str)
+def test_large_gradients_are_the_same_however_often_they_are_computed(device, dtype, shape):
+    """The first two keep the graph, so that they may not write to what the last one reads."""
+    batch = {name: value.view(shape) for name, value in make_batch((1, math.prod(shape)), dtype, device).items()}
+    first, second, last = _large_backward(batch, 0.5, twice=True)
+    (only,) = _large_backward(batch, 0.5, twice=False)
+    assert first.abs().max() > 0
+    for other in (second, last, only):
+        assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_factor_that_is_not_finite_leaves_masked_tokens_of_a_large_batch_at_zero(device, factor):
+    batch = make_batch((9, 8192), torch.float32, device)
+    (gradient,) = _large_backward(batch, factor, twice=False)
+    assert (gradient[~batch["response_mask"]] == 0).all()
+    assert not gradient[batch["response_mask"]].isfinite().all()
