@@ -18,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../kernels/selection.h"
@@ -365,7 +366,8 @@ bool windowed_mask(const Source& source, int64_t n, int64_t k, const CutOf& cut_
   const Ranges ranges(n);
   std::vector<WindowPart<Key>> parts(ranges.count);
   ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
-    WindowPart<Key>& part = parts[range];
+    WindowPart<Key> part;
+    // Twice the share of the keys that a window takes most often, unless many keys are equal.
     const int64_t capacity = (end - begin) / 12;
     part.keys.reset(new Key[capacity + kBlockKeys + kWindowSlack]);
     part.places.reset(new uint32_t[capacity + kBlockKeys + kWindowSlack]);
@@ -377,6 +379,7 @@ bool windowed_mask(const Source& source, int64_t n, int64_t k, const CutOf& cut_
                                     part.keys.get() + part.count, part.places.get() + part.count);
       part.above += count_nonzero(mask + first, count);
     });
+    parts[range] = std::move(part);
   });
   int64_t above = 0;
   std::vector<Key> inside;
