@@ -103,7 +103,8 @@ def measure(contender: Contender, entropy: Tensor, mask: Tensor) -> tuple[float,
 def collectives() -> Iterator[list[tuple[str, int]]]:
     """The collectives that begin within it: names, and bytes that this rank puts in."""
     begun: list[tuple[str, int]] = []
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_into_tensor")}
+    names = {"all_reduce", "all_gather_into_tensor", "all_gather_single"}  # the last since torch 2.13
+    originals = {name: getattr(dist, name) for name in names & vars(dist).keys()}
 
     def recorded(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -143,6 +144,7 @@ def count(rows: int, repetitions: int) -> dict[str, Any]:
     batch = inputs(rows, torch.Generator().manual_seed(dist.get_rank()))
     records: dict[str, Any] = {}
     for name, contender in contenders.items():
+        contender(*batch)  # so that ours knows how many values to expect
         wire_bytes = []
         for _ in range(repetitions):
             dist.barrier()

@@ -16,8 +16,6 @@ void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int
   ENTROPY_RL_SIMD_CALL(write_keys(entropy, mask, n, keys));
 }
 
-int count_nonzero(const uint8_t* mask, int n) { ENTROPY_RL_SIMD_CALL(count_nonzero(mask, n)); }
-
 // A source of keys, computed from entropies.
 template <class Element>
 struct EntropyKeys {
@@ -48,18 +46,24 @@ int64_t count_eligible(const uint8_t* mask /*[n]*/, int64_t n) {
 template <class Source>
 void select_segment(const Source& source, int64_t n, int64_t eligible, double ratio, TopRule rule,
                     uint8_t* mask /*[n]*/) {
+  using Key = typename Source::Key;
   if (eligible == 0) {
     std::fill_n(mask, n, uint8_t{0});
   } else if (rule == TopRule::kTopK) {
     top_k_mask(source, n, top_count(eligible, ratio), mask);
   } else if (rule == TopRule::kThreshold) {
-    threshold_mask(source, n, kth_largest(source, n, top_count(eligible, ratio)).key, mask);
+    const int64_t k = top_count(eligible, ratio);
+    const auto cut_of = [k](const auto& kth) { return Cut<Key>{kth(k).key, Cut<Key>::kAll}; };
+    select_mask(source, n, k, cut_of, mask);
   } else {
     const QuantilePosition position = quantile_position(eligible, ratio);
     const int64_t k = eligible - position.lower;
-    const auto lower = kth_largest(source, n, k).key;
-    const auto upper = position.weight > 0 ? kth_largest(source, n, k - 1).key : lower;
-    threshold_mask(source, n, quantile_key(lower, upper, position.weight), mask);
+    const auto cut_of = [&](const auto& kth) {
+      const Key lower = kth(k).key;
+      const Key upper = position.weight > 0 ? kth(k - 1).key : lower;
+      return Cut<Key>{quantile_key(lower, upper, position.weight), Cut<Key>::kAll};
+    };
+    select_mask(source, n, k, cut_of, mask);
   }
 }
 

@@ -1,19 +1,48 @@
-// Exact selection of the k largest keys on the CPU, by radix select over digits of 11 bits. A
-// source computes keys block by block in the first-level cache, so the keys are not stored. The
-// first pass counts the first digit; the second copies the few keys that share it, which the passes
-// for the further digits read; the last writes the mask. Counts are integers, so the result does
-// not depend on the number of threads.
+// Exact selection of the k largest keys on the CPU. A source computes keys block by block in the
+// first-level cache, so the keys are not stored.
+//
+// Of many keys a sample gives a window that most probably has the k-th largest. One pass counts the
+// keys above the window, writes the mask for all keys outside of it and copies those inside, among
+// which the k-th is found. Of few keys, or where the window missed, a radix select over digits of
+// 11 bits finds it: the first pass counts the first digit; the second copies the few keys that
+// share it, which the passes for the further digits read; the last writes the mask.
+//
+// Counts are integers, so the result depends neither on the sample nor on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../kernels/selection.h"
 #include "simd.h"
+#if defined(ENTROPY_RL_X86_SIMD)
+#include <immintrin.h>
+#endif
+
+namespace entropy_rl::cpu {
+// Keys that a source computes at a time.
+constexpr int kBlockKeys = 1024;
+// Keys of a vector.
+constexpr int kWindowSlack = 16;
+// Whether there is an instruction that packs chosen elements of a vector.
+namespace portable {
+constexpr bool kPacks = false;
+}
+namespace avx2 {
+constexpr bool kPacks = false;
+}
+namespace avx512 {
+constexpr bool kPacks = true;
+}
+}  // namespace entropy_rl::cpu
 
 #define ENTROPY_RL_LOOPS "radix_select_loops.h"
 #include "each_simd.h"
@@ -24,8 +53,6 @@ namespace entropy_rl::cpu {
 constexpr int64_t kKeysPerRange = 1 << 14;
 // So that no counter of a range overflows.
 constexpr int64_t kMaxKeysPerRange = int64_t{1} << 31;
-// Keys that a source computes at a time.
-constexpr int kBlockKeys = 1024;
 
 // Contiguous ranges of nearly equal length, one for each thread where n is neither small nor huge.
 struct Ranges {
@@ -261,6 +288,150 @@ void first_ties_mask(const Source& source, int64_t n, Key key, int64_t ties,
   });
 }
 
+// What a selection keeps: the keys above `key`, and the first `ties` of those that equal it.
+template <class Key>
+struct Cut {
+  static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+  Key key;
+  int64_t ties;
+
+  // Keeps the k largest keys, or all eligible ones if these are fewer.
+  static Cut largest(int64_t k, const KthLargest<Key>& kth) {
+    if (kth.key == kIneligibleKey<Key>) return {Key{1}, kAll};
+    const int64_t ties = k - kth.above;
+    return {kth.key, ties == kth.equal ? kAll : ties};
+  }
+};
+
+// The keys of one range that lie within a window of keys, and their places in the range.
+template <class Key>
+struct WindowPart {
+  std::unique_ptr<Key[]> keys;
+  std::unique_ptr<uint32_t[]> places;
+  int64_t count = 0;
+  int64_t above = 0;  // keys of the range above the window
+  bool complete = true;
+};
+
+template <class Key>
+int split_at_window(const Key* keys, int count, Key low, Key high, uint32_t first, uint8_t* above,
+                    Key* inside, uint32_t* places) {
+  ENTROPY_RL_SIMD_CALL(split_at_window(keys, count, low, high, first, above, inside, places));
+}
+
+inline int count_nonzero(const uint8_t* mask, int n) {
+  ENTROPY_RL_SIMD_CALL(count_nonzero(mask, n));
+}
+
+// Keys [low, high] that most probably include the k-th largest of n, from a sample of them.
+template <class Key>
+struct Window {
+  Key low, high;
+
+  template <class Source>
+  Window(const Source& source, int64_t n, int64_t k) {
+    constexpr int kNeighbours = 16;  // keys that are read at a time, a cache line of floats
+    const int64_t stride = std::max<int64_t>(n / 1024, 4 * kNeighbours);
+    std::vector<Key> sample;
+    sample.reserve(n / stride * kNeighbours);
+    for (int64_t i = 0; i < n / stride; ++i) {
+      Key buffer[kNeighbours];
+      // Not the same place in every row of a batch.
+      const int64_t offset = i * 37 % (stride / kNeighbours) * kNeighbours;
+      const Key* keys = source.read(i * stride + offset, kNeighbours, buffer);
+      sample.insert(sample.end(), keys, keys + kNeighbours);
+    }
+    const int64_t size = sample.size();
+    const StoredKeys<Key> keys{sample.data()};
+    // Four standard deviations of the k-th largest key's rank in a sample of independent keys.
+    const double share = static_cast<double>(k) / n;
+    const double margin = 4 * std::sqrt(size * share * (1 - share)) + 2;
+    const auto first = static_cast<int64_t>(size * share - margin);
+    const auto last = static_cast<int64_t>(size * share + margin) + 1;
+    high = first < 1 ? kNaNKey<Key> : kth_largest(keys, size, first).key;
+    low = last > size ? kIneligibleKey<Key> : kth_largest(keys, size, last).key;
+    // Keys that are not eligible are never copied.
+    low = std::max(low, Key{1});
+    high = std::max(high, low);
+  }
+};
+
+// Writes the mask of select_mask, or returns false if the deciding keys are not in the window or
+// the window has too many.
+template <class Source, class CutOf>
+bool windowed_mask(const Source& source, int64_t n, int64_t k, const CutOf& cut_of,
+                   uint8_t* mask /*[n]*/) {
+  using Key = typename Source::Key;
+  const Window<Key> window(source, n, k);
+  const Ranges ranges(n);
+  std::vector<WindowPart<Key>> parts(ranges.count);
+  ranges.for_each([&](int64_t range, int64_t begin, int64_t end) {
+    WindowPart<Key> part;
+    // Twice the share of the keys that a window takes most often, unless many keys are equal.
+    const int64_t capacity = (end - begin) / 12;
+    part.keys.reset(new Key[capacity + kBlockKeys + kWindowSlack]);
+    part.places.reset(new uint32_t[capacity + kBlockKeys + kWindowSlack]);
+    for_each_block(source, begin, end, [&](int64_t first, int count, const Key* keys) {
+      part.complete = part.complete && part.count <= capacity;
+      if (!part.complete) return;
+      part.count += split_at_window(keys, count, window.low, window.high,
+                                    static_cast<uint32_t>(first - begin), mask + first,
+                                    part.keys.get() + part.count, part.places.get() + part.count);
+      part.above += count_nonzero(mask + first, count);
+    });
+    parts[range] = std::move(part);
+  });
+  int64_t above = 0;
+  std::vector<Key> inside;
+  for (const WindowPart<Key>& part : parts) {
+    if (!part.complete) return false;
+    above += part.above;
+    inside.insert(inside.end(), part.keys.get(), part.keys.get() + part.count);
+  }
+  const int64_t size = inside.size();
+  bool found = true;
+  const Cut<Key> cut = cut_of([&](int64_t rank) {
+    if (rank <= above || rank > above + size) {
+      found = false;
+      return KthLargest<Key>{};
+    }
+    KthLargest<Key> kth = kth_largest(StoredKeys<Key>{inside.data()}, size, rank - above);
+    kth.above += above;
+    return kth;
+  });
+  if (!found) return false;
+  int64_t ties = 0;
+  for (int64_t range = 0; range < ranges.count; ++range) {
+    const WindowPart<Key>& part = parts[range];
+    uint8_t* of_range = mask + ranges.begin(range);
+    for (int64_t i = 0; i < part.count; ++i) {
+      const bool tie = part.keys[i] == cut.key;
+      of_range[part.places[i]] = (part.keys[i] > cut.key) | (tie & (ties < cut.ties));
+      ties += tie;
+    }
+  }
+  return true;
+}
+
+// Fewer keys are selected faster without a window.
+constexpr int64_t kWindowedKeys = 1 << 16;
+
+// Sets mask to 1 for the keys of a cut, and to 0 elsewhere. cut_of(kth) makes the cut from the key
+// of rank k, and perhaps k - 1, where kth(rank) is the KthLargest of all keys. Requires
+// 1 <= k <= n.
+template <class Source, class CutOf>
+void select_mask(const Source& source, int64_t n, int64_t k, const CutOf& cut_of,
+                 uint8_t* mask /*[n]*/) {
+  using Key = typename Source::Key;
+  if (n >= kWindowedKeys && windowed_mask(source, n, k, cut_of, mask)) return;
+  const Cut<Key> cut = cut_of([&](int64_t rank) { return kth_largest(source, n, rank); });
+  if (cut.ties == Cut<Key>::kAll) {
+    threshold_mask(source, n, cut.key, mask);
+  } else {
+    first_ties_mask(source, n, cut.key, cut.ties, mask);
+  }
+}
+
 // Sets mask to 1 for the k largest eligible keys, equal keys in order of their index, and to 0
 // elsewhere. If fewer than k keys are eligible, all of them are set; if k <= 0, none.
 template <class Source>
@@ -270,11 +441,8 @@ void top_k_mask(const Source& source, int64_t n, int64_t k, uint8_t* mask /*[n]*
     std::fill_n(mask, n, uint8_t{0});
     return;
   }
-  const KthLargest<Key> cut = kth_largest(source, n, std::min(k, n));
-  if (cut.key == kIneligibleKey<Key>) return threshold_mask(source, n, Key{1}, mask);
-  const int64_t ties = k - cut.above;
-  if (ties == cut.equal) return threshold_mask(source, n, cut.key, mask);
-  first_ties_mask(source, n, cut.key, ties, mask);
+  k = std::min(k, n);
+  select_mask(source, n, k, [k](const auto& kth) { return Cut<Key>::largest(k, kth(k)); }, mask);
 }
 
 // The smallest key above `key`.

@@ -31,6 +31,7 @@ a digit below the first or given for the first, ties with a next_key, and a next
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,10 @@ _DIGIT_BITS = 11
 # Up to this number of values on each process they are gathered. That is the faster way at 2^13 values
 # (benchmarks/selection_over_ranks.py), and its bytes grow with their number.
 _FEW = 2**15
+
+# For each process group, the room for values in the next message, in words of 8 bytes. Its ranks agree on it, because
+# it follows from the numbers in their last messages.
+_ROOM: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 class Ranks:
@@ -61,20 +66,41 @@ class Ranks:
     def gather_if_few(self, values: Tensor, mask: Tensor) -> list[Tensor] | None:
         """Every rank's values in its bool mask, if no rank has more than _FEW; None on all ranks if one has.
 
+        A rank does not know how many values the others have, yet all messages of a gather must have one size. So a
+        message has its rank's number of values, then room for as many values as were needed last time. Where a rank
+        has more, all ranks see its number and send again with more room.
+
         Only on the CPU: elsewhere, reading how many each rank has would wait for the device.
         """
-        if self.size == 1 or not values.is_cpu:
+        if self._group is None or self.size == 1 or not values.is_cpu:
             return None
-        counts = torch.empty(self.size, 1, dtype=torch.int64)
-        dist.all_gather(list(counts), mask.sum().view(1), group=self._group)
-        most = int(counts.max())
-        if most > _FEW:
+        count = int(mask.count_nonzero())
+        own = values.masked_select(mask) if count <= _FEW else values.new_empty(0)
+        words = _ROOM.get(self._group, 0)
+        # all_gather_into_tensor has this name since torch 2.13.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        while True:
+            message = torch.zeros(1 + words, dtype=torch.int64)
+            message[0] = count
+            in_message = message[1:].view(values.dtype)
+            in_message[: len(own)] = own[: len(in_message)]
+            messages = torch.empty(self.size * (1 + words), dtype=torch.int64)
+            all_gather(messages, message, group=self._group)
+            messages = messages.view(self.size, 1 + words)
+            counts = messages[:, 0].tolist()
+            needed = _words_for(max(counts), values.dtype) if max(counts) <= _FEW else 0
+            if needed <= words:
+                break
+            words = needed
+        _ROOM[self._group] = needed
+        if max(counts) > _FEW:
             return None
-        padded = values.new_zeros(most)
-        padded[: counts[self.own]] = values[mask]
-        gathered = values.new_empty(self.size, most)
-        dist.all_gather(list(gathered), padded, group=self._group)
-        return [row[:count] for row, count in zip(gathered, counts.flatten().tolist(), strict=True)]
+        return [row[:count] for row, count in zip(messages[:, 1:].view(values.dtype), counts, strict=True)]
+
+
+def _words_for(count: int, dtype: torch.dtype) -> int:
+    """Words of 8 bytes for so many values: a power of two, so that few more values need no more words; 0 for none."""
+    return 1 << (count * dtype.itemsize - 1 >> 3).bit_length() if count else 0
 
 
 @torch.no_grad()
@@ -82,9 +108,12 @@ def select_over_ranks(
     values: Tensor,
     mask: Tensor,
     rank_of: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    ratio_of: Callable[[int], Tensor],
     rule: str,
     ranks: Ranks,
-) -> tuple[Tensor, Tensor]:
+    *,
+    need_lowest: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """This rank's part of the mask over all ranks' values, and the lowest value that the rule keeps on any rank.
 
     Args:
@@ -92,18 +121,23 @@ def select_over_ranks(
         mask: the same shape, bool (another dtype would be converted in every round).
         rank_of: from the number of values in the mask over all ranks, 0-dim int64, to (k, weight): the rule needs the
             k-th largest value, and the quantile lies `weight` of the way from it to the next larger one.
+        ratio_of: the same for values that are all on this rank: from their number to the `top_ratio` of
+            `global_top_mask_forward`, 0-dim float64.
         rule: "topk", "threshold" or "quantile". Only "quantile" uses the weight.
         ranks: whose values compete. Every rank must call, with the same rule and dtype.
+        need_lowest: if False, the lowest value may be None.
     """
+    ops = torch.ops.entropy_rl
     gathered = ranks.gather_if_few(values, mask)
     if gathered is not None:
         everywhere = torch.cat(gathered)
-        all_of_them = torch.ones_like(everywhere, dtype=torch.bool)
-        kept, lowest = select_over_ranks(everywhere, all_of_them, rank_of, rule, Ranks(None))
+        kept = ops.global_top_mask_forward(
+            everywhere, torch.ones_like(everywhere, dtype=torch.bool), ratio_of(len(everywhere)), rule, "batch", None
+        )
         own = torch.split(kept, [len(part) for part in gathered])[ranks.own]
+        lowest = _lowest(everywhere.masked_select(kept)) if need_lowest else None
         return torch.zeros_like(mask).masked_scatter_(mask, own), lowest
 
-    ops = torch.ops.entropy_rl
     values, mask = values.contiguous(), mask.contiguous()
     key = k = weight = None
     for shift in digit_shifts(values.dtype):
@@ -126,6 +160,15 @@ def select_over_ranks(
         ranks.all_reduce(next_key, dist.ReduceOp.MIN)
     selected, lowest = ops.global_top_mask_at_key(values, mask, key, k, ties, ranks.own, next_key, weight)
     return selected, lowest
+
+
+def _lowest(kept: Tensor) -> Tensor:
+    """[]: the `lowest` of at_key, from all values that are kept."""
+    dtype = torch.float64 if kept.dtype == torch.float64 else torch.float32
+    if len(kept) == 0:
+        return torch.zeros((), dtype=dtype)
+    lowest = kept.to(dtype).nan_to_num_(torch.inf, torch.inf, -torch.inf).amin()
+    return lowest + 0.0  # of the two zeros, the positive one
 
 
 def digit_shifts(dtype: torch.dtype) -> tuple[int, ...]:

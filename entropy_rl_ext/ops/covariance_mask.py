@@ -107,7 +107,16 @@ def covariance_mask(
         place = inside.flatten().cumsum(0).view(inside.shape) - 1 + counts[: ranks.own].sum()
         values, share = random_numbers(first_seed, place), clip_cov_ratio
     k = (n * share).long().clamp(min=1)
-    chosen, _ = select_over_ranks(values, eligible, lambda _: (k, None), "topk", ranks)
+    # The op keeps int(n * (k / n) + 0.9999) of n values, which is k whatever the rounding.
+    chosen, _ = select_over_ranks(
+        values,
+        eligible,
+        lambda _: (k, None),
+        lambda n: (k.double() / max(n, 1)).clamp(max=1),
+        "topk",
+        ranks,
+        need_lowest=False,
+    )
     return chosen
 
 

@@ -120,13 +120,14 @@ def global_top_mask(
             "entropy"
         )
     # The op checks the other arguments, before anything is sent.
-    torch.ops.entropy_rl.global_top_mask(
-        entropy.new_empty(0), response_mask.new_empty(0), top_ratio, rule, scope, group_ids
+    ratio = _as_tensor(top_ratio)
+    torch.ops.entropy_rl.global_top_mask_forward(
+        entropy.new_empty(0), response_mask.new_empty(0), ratio, rule, scope, group_ids
     )
 
     check_mask("response_mask", response_mask)
     wrong = any_wrong(response_mask)
-    inside = empty_if(wrong, response_mask != 0)
+    inside = empty_if(wrong, response_mask if response_mask.dtype == torch.bool else response_mask != 0)
 
     def rank_of(n: Tensor) -> tuple[Tensor, Tensor | None]:
         if rule != "quantile":
@@ -134,8 +135,10 @@ def global_top_mask(
         position = (n - 1).clamp(min=0).double() * (1.0 - top_ratio)
         return n - position.long(), position.frac()
 
-    selected, threshold = select_over_ranks(entropy, inside, rank_of, rule, Ranks(group))
-    return (selected, nan_if(wrong, threshold)) if return_threshold else selected
+    selected, threshold = select_over_ranks(
+        entropy, inside, rank_of, lambda _: ratio, rule, Ranks(group), need_lowest=return_threshold
+    )
+    return selected if threshold is None or not return_threshold else (selected, nan_if(wrong, threshold))
 
 
 def get_global_entropy_top_mask(entropy: Tensor, response_mask: Tensor, top_ratio: float = 0.2) -> Tensor:
@@ -179,10 +182,15 @@ def _global_top_mask(
     scope: str = "batch",
     group_ids: Tensor | None = None,
 ) -> Tensor:
-    # A product keeps a symbolic ratio symbolic; torch.compile would specialise on a fill value.
-    ratio = torch.ones((), dtype=torch.float64, device="cpu") * top_ratio
-    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(entropy, response_mask, ratio, rule, scope, group_ids)
+    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
+        entropy, response_mask, _as_tensor(top_ratio), rule, scope, group_ids
+    )
     return empty_if(any_wrong(response_mask), mask)
+
+
+def _as_tensor(ratio: float) -> Tensor:
+    # A product keeps a symbolic ratio symbolic; torch.compile would specialise on a fill value.
+    return torch.ones((), dtype=torch.float64, device="cpu") * ratio
 
 
 @torch.library.register_fake("entropy_rl::global_top_mask_forward")

@@ -326,6 +326,65 @@ def test_any_strides(device):
         assert torch.equal(broadcast, copied)
 
 
+def many_tokens(kind: str, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(n, generator=generator)
+    if kind == "normal":
+        return torch.randn(n, generator=generator)
+    if kind == "ascending":
+        return random.sort().values
+    if kind == "descending":
+        return random.sort(descending=True).values
+    if kind == "few values":
+        return (random * 8).floor()
+    if kind == "one value and outliers":
+        return torch.where(random < 1e-4, random, torch.where(random > 1 - 1e-4, torch.nan, 0.5))
+    # The CPU reads 16 neighbours of each `stride` tokens first, to know about which values are kept.
+    stride = n // 1024
+    starts = torch.arange(n // stride) * stride + torch.arange(n // stride) * 37 % (stride // 16) * 16
+    random[(starts[:, None] + torch.arange(16)).flatten()] -= {"sample too low": 10, "sample too high": -10}[kind]
+    return random
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "normal",
+        "ascending",
+        "descending",
+        "few values",
+        "one value and outliers",
+        "sample too low",
+        "sample too high",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_many_tokens(kind, dtype, device):
+    """Against a stable sort, at the ratios and number of threads at which the CPU kernel takes another way."""
+    n = 300_000
+    entropy = many_tokens(kind, n).to(dtype)
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.7
+    values = entropy[mask].to(torch.float64 if dtype == torch.float64 else torch.float32)
+    order = values.nan_to_num(torch.inf).sort(descending=True, stable=True)
+    before = torch.get_num_threads()
+    try:
+        for threads, ratio in itertools.product([1, 3], [1e-6, 0.001, 0.2, 0.999, 1.0]):
+            torch.set_num_threads(threads)
+            k = max(1, int(len(values) * ratio + 0.9999))
+            lower = (1 - ratio) * (len(values) - 1)
+            low, high = (float(order.values[len(values) - 1 - i]) for i in (int(lower), math.ceil(lower)))
+            quantile = torch.tensor(low if math.isinf(low) else low + (lower % 1) * (high - low), dtype=torch.float64)
+            kept = {rule: torch.zeros(len(values), dtype=torch.bool) for rule in RULES}
+            kept["topk"][order.indices[:k]] = True
+            kept["threshold"] = values.nan_to_num(torch.inf) >= order.values[k - 1]
+            kept["quantile"] = values.nan_to_num(torch.inf) >= quantile.to(values.dtype)
+            for rule in RULES:
+                actual = global_top_mask(entropy.to(device), mask.to(device), ratio, rule=rule).cpu()
+                assert not actual[~mask].any() and torch.equal(actual[mask], kept[rule]), (rule, ratio, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_result_does_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
     try:

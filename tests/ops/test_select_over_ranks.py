@@ -46,6 +46,10 @@ class ReplayedRanks:
         """The rounds, whatever the number of values."""
 
 
+def unused(number_of_values: int) -> Tensor:
+    raise AssertionError("a ratio is for values that are gathered")
+
+
 def select(values: list[Tensor], masks: list[Tensor], k: Tensor, rule: str, weight: Tensor | None = None):
     """(mask, lowest) of each rank. The ranks, as many as `values`, take turns in this process, on any device."""
     size, results = len(values), []
@@ -54,7 +58,7 @@ def select(values: list[Tensor], masks: list[Tensor], k: Tensor, rule: str, weig
         for own in range(size):
             try:
                 ranks = ReplayedRanks(own, size, results)
-                outputs.append(select_over_ranks(values[own], masks[own], lambda _: (k, weight), rule, ranks))
+                outputs.append(select_over_ranks(values[own], masks[own], lambda _: (k, weight), unused, rule, ranks))
             except Stopped as stop:
                 sent.append(stop.args)
         if outputs:
@@ -438,8 +442,15 @@ def test_a_threshold_needs_the_scope_batch() -> None:
 # ---- Collectives, and waiting for the device
 
 
-def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]]:
-    """The collectives of a selection, or of a choice by covariance if `rule` is a loss mode, with their bytes."""
+def payloads(tokens: int, dtype: torch.dtype, rule: str, *tokens_before: int) -> list[tuple[str, int]]:
+    """The collectives of a selection, or of a choice by covariance if `rule` is a loss mode, with their bytes.
+
+    It is the first one of this group, but for selections among `tokens_before`.
+    """
+    _select_over_ranks._ROOM.clear()
+    for before in tokens_before:
+        entropy, mask, _ = make_inputs((before,), dtype, "tied", dist.get_rank(), "cpu")
+        global_top_mask(entropy, mask, group=dist.group.WORLD)
     sent = []
 
     class Recorder:
@@ -449,7 +460,8 @@ def payloads(tokens: int, dtype: torch.dtype, rule: str) -> list[tuple[str, int]
                 return attribute
 
             def call(*tensors: Any, **named: Any) -> Any:
-                sent.append((name, tensors[name == "all_gather"].nbytes))
+                is_gather = name.startswith("all_gather")
+                sent.append(("all_gather" if is_gather else name, tensors[is_gather].nbytes))
                 return attribute(*tensors, **named)
 
             return call
@@ -481,13 +493,34 @@ def test_many_tokens_are_not_sent(rule: str, eight: Ranks) -> None:
     assert eight.run(payloads, tokens, torch.float64, rule) == [sent] * 8
 
 
-@pytest.mark.parametrize("tokens", [0, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_tokens_are_gathered(dtype: torch.dtype, tokens: int, eight: Ranks) -> None:
-    most = max(int(make_inputs((tokens,), dtype, "tied", rank, "cpu")[1].sum()) for rank in range(8))
-    gathered = [("all_gather", size) for size in (8, most * dtype.itemsize)]
+def test_few_tokens_are_gathered(dtype: torch.dtype, eight: Ranks) -> None:
+    """With the number of values, in room for a power of two of words, if the last selection had as many words."""
+
+    def message(tokens: int) -> tuple[str, int]:
+        most = max(int(make_inputs((tokens,), dtype, "tied", rank, "cpu")[1].sum()) for rank in range(8))
+        return "all_gather", 8 + (8 * 2 ** math.ceil(math.log2(most * dtype.itemsize / 8)) if most else 0)
+
+    none, few, more = message(0), message(100), message(400)
+    assert none[1] == 8 < few[1] < more[1]
     for rule in RULES:
-        assert eight.run(payloads, tokens, dtype, rule) == [gathered] * 8
+        for before, tokens, sent in [
+            ([], 0, [none]),
+            ([], 100, [none, few]),
+            ([100], 100, [few]),
+            ([100], 400, [few, more]),
+            ([400], 100, [more]),
+            ([400, 100], 400, [few, more]),
+            ([400, 0], 100, [none, few]),
+            ([400, 100_000], 100, [none, few]),
+        ]:
+            assert eight.run(payloads, tokens, dtype, rule, *before) == [sent] * 8, (before, tokens)
+
+
+def test_many_tokens_after_few(eight: Ranks) -> None:
+    """They fit into no message, and are not sent again with more room."""
+    first, second, *others = eight.run(payloads, 100_000, torch.float32, "topk", 100)[0]
+    assert first == ("all_gather", 8 + 512) and second == ("all_reduce", 16_384) and len(others) == 3
 
 
 def test_what_a_choice_by_covariance_sends(eight: Ranks) -> None:
