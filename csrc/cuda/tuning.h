@@ -21,11 +21,11 @@ inline int head_tile_threads(int64_t width) { return width >= 1024 ? 128 : 32; }
 // fewer rows a block takes a part of a row, and a second kernel merges the parts.
 constexpr int64_t kWholeRowsFrom = 768;
 
-// How many of a row's `row_parts` parts the backward makes, one block each: as many
-// as it takes to have kWholeRowsFrom blocks.
-inline int backward_row_parts(int64_t rows, int row_parts) {
+// Into how many parts the backward cuts a row of `rounds`, one block each: as many as it takes to
+// have kWholeRowsFrom blocks, of a round or more.
+inline int backward_row_parts(int64_t rows, int rounds) {
   const int64_t wanted = (kWholeRowsFrom + rows - 1) / rows;
-  return wanted < row_parts ? static_cast<int>(wanted) : row_parts;
+  return wanted < rounds ? static_cast<int>(wanted) : rounds;
 }
 
 // Threads that write the keys, or the mask, of one tile of kTileKeys tokens.
