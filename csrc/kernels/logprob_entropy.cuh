@@ -45,11 +45,14 @@ struct SoftmaxRows {
 
 // ---- Forward ----
 
-// Rounds that a block takes for a row; in each, every thread takes kPacksInFlight packs.
 template <class T>
-ENTROPY_RL_HD inline int row_rounds(int vocab, int threads) {
-  const int packs = (vocab - 1) / Pack<T>::kCount + 1;
-  return (packs - 1) / (kPacksInFlight<T> * threads) + 1;
+ENTROPY_RL_HD inline int row_packs(int vocab) {
+  return (vocab - 1) / Pack<T>::kCount + 1;
+}
+// In a round every thread of the block takes kPacksInFlight packs.
+template <class T>
+ENTROPY_RL_HD inline int round_packs(int threads) {
+  return kPacksInFlight<T> * threads;
 }
 
 // The parts of a row. All but the last have the same number of rounds.
@@ -72,10 +75,10 @@ static_assert(kMaxRowParts <= kWarpSize, "a warp merges the parts of a row");
 
 template <class T>
 ENTROPY_RL_HD inline RowParts row_parts(int vocab, int threads) {
-  const int rounds = row_rounds<T>(vocab, threads);
+  const int rounds = (row_packs<T>(vocab) - 1) / round_packs<T>(threads) + 1;
   const int needed = (rounds - 1) / kMaxRowParts + 1;
   const int part_rounds = needed > kMinPartRounds ? needed : kMinPartRounds;
-  return {part_rounds * kPacksInFlight<T> * threads, (rounds - 1) / part_rounds + 1};
+  return {part_rounds * round_packs<T>(threads), (rounds - 1) / part_rounds + 1};
 }
 
 // The state of packs [begin, end) of a row over this warp's threads.

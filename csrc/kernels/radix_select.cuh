@@ -146,19 +146,24 @@ struct RadixShared {
 
 // Adds to `cut` the digit at `shift`, from the histogram of the keys that share its prefix. In the
 // first pass (`is_first`) the rule gives the rank. All threads of the block call it; all return the
-// result. `digits` is a multiple of kPackTokens.
+// result. `digits` is a multiple of kPackTokens; `aligned` says whether a pack may begin at the
+// histogram.
 template <class Key, class Count>
 __device__ __forceinline__ RadixCut<Key, Count> with_digit(
-    const Count* histogram /*[digits]*/, int digits, const RadixCut<Key, Count>& cut, bool is_first,
-    int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
+    const Count* histogram /*[digits]*/, bool aligned, int digits, const RadixCut<Key, Count>& cut,
+    bool is_first, int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
   // Thread t takes the t-th run of packs from the highest down.
-  const bool aligned = TokenPack<Count>::is_aligned(histogram);
   const int threads = static_cast<int>(blockDim.x);
   const int packs = digits / kPackTokens;
   const int run = (packs + threads - 1) / threads;
   const int highest = packs - 1 - static_cast<int>(threadIdx.x) * run;
   const auto pack_at = [&](int pack) {
-    return load_tokens(histogram, pack * kPackTokens, kPackTokens, aligned, Count{0});
+    const Count* first = histogram + pack * kPackTokens;
+    if (aligned) return TokenPack<Count>::load(first);
+    TokenPack<Count> counts;
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) counts.values[j] = first[j];
+    return counts;
   };
   Count own = 0;
   for (int i = 0; i < run && i <= highest; ++i) {
@@ -373,7 +378,7 @@ struct RadixInputs {
 template <class Keys>
 __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows, columns]*/) {
   using Key = typename Keys::Key;
-  __shared__ uint32_t histogram[kDigits];
+  __shared__ __align__(16) uint32_t histogram[kDigits];
   __shared__ RadixShared<Key> shared;
   const TileLayout& layout = in.layout;
   for (int64_t row = blockIdx.x; row < layout.rows; row += gridDim.x) {
@@ -390,8 +395,8 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
         count_digits(in.keys, in.begin(tile), layout.size(tile), pass, cut.prefix, histogram);
       }
       __syncthreads();
-      cut =
-          with_digit(histogram, kDigits, cut, pass == 0, Digit<Key>(pass).shift, in.rule, &shared);
+      cut = with_digit(histogram, true, kDigits, cut, pass == 0, Digit<Key>(pass).shift, in.rule,
+                       &shared);
     }
     if (splits_ties(cut, in.rule)) {
       uint32_t ties = cut.rank;
@@ -451,8 +456,8 @@ __device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
   using Key = typename Keys::Key;
   const int64_t place = in.place(segment);
   const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, place) : RadixCut<Key>{};
-  const RadixCut<Key> cut = with_digit(state.histogram(pass, place), kDigits, before, pass == 0,
-                                       Digit<Key>(pass).shift, in.rule, shared);
+  const RadixCut<Key> cut = with_digit(state.histogram(pass, place), true, kDigits, before,
+                                       pass == 0, Digit<Key>(pass).shift, in.rule, shared);
   if (tile == segment.begin * in.layout.tiles_per_row && threadIdx.x == 0) {
     *state.cut(pass, place) = cut;
   }
@@ -595,7 +600,8 @@ __global__ void radix_key_kernel(const Count* counts /*[digits]*/, int digits, i
   __shared__ RadixShared<uint64_t, Count> shared;
   const Cut before{key ? static_cast<uint64_t>(*key) : 0, 0, 0, 0};
   const SelectionRule rule{TopRule::kTopK, 0.0, k};
-  const Cut cut = with_digit(counts, digits, before, true, shift, rule, &shared);
+  const Cut cut = with_digit(counts, TokenPack<Count>::is_aligned(counts), digits, before, true,
+                             shift, rule, &shared);
   if (threadIdx.x == 0) {
     *found = static_cast<int64_t>(cut.prefix);
     *k_left = cut.rank;
