@@ -27,7 +27,7 @@ WIDE = {
     r"logprob_entropy_backward_kernel": ("LDG", "STG"),
     r"linear_logprob_entropy_tile_kernel": ("LDG",),
     r"linear_logprob_entropy_tile_backward_kernel<float, \w+>": ("LDG",),
-    r"radix_(segment|histogram|mask|ties|counts|next_key)_kernel<EntropyKeys<(float|double)>": ("LDG",),
+    r"radix_(segment|histogram|mask|counts|next_key)_kernel<EntropyKeys<(float|double)>": ("LDG",),
     r"token_loss_kernel": ("LDG", "STG"),
     r"scale_rows_kernel<(float|double)>": ("LDG", "STG"),
 }

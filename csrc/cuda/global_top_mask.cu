@@ -103,16 +103,6 @@ void sort_select(const Key* keys /*[rows, columns]*/, const TileLayout& layout,
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class Keys>
-void write_radix_mask(const RadixInputs<Keys>& in, const RadixState<typename Keys::Key>& state,
-                      uint8_t* mask /*[rows, columns]*/, cudaStream_t stream) {
-  const unsigned blocks = grid_size(in.layout.tiles());
-  radix_ties_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  radix_mask_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, mask);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 // The mask by radix select (../kernels/radix_select.cuh).
 template <class Keys>
 void radix_select(const Keys& keys, int64_t rows, int64_t columns, const Segments& segments,
@@ -139,18 +129,22 @@ void radix_select(const Keys& keys, int64_t rows, int64_t columns, const Segment
   const TileLayout layout(rows, columns, radix_tile_keys(rows, columns));
   const RadixInputs<Keys> in{keys, segment_rows, segments.row_order, layout, rule, block_keys};
   constexpr int kPasses = Digit<Key>::kPasses;
-  const int64_t counts = kPasses * in.places() * kDigits;
-  const DeviceArray<uint32_t> histograms(on_device_of, counts);
-  const DeviceArray<RadixCut<Key>> cuts(on_device_of, kPasses * in.places());
-  const DeviceArray<Key> tile_values(on_device_of, layout.tiles());
-  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), in.places()};
-  const unsigned blocks = grid_size(layout.tiles());
-  STD_CUDA_CHECK(cudaMemsetAsync(histograms.data(), 0, counts * sizeof(uint32_t), stream));
+  const int64_t places = in.places();
+  const int64_t tiles = layout.tiles();
+  const int64_t counts = kPasses * places * kDigits + places + tiles;
+  const DeviceArray<uint32_t> zeros(on_device_of, counts);
+  const DeviceArray<RadixCut<Key>> cuts(on_device_of, kPasses * places);
+  const DeviceArray<Key> next_keys(on_device_of, rule.rule == TopRule::kQuantile ? tiles : 0);
+  uint32_t* turns = zeros.data() + kPasses * places * kDigits;
+  const RadixState<Key> state{zeros.data(), cuts.data(),    next_keys.data(),
+                              turns,        turns + places, places};
+  STD_CUDA_CHECK(cudaMemsetAsync(zeros.data(), 0, counts * sizeof(uint32_t), stream));
   for (int pass = 0; pass < kPasses; ++pass) {
-    radix_histogram_kernel<Keys><<<blocks, kRadixThreads, 0, stream>>>(in, state, pass);
+    radix_histogram_kernel<Keys><<<grid_size(tiles), kRadixThreads, 0, stream>>>(in, state, pass);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  write_radix_mask(in, state, mask, stream);
+  radix_mask_kernel<Keys><<<grid_size(tiles), kRadixThreads, 0, stream>>>(in, state, mask);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void check_fits_radix(const char* name, int64_t tokens) {
@@ -283,17 +277,19 @@ std::tuple<Tensor, Tensor> global_top_mask_at_key(const Tensor& values, const Te
     using Keys = EntropyKeys<decltype(element)>;
     using Key = typename Keys::Key;
     constexpr int kPasses = Digit<Key>::kPasses;
+    const TileLayout layout = process_layout(n);
     const DeviceArray<RadixCut<Key>> cuts(in.values, kPasses);  // only the last is used
-    radix_process_cut_kernel<Key><<<1, kWarpSize, 0, device.stream()>>>(
-        found, cuts.data() + kPasses - 1, mutable_data<typename KeyTraits<Key>::Value>(lowest));
+    const DeviceArray<uint32_t> turns(in.values, 1 + layout.tiles());
+    const RadixState<Key> state{nullptr, cuts.data(), nullptr, turns.data(), turns.data() + 1, 1};
+    radix_process_cut_kernel<Key><<<1, kTileThreads, 0, device.stream()>>>(
+        found, state, layout.tiles(), mutable_data<typename KeyTraits<Key>::Value>(lowest));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (n == 0) return;
-    const TileLayout layout = process_layout(n);
     const RadixInputs<Keys> inputs{process_keys<decltype(element)>(in), nullptr, nullptr, layout,
                                    SelectionRule{TopRule::kTopK, 0.0, nullptr}};
-    const DeviceArray<Key> tile_values(in.values, layout.tiles());
-    const RadixState<Key> state{nullptr, cuts.data(), tile_values.data(), 1};
-    write_radix_mask(inputs, state, mutable_data<uint8_t>(result), device.stream());
+    radix_mask_kernel<Keys><<<grid_size(layout.tiles()), kRadixThreads, 0, device.stream()>>>(
+        inputs, state, mutable_data<uint8_t>(result));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {result, lowest};
 }

@@ -46,8 +46,8 @@ struct LogprobEntropy {
       using T = decltype(element);
       using Acc = accumulate_t<T>;
       const int threads = softmax_row_threads(in.vocab);
-      const int parts =
-          backward_row_parts(in.rows, row_parts<T>(static_cast<int>(in.vocab), threads).count);
+      const int parts = backward_row_parts(
+          in.rows, row_packs<T>(static_cast<int>(in.vocab)) / round_packs<T>(threads));
       logprob_entropy_backward_kernel<T>
           <<<grid_size(in.rows * parts), threads, 0, device.stream()>>>(
               arguments<T>(in, gradients.targets), parts, const_data<Acc>(gradients.grad_log_prob),

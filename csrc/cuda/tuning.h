@@ -21,11 +21,13 @@ inline int head_tile_threads(int64_t width) { return width >= 1024 ? 128 : 32; }
 // fewer rows a block takes a part of a row, and a second kernel merges the parts.
 constexpr int64_t kWholeRowsFrom = 768;
 
-// How many of a row's `row_parts` parts the backward makes, one block each: as many
-// as it takes to have kWholeRowsFrom blocks.
-inline int backward_row_parts(int64_t rows, int row_parts) {
+// Into how many parts the backward cuts a row, one block each: as many as it takes to have
+// kWholeRowsFrom blocks, but each with at least one of the row's `whole_rounds`, so that its
+// threads have several loads in flight.
+inline int backward_row_parts(int64_t rows, int whole_rounds) {
   const int64_t wanted = (kWholeRowsFrom + rows - 1) / rows;
-  return wanted < row_parts ? static_cast<int>(wanted) : row_parts;
+  if (wanted < whole_rounds) return static_cast<int>(wanted);
+  return whole_rounds > 1 ? whole_rounds : 1;
 }
 
 // Threads that write the keys, or the mask, of one tile of kTileKeys tokens.

@@ -45,8 +45,17 @@ struct SoftmaxRows {
 
 // ---- Forward ----
 
-// The parts of a row. In a round every thread of the block takes kPacksInFlight packs; all parts
-// but the last have the same number of rounds.
+template <class T>
+ENTROPY_RL_HD inline int row_packs(int vocab) {
+  return (vocab - 1) / Pack<T>::kCount + 1;
+}
+// In a round every thread of the block takes kPacksInFlight packs.
+template <class T>
+ENTROPY_RL_HD inline int round_packs(int threads) {
+  return kPacksInFlight<T> * threads;
+}
+
+// The parts of a row. All but the last have the same number of rounds.
 struct RowParts {
   int packs;  // of a part
   int count;
@@ -58,18 +67,18 @@ struct RowParts {
   }
 };
 // A part ends with a merge of each warp's threads, which takes as many instructions as 15 elements
-// of a thread, so parts are long. 16 rows of 151,936 bfloat16 logits are 80 parts, each with 32 KiB
-// of loads in flight: as much as a GPU's memory needs to be busy.
+// of a thread, half of a round of bfloat16, so parts are long. 16 rows of 151,936 bfloat16 logits
+// are 80 parts, each with 32 KiB of loads in flight: as much as a GPU's memory needs to be busy.
+constexpr int kMinPartRounds = 2;
 constexpr int kMaxRowParts = 8;
 static_assert(kMaxRowParts <= kWarpSize, "a warp merges the parts of a row");
 
 template <class T>
 ENTROPY_RL_HD inline RowParts row_parts(int vocab, int threads) {
-  const int round = kPacksInFlight<T> * threads;
-  const int packs = (vocab - 1) / Pack<T>::kCount + 1;
-  const int rounds = (packs - 1) / round + 1;
-  const int rounds_per_part = (rounds - 1) / kMaxRowParts + 1;
-  return {rounds_per_part * round, (rounds - 1) / rounds_per_part + 1};
+  const int rounds = (row_packs<T>(vocab) - 1) / round_packs<T>(threads) + 1;
+  const int needed = (rounds - 1) / kMaxRowParts + 1;
+  const int part_rounds = needed > kMinPartRounds ? needed : kMinPartRounds;
+  return {part_rounds * round_packs<T>(threads), (rounds - 1) / part_rounds + 1};
 }
 
 // The state of packs [begin, end) of a row over this warp's threads.

@@ -5,11 +5,11 @@
 // The others:
 //   radix_histogram_kernel  a block a tile: one pass, added to the counts of the segment; each
 //                           block finds the previous pass's digit for itself
-//   radix_ties_kernel       a block a tile: what the masks of other tiles must know of this one
-//   radix_mask_kernel       a block a tile
+//   radix_mask_kernel       a block a tile; where only some ties are kept, it waits for the counts
+//                           of ties in the tiles before
 // For keys of several processes, radix_counts_kernel and radix_key_kernel are a pass, and between
 // them the processes add up their counts. Bytes for a float32 token: 5 in each of 3 passes (6 for
-// double), 5 to find ties if only some are kept, 6 for the mask. Keys are computed as they are
+// double), 5 to count ties if only some are kept, 6 for the mask. Keys are computed as they are
 // read. Counts are integers, so any order gives the same bits.
 #pragma once
 
@@ -102,6 +102,10 @@ struct Digit {
   __device__ __forceinline__ int of(Key key) const {
     return static_cast<int>(key >> shift & ((Key{1} << bits) - 1));
   }
+  // The largest key that has the digits that earlier passes found.
+  __device__ __forceinline__ Key last_candidate(Key prefix) const {
+    return prefix | (((Key{1} << bits) - 1) << shift);
+  }
   // Whether a key has the digits that earlier passes found.
   __device__ __forceinline__ bool is_candidate(Key key, Key prefix) const {
     return shift + bits == kKeyBits || (key ^ prefix) >> (shift + bits) == 0;
@@ -142,16 +146,31 @@ struct RadixShared {
 
 // Adds to `cut` the digit at `shift`, from the histogram of the keys that share its prefix. In the
 // first pass (`is_first`) the rule gives the rank. All threads of the block call it; all return the
-// result.
+// result. `digits` is a multiple of kPackTokens; `aligned` says whether a pack may begin at the
+// histogram.
 template <class Key, class Count>
 __device__ __forceinline__ RadixCut<Key, Count> with_digit(
-    const Count* histogram /*[digits]*/, int digits, const RadixCut<Key, Count>& cut, bool is_first,
-    int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
-  // Thread t takes the t-th run of digits from the highest down.
-  const int run = (digits + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
-  const int highest = digits - 1 - static_cast<int>(threadIdx.x) * run;
+    const Count* histogram /*[digits]*/, bool aligned, int digits, const RadixCut<Key, Count>& cut,
+    bool is_first, int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
+  // Thread t takes the t-th run of packs from the highest down.
+  const int threads = static_cast<int>(blockDim.x);
+  const int packs = digits / kPackTokens;
+  const int run = (packs + threads - 1) / threads;
+  const int highest = packs - 1 - static_cast<int>(threadIdx.x) * run;
+  const auto pack_at = [&](int pack) {
+    const Count* first = histogram + pack * kPackTokens;
+    if (aligned) return TokenPack<Count>::load(first);
+    TokenPack<Count> counts;
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) counts.values[j] = first[j];
+    return counts;
+  };
   Count own = 0;
-  for (int i = 0; i < run && i <= highest; ++i) own += histogram[highest - i];
+  for (int i = 0; i < run && i <= highest; ++i) {
+    const TokenPack<Count> pack = pack_at(highest - i);
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) own += pack.values[j];
+  }
   Count total;
   Count above = block_exclusive_scan(own, &total, shared->counts);
   const Key eligible = is_first ? static_cast<Key>(total) : cut.eligible;
@@ -159,10 +178,20 @@ __device__ __forceinline__ RadixCut<Key, Count> with_digit(
   if (rank == 0) {
     if (threadIdx.x == 0) shared->cut = {kNaNKey<Key>, eligible, 0, 0};
   } else if (above < rank && rank <= above + own) {
-    int digit = highest;
-    while (above + histogram[digit] < rank) above += histogram[digit--];
-    const Key found = static_cast<Key>(digit) << shift;
-    shared->cut = {cut.prefix | found, eligible, rank - above, histogram[digit]};
+    bool found = false;
+    for (int i = 0; !found; ++i) {
+      const TokenPack<Count> pack = pack_at(highest - i);
+#pragma unroll
+      for (int j = kPackTokens - 1; j >= 0; --j) {
+        const Count equal = pack.values[j];
+        if (!found && rank <= above + equal) {
+          found = true;
+          const Key digit = static_cast<Key>((highest - i) * kPackTokens + j);
+          shared->cut = {cut.prefix | digit << shift, eligible, rank - above, equal};
+        }
+        above += equal;
+      }
+    }
   }
   __syncthreads();
   return shared->cut;
@@ -349,7 +378,7 @@ struct RadixInputs {
 template <class Keys>
 __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows, columns]*/) {
   using Key = typename Keys::Key;
-  __shared__ uint32_t histogram[kDigits];
+  __shared__ __align__(16) uint32_t histogram[kDigits];
   __shared__ RadixShared<Key> shared;
   const TileLayout& layout = in.layout;
   for (int64_t row = blockIdx.x; row < layout.rows; row += gridDim.x) {
@@ -366,8 +395,8 @@ __global__ void radix_segment_kernel(RadixInputs<Keys> in, uint8_t* mask /*[rows
         count_digits(in.keys, in.begin(tile), layout.size(tile), pass, cut.prefix, histogram);
       }
       __syncthreads();
-      cut =
-          with_digit(histogram, kDigits, cut, pass == 0, Digit<Key>(pass).shift, in.rule, &shared);
+      cut = with_digit(histogram, true, kDigits, cut, pass == 0, Digit<Key>(pass).shift, in.rule,
+                       &shared);
     }
     if (splits_ties(cut, in.rule)) {
       uint32_t ties = cut.rank;
@@ -406,7 +435,9 @@ template <class Key>
 struct RadixState {
   uint32_t* histograms;  // [passes, places, kDigits], zero at the start; null if the cuts are given
   RadixCut<Key>* cuts;   // [passes, places]
-  Key* tile_values;      // [tiles]: ties in the tile, or its smallest key above the cut
+  Key* next_keys;        // [tiles]: the tile's smallest key above the last pass's candidates
+  uint32_t* turns;       // [places], zero at the start: tiles whose mask has begun
+  uint32_t* tile_ties;   // [tiles], zero at the start: one more than the tile's ties, once counted
   int64_t places;
 
   __device__ __forceinline__ uint32_t* histogram(int pass, int64_t place) const {
@@ -425,8 +456,8 @@ __device__ __forceinline__ RadixCut<typename Keys::Key> cut_after(
   using Key = typename Keys::Key;
   const int64_t place = in.place(segment);
   const RadixCut<Key> before = pass > 0 ? *state.cut(pass - 1, place) : RadixCut<Key>{};
-  const RadixCut<Key> cut = with_digit(state.histogram(pass, place), kDigits, before, pass == 0,
-                                       Digit<Key>(pass).shift, in.rule, shared);
+  const RadixCut<Key> cut = with_digit(state.histogram(pass, place), true, kDigits, before,
+                                       pass == 0, Digit<Key>(pass).shift, in.rule, shared);
   if (tile == segment.begin * in.layout.tiles_per_row && threadIdx.x == 0) {
     *state.cut(pass, place) = cut;
   }
@@ -446,37 +477,78 @@ __global__ void radix_histogram_kernel(RadixInputs<Keys> in, RadixState<typename
   if (pass > 0) cut = cut_after(in, state, pass - 1, segment, tile, &shared);
   clear_digits(histogram);
   __syncthreads();
-  count_digits(in.keys, in.begin(tile), in.layout.size(tile), pass, cut.prefix, histogram);
-  __syncthreads();
-  add_digits(histogram, state.histogram(pass, in.place(segment)));
-}
-
-template <class Keys>
-__global__ void radix_ties_kernel(RadixInputs<Keys> in, RadixState<typename Keys::Key> state) {
-  using Key = typename Keys::Key;
-  __shared__ RadixShared<Key> shared;
-  const int64_t tile = blockIdx.x;
-  const SegmentRows segment = in.segment(in.layout.row(tile));
-  if (in.segments && in.is_small(segment)) return;
-  constexpr int kLast = Digit<Key>::kPasses - 1;
-  const RadixCut<Key> cut = state.histograms ? cut_after(in, state, kLast, segment, tile, &shared)
-                                             : *state.cut(kLast, in.place(segment));
   const int64_t begin = in.begin(tile);
   const int64_t size = in.layout.size(tile);
-  Key value = 0;
-  if (splits_ties(cut, in.rule)) {
-    for_each_pack(in.keys, begin, size, [&](int64_t, const Key(&pack)[kPackTokens]) {
-#pragma unroll
-      for (int j = 0; j < kPackTokens; ++j) value += pack[j] == cut.prefix;
-    });
-    value = block_reduce(value, Key{0}, Plus{}, shared.keys);
-  } else if (needs_next_key(cut, in.rule)) {
-    value = block_reduce(smallest_above(in.keys, begin, size, cut.prefix), kNaNKey<Key>,
-                         SmallerKey{}, shared.keys);
-  } else {
-    return;
+  count_digits(in.keys, begin, size, pass, cut.prefix, histogram);
+  __syncthreads();
+  add_digits(histogram, state.histogram(pass, in.place(segment)));
+  if (in.rule.rule == TopRule::kQuantile && pass == Digit<Key>::kPasses - 1) {
+    const Key above = Digit<Key>(pass).last_candidate(cut.prefix);
+    const Key next = block_reduce(smallest_above(in.keys, begin, size, above), kNaNKey<Key>,
+                                  SmallerKey{}, shared.keys);
+    if (threadIdx.x == 0) state.next_keys[tile] = next;
   }
-  if (threadIdx.x == 0) state.tile_values[tile] = value;
+}
+
+// The smallest key of a segment above its cut `key`: a candidate of the last pass or, above them,
+// the smallest of the tiles' next_keys. All threads of the block call it; all return it.
+template <class Keys>
+__device__ __forceinline__ typename Keys::Key next_key(const RadixInputs<Keys>& in,
+                                                       const RadixState<typename Keys::Key>& state,
+                                                       const SegmentRows& segment,
+                                                       typename Keys::Key key,
+                                                       RadixShared<typename Keys::Key>* shared) {
+  using Key = typename Keys::Key;
+  constexpr int kLast = Digit<Key>::kPasses - 1;
+  const Digit<Key> digit(kLast);  // the lowest bits
+  const uint32_t* histogram = state.histogram(kLast, in.place(segment));
+  Key next = kNaNKey<Key>;
+  for (int d = digit.of(key) + 1 + static_cast<int>(threadIdx.x); d < 1 << digit.bits;
+       d += static_cast<int>(blockDim.x)) {
+    if (histogram[d] != 0) next = SmallerKey{}(next, key - digit.of(key) + d);
+  }
+  const int64_t last = segment.end * in.layout.tiles_per_row;
+  for (int64_t i = segment.begin * in.layout.tiles_per_row + threadIdx.x; i < last;
+       i += blockDim.x) {
+    next = SmallerKey{}(next, state.next_keys[i]);
+  }
+  return block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared->keys);
+}
+
+// Writes the mask of a tile of a segment of which only the first cut.rank ties are kept. A block
+// waits for the ties of the tiles before its own, so tiles are taken in turn: the blocks that have
+// those are running or done, whatever order blocks are started in.
+template <class Keys>
+__device__ __forceinline__ void mask_in_turn(const RadixInputs<Keys>& in,
+                                             const RadixState<typename Keys::Key>& state,
+                                             const SegmentRows& segment,
+                                             const RadixCut<typename Keys::Key>& cut,
+                                             RadixShared<typename Keys::Key>* shared,
+                                             uint8_t* mask /*[rows, columns]*/) {
+  using Key = typename Keys::Key;
+  const int64_t first = segment.begin * in.layout.tiles_per_row;
+  if (threadIdx.x == 0) shared->counts[0] = atomicAdd(&state.turns[in.place(segment)], 1u);
+  __syncthreads();
+  const int64_t tile = first + shared->counts[0];
+  const int64_t begin = in.begin(tile);
+  const int64_t size = in.layout.size(tile);
+  uint32_t own = 0;
+  for_each_pack(in.keys, begin, size, [&](int64_t, const Key(&pack)[kPackTokens]) {
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) own += pack[j] == cut.prefix;
+  });
+  own = block_reduce(own, 0u, Plus{}, shared->counts);
+  // The number is all that other blocks read of this one, so no fence is needed.
+  if (threadIdx.x == 0) atomicAdd(&state.tile_ties[tile], own + 1);
+  uint32_t before = 0;
+  for (int64_t i = first + threadIdx.x; i < tile; i += blockDim.x) {
+    uint32_t ties = 0;
+    while (ties == 0) ties = atomicAdd(&state.tile_ties[i], 0u);
+    before += ties - 1;
+  }
+  before = block_reduce(before, 0u, Plus{}, shared->counts);
+  const uint32_t ties = before < cut.rank ? cut.rank - before : 0;
+  mask_first_ties(in.keys, begin, size, cut.prefix, ties, shared->counts, mask + begin);
 }
 
 template <class Keys>
@@ -487,27 +559,15 @@ __global__ void radix_mask_kernel(RadixInputs<Keys> in, RadixState<typename Keys
   const int64_t tile = blockIdx.x;
   const SegmentRows segment = in.segment(in.layout.row(tile));
   if (in.segments && in.is_small(segment)) return;
-  const RadixCut<Key> cut = *state.cut(Digit<Key>::kPasses - 1, in.place(segment));
+  constexpr int kLast = Digit<Key>::kPasses - 1;
+  const RadixCut<Key> cut = state.histograms ? cut_after(in, state, kLast, segment, tile, &shared)
+                                             : *state.cut(kLast, in.place(segment));
+  if (splits_ties(cut, in.rule)) return mask_in_turn(in, state, segment, cut, &shared, mask);
   const int64_t begin = in.begin(tile);
   const int64_t size = in.layout.size(tile);
-  const int64_t first = segment.begin * in.layout.tiles_per_row;
-  if (splits_ties(cut, in.rule)) {
-    Key before = 0;
-    for (int64_t i = first + threadIdx.x; i < tile; i += blockDim.x) before += state.tile_values[i];
-    before = block_reduce(before, Key{0}, Plus{}, shared.keys);
-    const uint32_t ties = before < cut.rank ? cut.rank - static_cast<uint32_t>(before) : 0;
-    mask_first_ties(in.keys, begin, size, cut.prefix, ties, shared.counts, mask + begin);
-    return;
-  }
   if (cut.keeps_nothing()) return fill_zero_bytes(mask + begin, size);
   Key next = kNaNKey<Key>;
-  if (needs_next_key(cut, in.rule)) {
-    const int64_t last = segment.end * in.layout.tiles_per_row;
-    for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
-      next = SmallerKey{}(next, state.tile_values[i]);
-    }
-    next = block_reduce(next, kNaNKey<Key>, SmallerKey{}, shared.keys);
-  }
+  if (needs_next_key(cut, in.rule)) next = next_key(in, state, segment, cut.prefix, &shared);
   mask_from(in.keys, begin, size, smallest_kept(cut, next, in.rule), mask + begin);
 }
 
@@ -540,7 +600,8 @@ __global__ void radix_key_kernel(const Count* counts /*[digits]*/, int digits, i
   __shared__ RadixShared<uint64_t, Count> shared;
   const Cut before{key ? static_cast<uint64_t>(*key) : 0, 0, 0, 0};
   const SelectionRule rule{TopRule::kTopK, 0.0, k};
-  const Cut cut = with_digit(counts, digits, before, true, shift, rule, &shared);
+  const Cut cut = with_digit(counts, TokenPack<Count>::is_aligned(counts), digits, before, true,
+                             shift, rule, &shared);
   if (threadIdx.x == 0) {
     *found = static_cast<int64_t>(cut.prefix);
     *k_left = cut.rank;
@@ -575,11 +636,12 @@ struct FoundOnDevice {
 };
 
 // Writes the cut of one process's keys as the last pass of a RadixState does, and the lowest value
-// that any process keeps. One block.
+// that any process keeps; clears what radix_mask_kernel counts in. One block.
 template <class Key>
-__global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* radix_cut /*[1]*/,
+__global__ void radix_process_cut_kernel(FoundOnDevice found, RadixState<Key> state, int64_t tiles,
                                          typename KeyTraits<Key>::Value* lowest /*[1]*/) {
   __shared__ int64_t shared[kMaxWarps];
+  for (int64_t tile = threadIdx.x; tile < tiles; tile += blockDim.x) state.tile_ties[tile] = 0;
   const FoundKey key{*found.key, *found.k};
   ProcessCut<Key> cut;
   if (found.ties) {
@@ -597,7 +659,9 @@ __global__ void radix_process_cut_kernel(FoundOnDevice found, RadixCut<Key>* rad
     // Only whether rank and equal differ matters, and that equal is not 0: keys above the cut are
     // kept even where none equals it.
     const uint32_t ties = cut.keeps_all_ties ? 1 : static_cast<uint32_t>(cut.ties);
-    *radix_cut = {cut.key, 0, ties, cut.keeps_all_ties ? ties : ties + 1};
+    *state.cut(Digit<Key>::kPasses - 1, 0) = {cut.key, 0, ties,
+                                              cut.keeps_all_ties ? ties : ties + 1};
+    *state.turns = 0;
     *lowest = cut.lowest;
   }
 }

@@ -25,8 +25,7 @@ inline constexpr int kPacksInFlight = sizeof(T) == sizeof(double) ? 2 : 4;
 template <bool aligned, class T, class F>
 __device__ __forceinline__ void for_each_pair(const PackReader<T>& reader, int begin, int end,
                                               F f) {
-  // A misaligned pack takes two loads, so half as many are in flight.
-  constexpr int kAhead = aligned ? kPacksInFlight<T> : 2;
+  constexpr int kAhead = kPacksInFlight<T>;
   const int threads = static_cast<int>(blockDim.x);
   const int full = end < reader.full_packs() ? end : reader.full_packs();
   int pack = begin + static_cast<int>(threadIdx.x);

@@ -209,8 +209,10 @@ __device__ __forceinline__ void for_each_row(const LossSums<T>* sums /*[rows, ti
   }
 }
 
-// Launched with one block. Without the bound the compiler might give a thread more registers than a
-// block of kMaxFinishThreads has for it, and the launch would fail.
+// Launched with one block. The last block of token_loss_kernel to end could do its work instead,
+// but would have to be told by a counter; clearing that takes a launch, too. Without the bound the
+// compiler might give a thread more registers than a block of kMaxFinishThreads has for it, and the
+// launch would fail.
 template <class T, bool is_sequence_loss>
 __global__ void __launch_bounds__(kMaxFinishThreads)
     finish_loss_kernel(const LossSums<T>* sums /*[tiles]*/, int64_t rows, int64_t tiles_per_row,

@@ -266,13 +266,15 @@ void run_radix(const Keys& keys, const int64_t* ids, const int64_t* row_order, i
   const int64_t places = in.places();
   simt::Buffer<uint32_t> histograms(std::vector<uint32_t>(kPasses * places * kDigits, 0));
   simt::Buffer<RadixCut<Key>> cuts(kPasses * places);
-  simt::Buffer<Key> tile_values(in.layout.tiles());
-  const RadixState<Key> state{histograms.data(), cuts.data(), tile_values.data(), places};
   const unsigned tiles = in.layout.tiles();
+  simt::Buffer<Key> next_keys(tiles);
+  simt::Buffer<uint32_t> turns(std::vector<uint32_t>(places, 0));
+  simt::Buffer<uint32_t> tile_ties(std::vector<uint32_t>(tiles, 0));
+  const RadixState<Key> state{histograms.data(), cuts.data(),      next_keys.data(),
+                              turns.data(),      tile_ties.data(), places};
   for (int pass = 0; pass < kPasses; ++pass) {
     simt::launch(tiles, threads, radix_histogram_kernel<Keys>, in, state, pass);
   }
-  simt::launch(tiles, threads, radix_ties_kernel<Keys>, in, state);
   simt::launch(tiles, threads, radix_mask_kernel<Keys>, in, state, mask);
 }
 
@@ -549,18 +551,17 @@ std::vector<uint8_t> run_processes(const Problem& problem, const SelectionRule& 
                             p,
                             quantile ? next.data() : nullptr,
                             quantile ? weight.data() : nullptr};
+    const int64_t tiles = layouts[p].tiles();
     simt::Buffer<RadixCut<Key>> cuts(kPasses);
+    simt::Buffer<uint32_t> turns(1), tile_ties(tiles);
+    const RadixState<Key> state{nullptr, cuts.data(), nullptr, turns.data(), tile_ties.data(), 1};
     simt::Buffer<Value> lowest(1);
-    simt::launch(1, kWarpSize, radix_process_cut_kernel<Key>, all, cuts.data() + kPasses - 1,
-                 lowest.data());
+    simt::launch(1, kWarpSize, radix_process_cut_kernel<Key>, all, state, tiles, lowest.data());
     lowests.push_back(lowest[0]);
     const RadixInputs<Keys> in{
         keys[p], nullptr, nullptr, layouts[p], {TopRule::kTopK, 0.0, nullptr}};
-    simt::Buffer<Key> tile_values(in.layout.tiles());
     simt::Buffer<uint8_t> mask(sizes[p]);
-    const RadixState<Key> state{nullptr, cuts.data(), tile_values.data(), 1};
-    simt::launch(in.layout.tiles(), threads, radix_ties_kernel<Keys>, in, state);
-    simt::launch(in.layout.tiles(), threads, radix_mask_kernel<Keys>, in, state, mask.data());
+    simt::launch(tiles, threads, radix_mask_kernel<Keys>, in, state, mask.data());
     result.insert(result.end(), mask.begin(), mask.end());
   }
 

@@ -184,6 +184,7 @@ TYPED_TEST(LogprobEntropyKernel, ABlockForEachPartOfARowGivesTheSameBits) {
     typename TestFixture::Forward expected(rows);
     const RowParts parts = row_parts<TypeParam>(vocab, 32);
     ASSERT_LE(parts.count, kMaxRowParts);
+    ASSERT_GE(parts.packs, 2 * kPacksInFlight<TypeParam> * 32);
     simt::Buffer<OnlineSoftmax<Acc>> states(3 * parts.count);
     simt::Buffer<Acc> log_prob(3), entropy(3), max_log_sum(6);
     simt::launch(3 * parts.count, 32, softmax_parts_kernel<TypeParam>, rows.arguments(true),

@@ -102,6 +102,25 @@ KERNEL(leaves_before_a_barrier, 64, 1, 0) {
   data[threadIdx.x] = 0;
 }
 
+KERNEL(waits_in_turn, 32, 8, 0) {
+  // Blocks take their turns as they start, so those before this one are running or done.
+  if (threadIdx.x > 0) return;
+  const int turn = atomicAdd(data, 1);
+  atomicAdd(data + 1 + turn, 1);
+  for (int before = 0; before < turn; ++before) {
+    while (atomicAdd(data + 1 + before, 0) == 0) {
+    }
+  }
+}
+
+KERNEL(waits_for_the_block_before, 1, 8, 0) {
+  if (blockIdx.x > 0) {
+    while (atomicAdd(data + blockIdx.x - 1, 0) == 0) {
+    }
+  }
+  atomicAdd(data + blockIdx.x, 1);
+}
+
 KERNEL(waits_forever, 1, 1, 0) {
   volatile int* flag = data;
   while (*flag != elements) {

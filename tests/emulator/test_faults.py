@@ -33,6 +33,7 @@ FAULTS = {
     "has_too_much_shared": "LAUNCH: more shared memory than was asked for",
 }
 FAULTLESS = ["writes_each", "has_its_barrier", "has_its_warp_barrier", "adds_atomically", "shuffles_parted_lanes"]
+FAULTLESS += ["waits_in_turn"]
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +103,27 @@ def test_results(kernels: ctypes.CDLL) -> None:
     assert data[0] == 128
 
 
-def test_a_block_without_an_end(kernels: ctypes.CDLL) -> None:
+@pytest.fixture
+def short_patience() -> Iterator[None]:
+    """Few instructions, after which a block has no end."""
     device.emulator.cudaemu_set_most_instructions(100_000)
+    yield
+    device.emulator.cudaemu_set_most_instructions(4_000_000_000)
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_block_without_an_end(kernels: ctypes.CDLL) -> None:
+    found = launch(kernels, "waits_forever", torch.zeros(ELEMENTS, dtype=torch.int32, device="cuda"))
+    assert found and found[0].startswith("HANGS"), found
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_block_that_waits_for_one_that_has_not_started(kernels: ctypes.CDLL) -> None:
+    device.configure(seed=1)
     try:
-        found = launch(kernels, "waits_forever", torch.zeros(ELEMENTS, dtype=torch.int32, device="cuda"))
+        found = launch(kernels, "waits_for_the_block_before", torch.zeros(ELEMENTS, dtype=torch.int32, device="cuda"))
     finally:
-        device.emulator.cudaemu_set_most_instructions(4_000_000_000)
+        device.configure()
     assert found and found[0].startswith("HANGS"), found
 
 
