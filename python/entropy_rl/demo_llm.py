@@ -28,7 +28,7 @@ from entropy_rl import checkpoint, cli, config, demo, word_problems
 
 SOURCE = "word_problems"
 TRAIN_PROBLEMS = 1024
-VALIDATION_PROBLEMS = 100
+VALIDATION_PROBLEMS = 200
 STEPS = 20
 
 

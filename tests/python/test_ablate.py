@@ -271,18 +271,26 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert "| +0.100 ± 0.000 |" in ablate.table(results)
 
 
-def test_the_page_has_what_the_committed_results_give(tmp_path: Path) -> None:
-    """Checks the table and the plot of docs/ablation.md, and that every run of the comparison is there."""
+@pytest.mark.parametrize(
+    ("name", "arms", "seeds"),
+    [
+        ("ablation", (*cli.DEFAULT_ARMS, "random_50"), 5),
+        ("ablation_llm", ("all", "top_20", "bottom_80", "random_20", "archer", "stapo"), 3),
+    ],
+)
+def test_the_page_has_what_the_committed_results_give(
+    name: str, arms: tuple[str, ...], seeds: int, tmp_path: Path
+) -> None:
+    """Checks a table and a plot of docs/ablation.md, and that every run of the comparison is there."""
     root = Path(__file__).parents[2]
-    directory = root / "benchmarks/results/ablation"
+    directory = root / "benchmarks/results" / name
     results = [json.loads(path.read_text()) for path in sorted((directory / "results").iterdir())]
-    arms = (*cli.DEFAULT_ARMS, "random_50")
-    assert {(r["arm"], r["seed"]) for r in results} == {(arm, seed) for arm in arms for seed in range(5)}
+    assert {(r["arm"], r["seed"]) for r in results} == {(arm, seed) for arm in arms for seed in range(seeds)}
     table = ablate.table(results)
     assert table == (directory / "table.md").read_text()
     page = (root / "docs/ablation.md").read_text()
-    assert page.count("| trained on |") == 1 and table in page
+    assert page.count("| trained on |") == 2 and table in page
     steps = json.loads((directory / "settings.json").read_text())["steps"]
-    assert f"task for {steps} steps" in page and all(len(r["training_reward"]) == steps for r in results)
+    assert f"for {steps} steps of GRPO" in page and all(len(r["training_reward"]) == steps for r in results)
     ablate.draw(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes() == (root / "docs/images/ablation.png").read_bytes()
+    assert (tmp_path / "curves.png").read_bytes() == (root / f"docs/images/{name}.png").read_bytes()
