@@ -32,16 +32,19 @@ namespace entropy_rl::cpu {
 constexpr int kBlockKeys = 1024;
 // Keys of a vector.
 constexpr int kWindowSlack = 16;
-// Whether there is an instruction that packs chosen elements of a vector.
+// Bytes of a vector, and whether there is an instruction that packs chosen elements of one.
 namespace portable {
+constexpr int kBytes = 16;
 constexpr bool kPacks = false;
-}
+}  // namespace portable
 namespace avx2 {
+constexpr int kBytes = 32;
 constexpr bool kPacks = false;
-}
+}  // namespace avx2
 namespace avx512 {
+constexpr int kBytes = 64;
 constexpr bool kPacks = true;
-}
+}  // namespace avx512
 }  // namespace entropy_rl::cpu
 
 #define ENTROPY_RL_LOOPS "radix_select_loops.h"

@@ -13,19 +13,19 @@ void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int
 }
 
 inline int count_nonzero(const uint8_t* mask, int n) {
-  typedef uint8_t Bytes __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
   int count = 0;
   int i = 0;
-  while (i + 64 <= n) {
+  while (i + kBytes <= n) {
     // A byte counts to 255.
-    const int end = std::min(n - 63, i + 255 * 64);
+    const int end = std::min(n - kBytes + 1, i + 255 * kBytes);
     Bytes counts = {};
-    for (; i < end; i += 64) {
+    for (; i < end; i += kBytes) {
       Bytes bytes;
       memcpy(&bytes, mask + i, sizeof(bytes));
       counts -= reinterpret_cast<Bytes>(bytes != 0);  // a true comparison is -1
     }
-    for (int j = 0; j < 64; ++j) count += counts[j];
+    for (int j = 0; j < kBytes; ++j) count += counts[j];
   }
   for (; i < n; ++i) count += mask[i] != 0;
   return count;
