@@ -166,6 +166,8 @@ __device__ __forceinline__ RadixCut<Key, Count> with_digit(
     return counts;
   };
   Count own = 0;
+  // Unrolled, this loop and the next would take registers that the whole kernel then lacks.
+#pragma unroll 1
   for (int i = 0; i < run && i <= highest; ++i) {
     const TokenPack<Count> pack = pack_at(highest - i);
 #pragma unroll
@@ -179,6 +181,7 @@ __device__ __forceinline__ RadixCut<Key, Count> with_digit(
     if (threadIdx.x == 0) shared->cut = {kNaNKey<Key>, eligible, 0, 0};
   } else if (above < rank && rank <= above + own) {
     bool found = false;
+#pragma unroll 1
     for (int i = 0; !found; ++i) {
       const TokenPack<Count> pack = pack_at(highest - i);
 #pragma unroll
