@@ -56,7 +56,7 @@ inline int radix_tile_keys(int64_t rows, int64_t columns) {
   constexpr int64_t kSmallest = 4096;
   const int64_t tiles_per_row = rows < 512 ? 512 / rows : 1;
   const int64_t keys = (columns + tiles_per_row - 1) / tiles_per_row;
-  return static_cast<int>((keys + kSmallest - 1) / kSmallest * kSmallest);
+  return static_cast<int>((keys > 0 ? keys + kSmallest - 1 : kSmallest) / kSmallest * kSmallest);
 }
 
 // Threads that share one tile of kTileTokens tokens of a loss, two packs of tokens each.

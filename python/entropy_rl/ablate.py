@@ -344,20 +344,21 @@ def _with_interval(values: Sequence[float], style: str = ".3f") -> str:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Plots each run as a thin line, and the mean over the seeds of an arm as a thick one."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.5), layout="constrained")
+    arms = [arm for arm in _arms_of(results) if any(result["arm"] == arm for result in results)]
+    colors = colormaps["tab10" if len(arms) <= 10 else "tab20"]
     panels = (
         ("validation reward", lambda result: result["validation_reward"]),
         ("training reward", lambda result: list(enumerate(result["training_reward"], 1))),
         ("entropy of the policy, nats", lambda result: list(enumerate(result["entropy"], 1))),
     )
     for axes, (title, points) in zip(figure.subplots(1, 3), panels, strict=True):
-        for number, arm in enumerate(_arms_of(results)):
+        for number, arm in enumerate(arms):
+            color = colors(number % colors.N)
             curves = [points(result) for result in results if result["arm"] == arm]
-            if not curves:
-                continue
-            color = f"C{number}"
             for curve in curves:
                 axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.35)
             steps = [step for step, _ in curves[0]]
