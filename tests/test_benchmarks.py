@@ -333,3 +333,14 @@ def test_docs_have_the_measured_table(module: ModuleType) -> None:
     page = module.PAGE.read_text()
     assert module.page(result) == page, f"run python -m {module.__name__}"
     assert module.table(result) in page
+
+
+def test_a_compiled_peer_whose_result_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones(4)
+    for wrong in (torch.nan, 1.5):
+        monkeypatch.setattr(torch, "compile", lambda function, wrong=wrong, **_: lambda x: function(x) * wrong)
+        with pytest.raises(ValueError, match="another result than the function"):
+            harness.compiled(lambda x: 2 * x)(ones)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert torch.equal(harness.compiled(lambda x: 2 * x)(ones), 2 * ones)
+    assert torch.equal(harness.compiled(lambda x: 0 * x)(ones), 0 * ones)

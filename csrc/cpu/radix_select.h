@@ -30,7 +30,7 @@
 namespace entropy_rl::cpu {
 // Keys that a source computes at a time.
 constexpr int kBlockKeys = 1024;
-// Keys of a vector.
+// How many more keys than it finds split_at_window may write: those of a vector.
 constexpr int kWindowSlack = 16;
 // Bytes of a vector, and whether there is an instruction that packs chosen elements of one.
 namespace portable {
