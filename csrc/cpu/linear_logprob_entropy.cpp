@@ -129,7 +129,7 @@ struct Tiles {
       } else if (gradient != products + begin) {
         std::copy(products + begin, products + begin + count, gradient);
       }
-      chunk_gradient(gradient, count, at, gradient);
+      softmax_gradient(gradient, count, at, gradient);
       // The target's term is added before rounding to Out; added after it, p - 1 would be rounded
       // twice.
       if (target >= begin && target < begin + count) {

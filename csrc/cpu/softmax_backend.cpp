@@ -11,30 +11,34 @@
 
 namespace entropy_rl::cpu {
 
-float chunk_max(const float* x, int count) { ENTROPY_RL_SIMD_CALL(max_of(x, count)); }
-double chunk_max(const double* x, int count) { ENTROPY_RL_SIMD_CALL(max_of(x, count)); }
-
-void chunk_sums(const float* x, int count, float shift, float inverse_temperature, float* sum,
-                float* dot) {
-  ENTROPY_RL_SIMD_CALL(add_sums(x, count, shift, inverse_temperature, sum, dot));
-}
-void chunk_sums(const double* x, int count, double shift, double inverse_temperature, double* sum,
-                double* dot) {
-  ENTROPY_RL_SIMD_CALL(add_sums(x, count, shift, inverse_temperature, sum, dot));
+template <class T>
+accumulate_t<T> chunk_max(const T* x, int count) {
+  ENTROPY_RL_SIMD_CALL(max_of(x, count));
 }
 
-void chunk_gradient(const float* x, int count, const SoftmaxGradient<float>& gradient, float* out) {
-  ENTROPY_RL_SIMD_CALL(gradient_of(x, count, gradient, out));
+template <class T>
+void chunk_sums(const T* x, int count, accumulate_t<T> shift, accumulate_t<T> inverse_temperature,
+                accumulate_t<T>* sum, accumulate_t<T>* dot) {
+  ENTROPY_RL_SIMD_CALL(add_sums(x, count, shift, inverse_temperature, sum, dot));
 }
-void chunk_gradient(const double* x, int count, const SoftmaxGradient<double>& gradient,
-                    double* out) {
+
+template <class T>
+void softmax_gradient(const T* x, int64_t count, const SoftmaxGradient<accumulate_t<T>>& gradient,
+                      T* out) {
   ENTROPY_RL_SIMD_CALL(gradient_of(x, count, gradient, out));
 }
 
-void widen(const BFloat16* x, int count, float* out) {
-  ENTROPY_RL_SIMD_CALL(widen_all(x, count, out));
-}
-void widen(const Half* x, int count, float* out) { ENTROPY_RL_SIMD_CALL(widen_all(x, count, out)); }
+#define ENTROPY_RL_INSTANTIATE(T)                                                             \
+  template accumulate_t<T> chunk_max(const T*, int);                                          \
+  template void chunk_sums(const T*, int, accumulate_t<T>, accumulate_t<T>, accumulate_t<T>*, \
+                           accumulate_t<T>*);                                                 \
+  template void softmax_gradient(const T*, int64_t, const SoftmaxGradient<accumulate_t<T>>&, T*);
+ENTROPY_RL_INSTANTIATE(float)
+ENTROPY_RL_INSTANTIATE(double)
+ENTROPY_RL_INSTANTIATE(BFloat16)
+ENTROPY_RL_INSTANTIATE(Half)
+#undef ENTROPY_RL_INSTANTIATE
+
 void narrow(const float* x, int count, BFloat16* out) {
   ENTROPY_RL_SIMD_CALL(narrow_all(x, count, out));
 }

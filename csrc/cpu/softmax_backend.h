@@ -1,7 +1,7 @@
 // One row of logits on the CPU: max, sum e^d and sum e^d d in one pass over memory, and the
-// gradient. A row is processed in chunks that stay in the first-level cache: conversion to float,
-// maximum, sums. The sums of a chunk are float32, over the lanes of vectors; chunks are added in
-// float64. For float64 input all is float64. The loops over a chunk are in softmax_loops.h.
+// gradient. The forward takes chunks of a row that stay in the first-level cache: maximum, then
+// sums. The sums of a chunk are float32, over the lanes of vectors; chunks are added in float64.
+// For float64 input all is float64. The loops are in softmax_loops.h.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,6 +18,7 @@
 namespace entropy_rl::cpu {
 
 constexpr int kChunk = 1024;
+constexpr int kCacheLine = 64;
 
 // Calls fn(row) for every row, on all threads.
 template <class Fn>
@@ -29,19 +30,16 @@ void for_each_row(int64_t rows, int64_t width, Fn fn) {
   });
 }
 
-float chunk_max(const float* x, int count);
-double chunk_max(const double* x, int count);
+template <class T>
+accumulate_t<T> chunk_max(const T* x, int count);
 // Sets sum and dot of one chunk, relative to `shift`.
-void chunk_sums(const float* x, int count, float shift, float inverse_temperature, float* sum,
-                float* dot);
-void chunk_sums(const double* x, int count, double shift, double inverse_temperature, double* sum,
-                double* dot);
-// Writes the gradient without the target's own term, which the caller adds. `out` may be x.
-void chunk_gradient(const float* x, int count, const SoftmaxGradient<float>& gradient, float* out);
-void chunk_gradient(const double* x, int count, const SoftmaxGradient<double>& gradient,
-                    double* out);
-void widen(const BFloat16* x, int count, float* out);
-void widen(const Half* x, int count, float* out);
+template <class T>
+void chunk_sums(const T* x, int count, accumulate_t<T> shift, accumulate_t<T> inverse_temperature,
+                accumulate_t<T>* sum, accumulate_t<T>* dot);
+// Writes the gradient without the target's own term. `out` may be x.
+template <class T>
+void softmax_gradient(const T* x, int64_t count, const SoftmaxGradient<accumulate_t<T>>& gradient,
+                      T* out);
 void narrow(const float* x, int count, BFloat16* out);
 void narrow(const float* x, int count, Half* out);
 
@@ -61,16 +59,9 @@ RowSoftmax<accumulate_t<T>> row_softmax(const T* logits /*[vocab]*/, int64_t voc
   using Acc = accumulate_t<T>;
   const Acc inverse_temperature = static_cast<Acc>(1.0 / temperature);
   OnlineSoftmax<double> row = OnlineSoftmax<double>::neutral();
-  alignas(64) Acc buffer[kChunk];
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);
-    const Acc* x;
-    if constexpr (std::is_same_v<T, Acc>) {
-      x = logits + begin;
-    } else {
-      widen(logits + begin, count, buffer);
-      x = buffer;
-    }
+    const T* x = logits + begin;
     const Acc max = chunk_max(x, count);
     if (max > row.max) row = rescaled<double>(row, max, 1.0 / temperature);
     Acc sum, dot;
@@ -87,24 +78,14 @@ template <class T>
 void row_gradient(const T* logits /*[vocab]*/, int64_t vocab, int64_t target,
                   const SoftmaxGradient<accumulate_t<T>>& gradient, T* grad_logits /*[vocab]*/) {
   using Acc = accumulate_t<T>;
-  alignas(64) Acc buffer[kChunk];
-  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
-    const int count = static_cast<int>(vocab - begin < kChunk ? vocab - begin : kChunk);
-    Acc* out = buffer;
-    if constexpr (std::is_same_v<T, Acc>) {
-      out = grad_logits + begin;
-      chunk_gradient(logits + begin, count, gradient, out);
-    } else {
-      widen(logits + begin, count, buffer);
-      chunk_gradient(buffer, count, gradient, buffer);
-    }
-    // The target's term is added before rounding to T; added after it, p - 1 would be rounded
-    // twice.
-    if (target >= begin && target < begin + count) {
-      out[target - begin] += gradient.inverse_temperature * gradient.grad_log_prob;
-    }
-    if constexpr (!std::is_same_v<T, Acc>) narrow(buffer, count, grad_logits + begin);
-  }
+  const bool has_target = target >= 0 && target < vocab;
+  const Acc logit = has_target ? load_value(logits[target]) : Acc(0);
+  softmax_gradient(logits, vocab, gradient, grad_logits);
+  if (!has_target) return;
+  // The target's term is added before rounding to T; added after it, p - 1 would be rounded twice.
+  Acc value;
+  softmax_gradient(&logit, 1, gradient, &value);
+  store_value(value + gradient.inverse_temperature * gradient.grad_log_prob, &grad_logits[target]);
 }
 
 }  // namespace entropy_rl::cpu

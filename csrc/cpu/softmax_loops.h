@@ -4,11 +4,13 @@
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Uints __attribute__((vector_size(kVectorBytes)));
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(float));
-// Vectors in flight, which hide each other's latency.
-constexpr int kUnroll = 4;
+// The vectors of one step of a loop. Each operation is written for all of them before the next, so
+// that they hide each other's latency.
+constexpr int kVectors = 4;
 // Fewer where each has two sums, so that 16 registers hold them and the polynomial's constants.
-constexpr int kSumUnroll = 2;
+constexpr int kSumVectors = 2;
 
 #define ENTROPY_RL_INLINE __attribute__((always_inline)) inline
 
@@ -19,11 +21,69 @@ ENTROPY_RL_INLINE Floats load(const float* x) {
 }
 ENTROPY_RL_INLINE void store(Floats value, float* x) { memcpy(x, &value, sizeof(value)); }
 
-// The last count < kWidth elements, padded with `fill`.
-ENTROPY_RL_INLINE Floats load_tail(const float* x, int count, float fill) {
-  alignas(64) float padded[kWidth];
-  for (int i = 0; i < kWidth; ++i) padded[i] = i < count ? x[i] : fill;
-  return load(padded);
+// Two vectors of consecutive elements. Which of the two holds which element depends on the type.
+constexpr int kPairWidth = 2 * kWidth;
+
+ENTROPY_RL_INLINE void load_pair(const float* x, Floats* pair) {
+  pair[0] = load(x);
+  pair[1] = load(x + kWidth);
+}
+ENTROPY_RL_INLINE void store_pair(const Floats* pair, float* x) {
+  store(pair[0], x);
+  store(pair[1], x + kWidth);
+}
+
+// The elements with even indices are the low halves of 32-bit words, the others the high halves.
+ENTROPY_RL_INLINE void load_pair(const BFloat16* x, Floats* pair) {
+  Uints words;
+  memcpy(&words, x, sizeof(words));
+  pair[0] = (Floats)(words << 16);
+  pair[1] = (Floats)(words & 0xffff0000u);
+}
+// The high half is the rounded value, as of store_value.
+ENTROPY_RL_INLINE Uints rounded_to_bfloat16(Floats value) {
+  const Uints bits = (Uints)value;
+  const Uints rounded = bits + (0x7fffu + ((bits >> 16) & 1u));
+  return value == value ? rounded : Uints{} + 0x7fc00000u;
+}
+ENTROPY_RL_INLINE void store_pair(const Floats* pair, BFloat16* x) {
+  const Uints low = rounded_to_bfloat16(pair[0]) >> 16;
+  const Uints high = rounded_to_bfloat16(pair[1]) & 0xffff0000u;
+  const Uints words = low | high;
+  memcpy(x, &words, sizeof(words));
+}
+
+ENTROPY_RL_INLINE void load_pair(const Half* x, Floats* pair) {
+  alignas(64) float values[kPairWidth];
+  for (int i = 0; i < kPairWidth; ++i) values[i] = load_value(x[i]);
+  load_pair(values, pair);
+}
+ENTROPY_RL_INLINE void store_pair(const Floats* pair, Half* x) {
+  alignas(64) float values[kPairWidth];
+  store_pair(pair, values);
+  for (int i = 0; i < kPairWidth; ++i) store_value(values[i], x + i);
+}
+
+template <int kCount, class T>
+ENTROPY_RL_INLINE void load_vectors(const T* x, Floats (&values)[kCount]) {
+  for (int u = 0; u < kCount; u += 2) load_pair(x + u * kWidth, values + u);
+}
+template <int kCount, class T>
+ENTROPY_RL_INLINE void store_vectors(const Floats (&values)[kCount], T* x) {
+  for (int u = 0; u < kCount; u += 2) store_pair(values + u, x + u * kWidth);
+}
+
+// Calls fn(x + i) for every step of kCount vectors; the last one is padded with -inf.
+template <int kCount, class T, class Fn>
+ENTROPY_RL_INLINE void for_each_step(const T* x, int count, Fn fn) {
+  constexpr int kStep = kCount * kWidth;
+  int i = 0;
+  for (; i + kStep <= count; i += kStep) fn(x + i);
+  if (i == count) return;
+  T padded[kStep];
+  for (int j = 0; j < kStep; ++j) store_value(-INFINITY, padded + j);
+  memcpy(padded, x + i, (count - i) * sizeof(T));
+  fn(padded);
 }
 
 // x > y ? x : y, also for NaN. The compiler makes two instructions of that expression.
@@ -45,88 +105,103 @@ ENTROPY_RL_INLINE Vector larger(Vector x, Vector y) {
 // 2^t for t in [-127, 127], with an error under 1 ulp; 0 below -126.5, and NaN for NaN. The caller
 // clamps smaller t to -127, where the exponent's bits are those of 0; so 2^t * t is 0 for a d of
 // -inf.
-ENTROPY_RL_INLINE Floats exp2_of(Floats t) {
+template <int kCount>
+ENTROPY_RL_INLINE void exp2_of(const Floats (&t)[kCount], Floats (&result)[kCount]) {
   // Adding 1.5 * 2^23 rounds t to an integer in the low bits; here they include the exponent's
   // bias.
   constexpr float kRound = 12582912.0f + 127.0f;
-  const Floats shifted = t + kRound;
-  const Floats f = t - (shifted - kRound);
-  Floats p = f * 1.534581243e-4f + 1.339993090e-3f;
-  p = p * f + 9.618489072e-3f;
-  p = p * f + 5.550328642e-2f;
-  p = p * f + 2.402264625e-1f;
-  p = p * f + 6.931471825e-1f;
-  p = p * f + 1.0f;
-  return p * (Floats)((Ints)shifted << 23);
+  constexpr float kPolynomial[] = {1.534581243e-4f,
+                                   1.339993090e-3f,
+                                   9.618489072e-3f,
+                                   5.550328642e-2f,
+                                   2.402264625e-1f,
+                                   6.931471825e-1f,
+                                   1.0f};
+  Floats shifted[kCount], f[kCount];
+  for (int u = 0; u < kCount; ++u) shifted[u] = t[u] + kRound;
+  for (int u = 0; u < kCount; ++u) f[u] = t[u] - (shifted[u] - kRound);
+  for (int u = 0; u < kCount; ++u) result[u] = Floats{} + kPolynomial[0];
+  for (int k = 1; k < 7; ++k) {
+    for (int u = 0; u < kCount; ++u) result[u] = result[u] * f[u] + kPolynomial[k];
+  }
+  for (int u = 0; u < kCount; ++u) result[u] *= (Floats)((Ints)shifted[u] << 23);
 }
 
 // max(t, -127), and NaN for NaN.
 ENTROPY_RL_INLINE Floats clamp_power(Floats t) { return larger(Floats{} - 127.0f, t); }
 
-float max_of(const float* x, int count) {
-  const Floats lowest = Floats{} - INFINITY;
-  Floats best[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) best[u] = lowest;
-  int i = 0;
-  for (; i + kUnroll * kWidth <= count; i += kUnroll * kWidth) {
-    for (int u = 0; u < kUnroll; ++u) best[u] = larger(load(x + i + u * kWidth), best[u]);
-  }
-  for (; i + kWidth <= count; i += kWidth) best[0] = larger(load(x + i), best[0]);
-  if (i < count) best[0] = larger(load_tail(x + i, count - i, -INFINITY), best[0]);
-  for (int u = 1; u < kUnroll; ++u) best[0] = larger(best[u], best[0]);
+template <class T>
+float max_of(const T* x, int count) {
+  Floats best[kVectors];
+  for (int u = 0; u < kVectors; ++u) best[u] = Floats{} - INFINITY;
+  for_each_step<kVectors>(x, count, [&](const T* at) __attribute__((always_inline)) {
+    Floats values[kVectors];
+    load_vectors(at, values);
+    for (int u = 0; u < kVectors; ++u) best[u] = larger(values[u], best[u]);
+  });
+  for (int u = 1; u < kVectors; ++u) best[0] = larger(best[u], best[0]);
   float result = best[0][0];
   for (int j = 1; j < kWidth; ++j) result = best[0][j] > result ? best[0][j] : result;
   return result;
 }
 
-void add_sums(const float* x, int count, float shift, float inverse_temperature, float* sum,
+template <class T>
+void add_sums(const T* x, int count, float shift, float inverse_temperature, float* sum,
               float* dot) {
   const float scale = inverse_temperature * static_cast<float>(M_LOG2E);
-  Floats sums[kSumUnroll] = {};
-  Floats dots[kSumUnroll] = {};
-  const auto add = [&](Floats value, int u) __attribute__((always_inline)) {
-    const Floats t = clamp_power((value - shift) * scale);
-    const Floats e = exp2_of(t);
-    sums[u] += e;
-    dots[u] += e * t;
-  };
-  int i = 0;
-  for (; i + kSumUnroll * kWidth <= count; i += kSumUnroll * kWidth) {
-    for (int u = 0; u < kSumUnroll; ++u) add(load(x + i + u * kWidth), u);
+  Floats sums[kSumVectors] = {};
+  Floats dots[kSumVectors] = {};
+  for_each_step<kSumVectors>(x, count, [&](const T* at) __attribute__((always_inline)) {
+    // The next chunk is fetched from memory while this one, which is in the cache, is computed.
+    constexpr int kStepBytes = kSumVectors * kWidth * static_cast<int>(sizeof(T));
+    for (int line = 0; line < kStepBytes; line += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(at + kChunk) + line);
+    }
+    Floats t[kSumVectors], e[kSumVectors];
+    load_vectors(at, t);
+    for (int u = 0; u < kSumVectors; ++u) t[u] = clamp_power((t[u] - shift) * scale);
+    exp2_of(t, e);
+    for (int u = 0; u < kSumVectors; ++u) sums[u] += e[u];
+    for (int u = 0; u < kSumVectors; ++u) dots[u] += e[u] * t[u];
+  });
+  for (int u = 1; u < kSumVectors; ++u) {
+    sums[0] += sums[u];
+    dots[0] += dots[u];
   }
-  for (; i + kWidth <= count; i += kWidth) add(load(x + i), 0);
-  if (i < count) add(load_tail(x + i, count - i, -INFINITY), 1);
-  const Floats s = sums[0] + sums[1];
-  const Floats d = dots[0] + dots[1];
   float total = 0;
   float total_dot = 0;
   for (int j = 0; j < kWidth; ++j) {
-    total += s[j];
-    total_dot += d[j];
+    total += sums[0][j];
+    total_dot += dots[0][j];
   }
   *sum = total;
   *dot = total_dot * static_cast<float>(M_LN2);
 }
 
-void gradient_of(const float* x, int count, const SoftmaxGradient<float>& g, float* out) {
+template <class T>
+void gradient_of(const T* x, int64_t count, const SoftmaxGradient<float>& g, T* out) {
+  const float shift = g.shift;
   const float scale = g.inverse_temperature * static_cast<float>(M_LOG2E);
   const float log2_sum = g.log_sum * static_cast<float>(M_LOG2E);
   // dL/dx = p (constant + slope t), t the log of p to base 2.
   const float constant = -g.inverse_temperature * (g.grad_log_prob + g.grad_entropy * g.entropy);
   const float slope = -g.inverse_temperature * g.grad_entropy * static_cast<float>(M_LN2);
-  const auto gradient = [&](Floats value) __attribute__((always_inline)) {
-    const Floats t = clamp_power((value - g.shift) * scale - log2_sum);
-    return exp2_of(t) * (slope * t + constant);
+  const auto gradient = [&](const T* from, T* to) __attribute__((always_inline)) {
+    Floats t[kVectors], e[kVectors];
+    load_vectors(from, t);
+    for (int u = 0; u < kVectors; ++u) t[u] = clamp_power((t[u] - shift) * scale - log2_sum);
+    exp2_of(t, e);
+    for (int u = 0; u < kVectors; ++u) e[u] *= slope * t[u] + constant;
+    store_vectors(e, to);
   };
-  int i = 0;
-  for (; i + kUnroll * kWidth <= count; i += kUnroll * kWidth) {
-    for (int u = 0; u < kUnroll; ++u)
-      store(gradient(load(x + i + u * kWidth)), out + i + u * kWidth);
-  }
-  for (; i + kWidth <= count; i += kWidth) store(gradient(load(x + i)), out + i);
+  constexpr int kStep = kVectors * kWidth;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) gradient(x + i, out + i);
   if (i == count) return;
-  const Floats last = gradient(load_tail(x + i, count - i, 0));
-  for (int j = 0; i < count; ++i, ++j) out[i] = last[j];
+  T padded[kStep] = {};
+  memcpy(padded, x + i, (count - i) * sizeof(T));
+  gradient(padded, padded);
+  memcpy(out + i, padded, (count - i) * sizeof(T));
 }
 
 // ---- float64: kLanes independent sums, which the compiler holds in vectors ----
@@ -163,19 +238,12 @@ void add_sums(const double* x, int count, double shift, double inverse_temperatu
   *dot = dots[0];
 }
 
-void gradient_of(const double* x, int count, const SoftmaxGradient<double>& g, double* out) {
-  for (int i = 0; i < count; ++i) {
+void gradient_of(const double* x, int64_t count, const SoftmaxGradient<double>& g, double* out) {
+  for (int64_t i = 0; i < count; ++i) {
     const double log_p = clamp_exponent((x[i] - g.shift) * g.inverse_temperature - g.log_sum);
     const double p = exp_vectorizable(log_p);
     out[i] = -g.inverse_temperature * p * (g.grad_log_prob + g.grad_entropy * (log_p + g.entropy));
   }
-}
-
-// ---- 16-bit floats ----
-
-template <class T>
-void widen_all(const T* x, int count, float* out) {
-  for (int i = 0; i < count; ++i) out[i] = load_value(x[i]);
 }
 
 template <class T>
