@@ -93,18 +93,28 @@ def test_the_page_has_the_figures_of_its_file() -> None:
     """docs/entropy.md, from benchmarks/results/entropy."""
     root = Path(__file__).parents[3]
     page = (root / "docs" / "entropy.md").read_text()
-    found = json.loads((root / "benchmarks" / "results" / "entropy" / "smollm2_135m.json").read_text())
-    (model,) = found["models"].values()
-    rows = {"sampled tokens": f"{found['tokens']:,}", "below 0.01 nats": f"{100 * model['below_0.01']:.1f} %"}
+    names = ("smollm2_135m", "smollm2_135m_temperature_0.7")
+    results = [json.loads((root / "benchmarks" / "results" / "entropy" / f"{name}.json").read_text()) for name in names]
+    models = [model for result in results for model in result["models"].values()]
+    rows = {
+        "sampled tokens": [f"{result['tokens']:,}" for result in results],
+        "below 0.01 nats": [f"{100 * model['below_0.01']:.1f} %" for model in models],
+    }
     rows |= {
-        f"{share} below": f"{model['percentiles'][percentile]:.3f} nats"
+        f"{share} below": [f"{model['percentiles'][percentile]:.3f} nats" for model in models]
         for share, percentile in (("half are", "50"), ("80 % are", "80"), ("95 % are", "95"))
     }
-    for name, value in rows.items():
-        assert f"| {name} | {value} |" in page
-    assert f"A token needs {model['least_occurrences']} occurrences" in page
-    for end, words in (("highest", ("The", "To", "A", " This", " but")), ("lowest", ("0", " $", "%", " =", " of"))):
-        assert set(words) <= {row["token"] for row in model[end]}
+    for name, values in rows.items():
+        assert f"| {name} | {' | '.join(values)} |" in page
+    for model in models:
+        assert f"A token needs {model['least_occurrences']} occurrences" in page
+    named = (
+        (("A", "To", "The", " This", " So", " but", " only", " not"), ("0", "9", " $", "%", " =", " of")),
+        (("There", " calculate", " convert", " multiply", " find"), (" paint", " balls", " eggs", " many", " than")),
+    )
+    for model, (highest, lowest) in zip(models, named, strict=True):
+        assert set(highest) <= {row["token"] for row in model["highest"]}
+        assert set(lowest) <= {row["token"] for row in model["lowest"]}
     trained = json.loads((root / "benchmarks" / "results" / "entropy" / "smollm2_135m_trained.json").read_text())
     for share, overlap in trained["overlap"].items():
         assert f"| {float(share):.0%} | {overlap:.1%} |".replace("%", " %") in page
