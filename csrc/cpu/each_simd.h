@@ -8,7 +8,7 @@ namespace entropy_rl::cpu::portable {
 
 #if defined(ENTROPY_RL_X86_SIMD)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace entropy_rl::cpu::avx2 {
 #include ENTROPY_RL_LOOPS
 }  // namespace entropy_rl::cpu::avx2

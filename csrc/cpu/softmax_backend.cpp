@@ -4,6 +4,9 @@
 #include <cstring>
 #if defined(ENTROPY_RL_X86_SIMD)
 #include <immintrin.h>
+// GCC warns of its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #define ENTROPY_RL_LOOPS "softmax_loops.h"

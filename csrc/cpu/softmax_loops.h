@@ -53,15 +53,41 @@ ENTROPY_RL_INLINE void store_pair(const Floats* pair, BFloat16* x) {
   memcpy(x, &words, sizeof(words));
 }
 
+// As load_value and store_value, but a NaN keeps its sign and high bits.
+template <class Vector>
+ENTROPY_RL_INLINE Vector widened(const Half* x) {
+#if defined(ENTROPY_RL_X86_SIMD)
+  if constexpr (sizeof(Vector) == 64) {
+    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+  } else if constexpr (sizeof(Vector) == 32) {
+    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
+  }
+#endif
+  alignas(64) float values[kWidth];
+  for (int i = 0; i < kWidth; ++i) values[i] = load_value(x[i]);
+  return load(values);
+}
+template <class Vector>
+ENTROPY_RL_INLINE void store_narrowed(Vector value, Half* x) {
+#if defined(ENTROPY_RL_X86_SIMD)
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT;
+  if constexpr (sizeof(Vector) == 64) {
+    _mm256_storeu_si256((__m256i*)x, _mm512_cvtps_ph(value, kNearest));
+    return;
+  } else if constexpr (sizeof(Vector) == 32) {
+    _mm_storeu_si128((__m128i*)x, _mm256_cvtps_ph(value, kNearest));
+    return;
+  }
+#endif
+  for (int i = 0; i < kWidth; ++i) store_value(value[i], x + i);
+}
 ENTROPY_RL_INLINE void load_pair(const Half* x, Floats* pair) {
-  alignas(64) float values[kPairWidth];
-  for (int i = 0; i < kPairWidth; ++i) values[i] = load_value(x[i]);
-  load_pair(values, pair);
+  pair[0] = widened<Floats>(x);
+  pair[1] = widened<Floats>(x + kWidth);
 }
 ENTROPY_RL_INLINE void store_pair(const Floats* pair, Half* x) {
-  alignas(64) float values[kPairWidth];
-  store_pair(pair, values);
-  for (int i = 0; i < kPairWidth; ++i) store_value(values[i], x + i);
+  store_narrowed(pair[0], x);
+  store_narrowed(pair[1], x + kWidth);
 }
 
 template <int kCount, class T>
@@ -153,9 +179,9 @@ void add_sums(const T* x, int count, float shift, float inverse_temperature, flo
   Floats dots[kSumVectors] = {};
   for_each_step<kSumVectors>(x, count, [&](const T* at) __attribute__((always_inline)) {
     // The next chunk is fetched from memory while this one, which is in the cache, is computed.
-    constexpr int kStepBytes = kSumVectors * kWidth * static_cast<int>(sizeof(T));
-    for (int line = 0; line < kStepBytes; line += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(at + kChunk) + line);
+    const uintptr_t next = reinterpret_cast<uintptr_t>(at) + kChunk * sizeof(T);
+    for (size_t line = 0; line < kSumVectors * kWidth * sizeof(T); line += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next + line));
     }
     Floats t[kSumVectors], e[kSumVectors];
     load_vectors(at, t);
