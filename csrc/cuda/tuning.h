@@ -2,6 +2,7 @@
 // means; softmax_row_threads also fixes the order in which a row is summed, and so its last bits.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace entropy_rl::cuda {
@@ -51,12 +52,13 @@ inline int64_t radix_block_keys(int64_t rows, int64_t columns, bool by_group) {
   if (by_group) return 16384;
   return rows >= 128 ? columns : 8192 / rows;
 }
-// The tiles of larger segments: about 512, two waves of two blocks an SM; at least 4096 keys each.
+// The tiles of larger segments: about 512, two waves of two blocks an SM; at least 4096 keys each,
+// also where a process has no token.
 inline int radix_tile_keys(int64_t rows, int64_t columns) {
   constexpr int64_t kSmallest = 4096;
   const int64_t tiles_per_row = rows < 512 ? 512 / rows : 1;
   const int64_t keys = (columns + tiles_per_row - 1) / tiles_per_row;
-  return static_cast<int>((keys > 0 ? keys + kSmallest - 1 : kSmallest) / kSmallest * kSmallest);
+  return static_cast<int>(std::max<int64_t>(1, (keys + kSmallest - 1) / kSmallest) * kSmallest);
 }
 
 // Threads that share one tile of kTileTokens tokens of a loss, two packs of tokens each.

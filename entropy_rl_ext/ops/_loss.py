@@ -1,7 +1,8 @@
 """What policy_loss, kl_loss and aggregate share: fakes, autograd, and numbers that change at every step."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from ._autograd import register_autograd, register_no_derivative
 from ._fakes import check_number, check_same_device
 from ._mask import any_wrong, nan_if
+
+Result = TypeVar("Result")
 
 
 def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -23,11 +26,12 @@ def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device)
     return one * value
 
 
-def call_loss(op: str, *tensors: Tensor | None, **options: Any) -> Any:
-    """`torch.ops.entropy_rl.<op>`, without one of its trips through the dispatcher where nothing is compiled."""
+def call_loss(op: str, composite: Callable[..., Result], *tensors: Tensor | None, **options: Any) -> Result:
+    """`torch.ops.entropy_rl.<op>`, which is `composite`, without a trip through the dispatcher unless compiled."""
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.entropy_rl, op)(*tensors, **options)
-    return loss_and_metrics(op, tensors, options)
+        result: Result = getattr(torch.ops.entropy_rl, op)(*tensors, **options)
+        return result
+    return composite(*tensors, **options)
 
 
 def loss_and_metrics(op: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._fakes import check_tensors
-from ._loss import loss_and_metrics, register_loss, scalar_tensor
+from ._loss import call_loss, loss_and_metrics, register_loss, scalar_tensor
 from ._options import check_options
 
 
@@ -55,7 +55,9 @@ def aggregate(
     Source: verl 0.9.1, agg_loss.
     """
     check_tensors(values=values, mask=mask)
-    loss: Tensor = torch.ops.entropy_rl.aggregate(
+    return call_loss(
+        "aggregate",
+        _aggregate,
         values,
         mask,
         scalar_tensor("batch_num_tokens", batch_num_tokens, values.device),
@@ -64,12 +66,11 @@ def aggregate(
         dp_size=dp_size,
         loss_scale_factor=loss_scale_factor,
     )
-    return loss
 
 
-@torch.library.impl("entropy_rl::aggregate", "CompositeImplicitAutograd")
 def _aggregate(*tensors: Tensor | None, **options: Any) -> Tensor:
     return loss_and_metrics("aggregate", tensors, options)[0]
 
 
+torch.library.impl("entropy_rl::aggregate", "CompositeImplicitAutograd", _aggregate)
 register_loss("aggregate")

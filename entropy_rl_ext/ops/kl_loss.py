@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._fakes import check_tensors
-from ._loss import loss_and_metrics, register_loss, scalar_tensor
+from ._loss import call_loss, loss_and_metrics, register_loss, scalar_tensor
 from ._options import check_options
 
 
@@ -58,7 +58,9 @@ def kl_loss(
     check_tensors(
         log_prob=log_prob, ref_log_prob=ref_log_prob, response_mask=response_mask, optional={"weights": weights}
     )
-    loss: Tensor = torch.ops.entropy_rl.kl_loss(
+    return call_loss(
+        "kl_loss",
+        _kl_loss,
         log_prob,
         ref_log_prob,
         response_mask,
@@ -70,12 +72,11 @@ def kl_loss(
         dp_size=dp_size,
         loss_scale_factor=loss_scale_factor,
     )
-    return loss
 
 
-@torch.library.impl("entropy_rl::kl_loss", "CompositeImplicitAutograd")
 def _kl_loss(*tensors: Tensor | None, **options: Any) -> Tensor:
     return loss_and_metrics("kl_loss", tensors, options)[0]
 
 
+torch.library.impl("entropy_rl::kl_loss", "CompositeImplicitAutograd", _kl_loss)
 register_loss("kl_loss")

@@ -134,6 +134,7 @@ def policy_loss(
         _warn_not_applied(loss_mode)
     loss, values = call_loss(
         "policy_loss",
+        _policy_loss,
         log_prob,
         old_log_prob,
         advantages,
@@ -183,9 +184,9 @@ def _warn_not_applied(loss_mode: str) -> None:
     warnings.warn(f"entropy_mask is not applied: loss_mode '{loss_mode}' has one ratio a sequence", stacklevel=3)
 
 
-@torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd")
 def _policy_loss(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     return loss_and_metrics("policy_loss", tensors, options)
 
 
+torch.library.impl("entropy_rl::policy_loss", "CompositeImplicitAutograd", _policy_loss)
 register_loss("policy_loss")
