@@ -440,7 +440,8 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     """Draws the README's chart: seconds of the LM head, forward and backward, of ours and of each unmodified peer."""
     pyplot = _pyplot()
     result = _widest(results)["linear_logprob_entropy"]
-    runs = [run for run in result["runs"] if ", float32 " in run["case"]]
+    drawn = [case for op, case in HEADLINE.values() if op == "linear_logprob_entropy"]
+    runs = [run for run in result["runs"] if run["case"] in drawn]
     figure, panels = pyplot.subplots(1, len(runs), figsize=(10, 2.5), layout="constrained", sharex=True)
     for axes, run in zip(panels, runs, strict=True):
         records = {
