@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -30,6 +31,7 @@ void for_each_row(int64_t rows, int64_t width, Fn fn) {
   });
 }
 
+// The largest of a chunk. Whether it is NaN where one of them is depends on their order.
 template <class T>
 accumulate_t<T> chunk_max(const T* x, int count);
 // Sets sum and dot of one chunk, relative to `shift`.

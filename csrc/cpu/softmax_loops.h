@@ -21,9 +21,7 @@ ENTROPY_RL_INLINE Floats load(const float* x) {
 }
 ENTROPY_RL_INLINE void store(Floats value, float* x) { memcpy(x, &value, sizeof(value)); }
 
-// Two vectors of consecutive elements. Which of the two holds which element depends on the type.
-constexpr int kPairWidth = 2 * kWidth;
-
+// Two vectors of 2 * kWidth consecutive elements. Which holds which element depends on the type.
 ENTROPY_RL_INLINE void load_pair(const float* x, Floats* pair) {
   pair[0] = load(x);
   pair[1] = load(x + kWidth);
