@@ -146,23 +146,27 @@ struct RadixShared {
 
 // Adds to `cut` the digit at `shift`, from the histogram of the keys that share its prefix. In the
 // first pass (`is_first`) the rule gives the rank. All threads of the block call it; all return the
-// result. `digits` is a multiple of kPackTokens; `aligned` says whether a pack may begin at the
-// histogram.
+// result. `whole_packs` says that the histogram is whole packs, which may be loaded as such.
 template <class Key, class Count>
-__device__ __forceinline__ RadixCut<Key, Count> with_digit(
-    const Count* histogram /*[digits]*/, bool aligned, int digits, const RadixCut<Key, Count>& cut,
-    bool is_first, int shift, const SelectionRule& rule, RadixShared<Key, Count>* shared) {
+__device__ __forceinline__ RadixCut<Key, Count> with_digit(const Count* histogram /*[digits]*/,
+                                                           bool whole_packs, int digits,
+                                                           const RadixCut<Key, Count>& cut,
+                                                           bool is_first, int shift,
+                                                           const SelectionRule& rule,
+                                                           RadixShared<Key, Count>* shared) {
   // Thread t takes the t-th run of packs from the highest down.
   const int threads = static_cast<int>(blockDim.x);
-  const int packs = digits / kPackTokens;
+  const int packs = (digits + kPackTokens - 1) / kPackTokens;
   const int run = (packs + threads - 1) / threads;
   const int highest = packs - 1 - static_cast<int>(threadIdx.x) * run;
   const auto pack_at = [&](int pack) {
-    const Count* first = histogram + pack * kPackTokens;
-    if (aligned) return TokenPack<Count>::load(first);
+    const int first = pack * kPackTokens;
+    if (whole_packs) return TokenPack<Count>::load(histogram + first);
     TokenPack<Count> counts;
 #pragma unroll
-    for (int j = 0; j < kPackTokens; ++j) counts.values[j] = first[j];
+    for (int j = 0; j < kPackTokens; ++j) {
+      counts.values[j] = first + j < digits ? histogram[first + j] : Count{0};
+    }
     return counts;
   };
   Count own = 0;
@@ -603,8 +607,8 @@ __global__ void radix_key_kernel(const Count* counts /*[digits]*/, int digits, i
   __shared__ RadixShared<uint64_t, Count> shared;
   const Cut before{key ? static_cast<uint64_t>(*key) : 0, 0, 0, 0};
   const SelectionRule rule{TopRule::kTopK, 0.0, k};
-  const Cut cut = with_digit(counts, TokenPack<Count>::is_aligned(counts), digits, before, true,
-                             shift, rule, &shared);
+  const bool whole_packs = TokenPack<Count>::is_aligned(counts) && digits % kPackTokens == 0;
+  const Cut cut = with_digit(counts, whole_packs, digits, before, true, shift, rule, &shared);
   if (threadIdx.x == 0) {
     *found = static_cast<int64_t>(cut.prefix);
     *k_left = cut.rank;

@@ -22,20 +22,28 @@ on_device="$pytest -p emulated --device cuda"
 quick() {  # the longest first
   add gpu "--graphs $on_device tests/gpu -k 'not 1024'"
   add check "$bin/python tests/emulator/check.py --cases 40"
-  add ops "$on_device tests/ops/test_token_entropy.py tests/ops/test_aggregate.py tests/ops/test_kl_loss.py"
+  ops
   common
 }
 full() {
-  local file allocator
+  add gpu "--graphs $on_device tests/gpu"
+  add global_top_mask "$on_device tests/ops/test_global_top_mask.py"
   add check "$bin/python tests/emulator/check.py --cases 300"
   add check_shuffled "$bin/python tests/emulator/check.py --cases 20 --threads 7 --error 2.4e-7"
-  # test_arguments.py runs out of memory, and expects the words of PyTorch's allocator.
-  for file in tests/ops/test_*.py; do
-    case $file in */test_arguments.py) allocator=--graphs ;; *) allocator= ;; esac
-    add "$(basename "$file" .py)" "$allocator $on_device $file"
-  done
-  add gpu "--graphs $on_device tests/gpu"
+  ops
   common
+}
+# The tests of the ops, without those of global_top_mask, which take longest, and test_simd.py, which stays on the CPU.
+ops() {
+  local file
+  for file in tests/ops/test_*.py; do
+    case $file in
+      */test_simd.py | */test_global_top_mask.py) ;;
+      # It runs out of memory, and expects the words of PyTorch's allocator.
+      */test_arguments.py) add "$(basename "$file" .py)" "--graphs $on_device $file" ;;
+      *) add "$(basename "$file" .py)" "$on_device $file" ;;
+    esac
+  done
 }
 common() {
   add every_kernel "env CUDAEMU_LAUNCHES=$launches $bin/python tests/emulator/device.py tests/gpu/sanitize.py"
