@@ -253,6 +253,7 @@ def test_pages_are_what_the_results_give() -> None:
         assert f"<!-- python -m benchmarks.report: {table} -->\n| " in report.PAGE.read_text()
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # panels without room
 def test_charts_are_what_the_results_give(tmp_path: Path) -> None:
     """Byte by byte: the same results give the same file."""
     report.picture(report.load("cpu"), tmp_path / report.PICTURE.name)
