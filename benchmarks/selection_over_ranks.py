@@ -43,7 +43,8 @@ COUNTS = RESULT.with_name("counts.json")
 SCALE = ROOT / "docs" / "scale.md"
 COUNTED_RANKS = (2, 4, 8, 16)
 RATIO = 0.2
-ROWS, LENGTH = (2, 256), 4096  # 2^13 and 2^20 tokens per rank, padding included
+LENGTH = 4096
+REPETITIONS = {2: 101, 256: 15}  # of each number of rows per rank: 2^13 and 2^20 tokens, padding included
 HEADER = 48  # bytes of gloo before each message
 COUNTED_ROWS = (2, 32)  # few tokens, which are gathered, and many
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -191,10 +192,12 @@ def rank_main(quick: bool) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for rows in ROWS[:1] if quick else ROWS:
-        record = compare(rows, 2 if quick else 9)
+    for rows, repetitions in REPETITIONS.items():
+        record = compare(rows, 2 if quick else repetitions)
         if dist.get_rank() == 0:
             print(json.dumps(record))
+        if quick:
+            break
     dist.destroy_process_group()
 
 
@@ -231,8 +234,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['device_name']}, {result['cores']} cores, gloo, float32, ratio {RATIO}, "
         f"torch {result['versions']['torch']}, TRL {result['versions']['trl']}, "
         f"{commit_of(result)}, {result['date']}; "
-        "time of the slowest rank, median and quartiles of "
-        f"{len(result['runs'][0]['contenders']['ours, topk']['seconds'])}.",
+        f"time of the slowest rank, median and quartiles of {_repetitions(result)}.",
         "",
         "| ranks | tokens a rank | who | time | quartiles | bytes sent, a rank |",
         "|---|---:|---|---|---|---|",
@@ -246,6 +248,12 @@ def table(result: dict[str, Any]) -> str:
             sent = round(statistics.median(record["wire_bytes"]) / run["ranks"])
             lines.append(f"{batch} {name} | {_time(_median(record))} | {_spread(record)} | {sent:,} |")
     return "\n".join(lines) + "\n"
+
+
+def _repetitions(result: dict[str, Any]) -> str:
+    """How often each number of tokens was measured."""
+    times = {run["tokens"]: len(run["contenders"]["ours, topk"]["seconds"]) for run in result["runs"]}
+    return " and of ".join(f"{count} ({tokens:,} tokens)" for tokens, count in times.items())
 
 
 def page(result: dict[str, Any]) -> str:

@@ -42,13 +42,15 @@ from ._fakes import check_same_device
 
 _DIGIT_BITS = 11
 
-# Up to this number of values on each process they are gathered. That is the faster way at 2^13 values
-# (benchmarks/selection_over_ranks.py), and its bytes grow with their number.
+# Up to this number of values on each process, those outside the mask included, they are gathered. That is the faster
+# way at 2^13 values (benchmarks/selection_over_ranks.py), and its bytes grow with their number.
 _FEW = 2**15
 
-# For each process group, the room for values in the next message, in words of 8 bytes. Its ranks agree on it, because
-# it follows from the numbers in their last messages.
+# For each process group, for how many values the next message has room. Its ranks agree on it, because it follows from
+# the numbers in their last messages.
 _ROOM: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+_HEADER = 8  # bytes of the number that begins a message
 
 
 class Ranks:
@@ -63,8 +65,10 @@ class Ranks:
         if self._group is not None:
             dist.all_reduce(tensor, operation, group=self._group)
 
-    def gather_if_few(self, values: Tensor, mask: Tensor) -> list[Tensor] | None:
-        """Every rank's values in its bool mask, if no rank has more than _FEW; None on all ranks if one has.
+    def gather_if_few(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Every rank's values and bool mask, if no rank has more than _FEW values; None on all ranks if one has.
+
+        Both are [ranks, room], where the room that a rank does not need is outside its mask.
 
         A rank does not know how many values the others have, yet all messages of a gather must have one size. So a
         message has its rank's number of values, then room for as many values as were needed last time. Where a rank
@@ -74,33 +78,46 @@ class Ranks:
         """
         if self._group is None or self.size == 1 or not values.is_cpu:
             return None
-        count = int(mask.count_nonzero())
-        own = values.masked_select(mask) if count <= _FEW else values.new_empty(0)
-        words = _ROOM.get(self._group, 0)
+        room = _ROOM.get(self._group, 0)
         # all_gather_into_tensor has this name since torch 2.13.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         while True:
-            message = torch.zeros(1 + words, dtype=torch.int64)
-            message[0] = count
-            in_message = message[1:].view(values.dtype)
-            in_message[: len(own)] = own[: len(in_message)]
-            messages = torch.empty(self.size * (1 + words), dtype=torch.int64)
+            message = _message(values, mask, room)
+            messages = torch.empty(self.size * len(message), dtype=torch.uint8)
             all_gather(messages, message, group=self._group)
-            messages = messages.view(self.size, 1 + words)
-            counts = messages[:, 0].tolist()
-            needed = _words_for(max(counts), values.dtype) if max(counts) <= _FEW else 0
-            if needed <= words:
+            messages = messages.view(self.size, len(message))
+            most = int(messages[:, :_HEADER].view(torch.int64).amax())
+            needed = _room_for(most) if most <= _FEW else 0
+            if needed <= room:
                 break
-            words = needed
+            room = needed
         _ROOM[self._group] = needed
-        if max(counts) > _FEW:
+        if most > _FEW:
             return None
-        return [row[:count] for row, count in zip(messages[:, 1:].view(values.dtype), counts, strict=True)]
+        end = _HEADER + room * values.itemsize
+        return messages[:, _HEADER:end].view(values.dtype), messages[:, end:].view(torch.bool)
 
 
-def _words_for(count: int, dtype: torch.dtype) -> int:
-    """Words of 8 bytes for so many values: a power of two, so that few more values need no more words; 0 for none."""
-    return 1 << (count * dtype.itemsize - 1 >> 3).bit_length() if count else 0
+def _message(values: Tensor, mask: Tensor, room: int) -> Tensor:
+    """[bytes] uint8: the number of values, then the values and the mask, each with zeros to fill its room.
+
+    Zeros alone where there are more values than room.
+    """
+    count = values.numel()
+    header = torch.tensor([count], dtype=torch.int64).view(torch.uint8)
+    if count > room:
+        return torch.cat([header, header.new_zeros(room * (values.itemsize + 1))])
+    parts = [header]
+    for tensor in (values, mask):
+        parts.append(tensor.contiguous().view(-1).view(torch.uint8))
+        if count < room:
+            parts.append(header.new_zeros((room - count) * tensor.itemsize))
+    return torch.cat(parts)
+
+
+def _room_for(count: int) -> int:
+    """A power of two, so that few more values need no more room, and whole words of 8 bytes; 0 for none."""
+    return max(8, 1 << (count - 1).bit_length()) if count else 0
 
 
 @torch.no_grad()
@@ -108,7 +125,7 @@ def select_over_ranks(
     values: Tensor,
     mask: Tensor,
     rank_of: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-    ratio_of: Callable[[int], Tensor],
+    ratio_of: Callable[[Tensor], Tensor],
     rule: str,
     ranks: Ranks,
     *,
@@ -121,7 +138,7 @@ def select_over_ranks(
         mask: the same shape, bool (another dtype would be converted in every round).
         rank_of: from the number of values in the mask over all ranks, 0-dim int64, to (k, weight): the rule needs the
             k-th largest value, and the quantile lies `weight` of the way from it to the next larger one.
-        ratio_of: the same for values that are all on this rank: from their number to the `top_ratio` of
+        ratio_of: the same for values that are all on this rank: from the mask of all to the `top_ratio` of
             `global_top_mask_forward`, 0-dim float64.
         rule: "topk", "threshold" or "quantile". Only "quantile" uses the weight.
         ranks: whose values compete. Every rank must call, with the same rule and dtype.
@@ -130,13 +147,10 @@ def select_over_ranks(
     ops = torch.ops.entropy_rl
     gathered = ranks.gather_if_few(values, mask)
     if gathered is not None:
-        everywhere = torch.cat(gathered)
-        kept = ops.global_top_mask_forward(
-            everywhere, torch.ones_like(everywhere, dtype=torch.bool), ratio_of(len(everywhere)), rule, "batch", None
-        )
-        own = torch.split(kept, [len(part) for part in gathered])[ranks.own]
+        everywhere, masks = gathered
+        kept = ops.global_top_mask_forward(everywhere, masks, ratio_of(masks), rule, "batch", None)
         lowest = _lowest(everywhere.masked_select(kept)) if need_lowest else None
-        return torch.zeros_like(mask).masked_scatter_(mask, own), lowest
+        return kept[ranks.own, : values.numel()].view(values.shape), lowest
 
     values, mask = values.contiguous(), mask.contiguous()
     key = k = weight = None

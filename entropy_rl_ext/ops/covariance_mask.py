@@ -112,7 +112,7 @@ def covariance_mask(
         values,
         eligible,
         lambda _: (k, None),
-        lambda n: (k.double() / max(n, 1)).clamp(max=1),
+        lambda mask: (k.double() / mask.sum().clamp(min=1)).clamp(max=1),
         "topk",
         ranks,
         need_lowest=False,
