@@ -6,11 +6,14 @@ gradient.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from ._bfloat16_products import bfloat16_products
 
 # Rows and vocabulary entries of a tile, and so its memory. On the CPU a tile stays in the last-level cache between its
 # GEMM and its kernel; on a GPU it is as large as its GEMM needs to fill the device.
@@ -51,7 +54,8 @@ class Head:
     vocab_size: int
     logit_scale: float
     softcap: float  # 0: none
-    dtype: torch.dtype  # of the GEMMs' inputs
+    factor_dtype: torch.dtype  # to which the factors of the GEMMs are rounded
+    dtype: torch.dtype  # of the GEMMs' inputs, which hold the factors
     accumulate: torch.dtype  # of tiles, sums and results
     chunk_rows: int
     chunk_vocab: int
@@ -60,8 +64,7 @@ class Head:
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options, *, backward: bool = False) -> "Head":
         accumulate = accumulate_dtype(hidden)
-        # A CPU has no GEMM of 16-bit inputs that leaves its result in float32.
-        narrow = hidden.is_cuda and accumulate == torch.float32
+        factor_dtype = (options.compute_dtype or hidden.dtype) if accumulate == torch.float32 else accumulate
         vocab_size = options.vocab_size
         if vocab_size is None:
             if options.group is not None:
@@ -78,19 +81,25 @@ class Head:
             vocab_size,
             options.logit_scale,
             options.softcap or 0.0,
-            (options.compute_dtype or hidden.dtype) if narrow else accumulate,
+            factor_dtype,
+            # The CPU's GEMMs of 16-bit inputs round their result to 16 bits as well.
+            factor_dtype if hidden.is_cuda else accumulate,
             accumulate,
             options.chunk_rows or rows,
             chunk_vocab,
             None if options.group is None else dist.distributed_c10d._resolve_process_group(options.group),  # type: ignore[attr-defined,arg-type]
         )
 
+    def factors(self, matrix: Tensor) -> Tensor:
+        """A matrix as an input of the GEMMs."""
+        return matrix.to(self.factor_dtype).to(self.dtype)
+
     def vocab_tiles(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(columns, weight [width, H] in the GEMMs' dtype, bias [width]) of each tile."""
+        """(columns, weight [width, H] as `factors` gives it, bias [width]) of each tile."""
         valid = self.weight.shape[0]
         for start in range(0, valid, max(self.chunk_vocab, 1)):
             columns = slice(start, min(start + self.chunk_vocab, valid))
-            yield columns, self.weight[columns].to(self.dtype), None if self.bias is None else self.bias[columns]
+            yield columns, self.factors(self.weight[columns]), None if self.bias is None else self.bias[columns]
 
     def row_chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self.chunk_rows):
@@ -110,7 +119,7 @@ def forward_tiles(
 ) -> tuple[Tensor, ...]:
     """The six columns of the rows' state over the unsharded vocabulary, each [n] float64.
 
-    `hidden` is [n, H] in the GEMMs' dtype, `targets` [n], `temperature` [n] or one number.
+    `hidden` is [n, H] as `head.factors` gives it, `targets` [n], `temperature` [n] or one number.
     """
     rows = hidden.shape[0]
     state = torch.zeros(rows, 6, dtype=torch.float64, device=hidden.device)
@@ -120,7 +129,7 @@ def forward_tiles(
     for columns, tile_weight, tile_bias in head.vocab_tiles():
         for chunk in head.row_chunks(rows):
             tile = _tile_of(buffer, chunk, columns)
-            gemm(tile, hidden[chunk], tile_weight.t())
+            gemm(tile, hidden[chunk], tile_weight.t(), dtype=head.factor_dtype)
             torch.ops.entropy_rl.linear_logprob_entropy_tile_forward(
                 tile,
                 targets[chunk],
@@ -165,7 +174,7 @@ def backward_tiles(
     """The gradients of the n rows that have one: of `hidden` and the bias in head.accumulate, of `weight` in its dtype.
 
     Args:
-        hidden: [n, H], in the GEMMs' dtype.
+        hidden: [n, H], as `head.factors` gives it.
         row_values: the first arguments of the tile op: the gradients of the log-prob and the entropy, the entropy, the
             forward's max_log_sum [n, 2], targets and temperature.
         weight: [V, H], including padding, whose gradient is 0.
@@ -192,7 +201,7 @@ def backward_tiles(
         for chunk in head.row_chunks(rows):
             tile = _tile_of(tile_buffer, chunk, columns)
             narrow = None if narrow_buffer is None else _tile_of(narrow_buffer, chunk, columns)
-            gemm(tile, hidden[chunk], tile_weight.t())
+            gemm(tile, hidden[chunk], tile_weight.t(), dtype=head.factor_dtype)
             torch.ops.entropy_rl.linear_logprob_entropy_tile_backward(
                 *(None if values is None else _rows_of(values, chunk) for values in row_values),
                 tile_bias,
@@ -204,9 +213,10 @@ def backward_tiles(
             )
             grad_tile = tile if narrow is None else narrow
             if needs[0]:
-                gemm(grad_hidden[chunk], grad_tile, tile_weight, accumulate=True)
+                gemm(grad_hidden[chunk], grad_tile, tile_weight, accumulate=True, dtype=head.factor_dtype)
             if needs[1]:
-                gemm(tile_grad_weight, grad_tile.t(), hidden[chunk], accumulate=chunk.start > 0)
+                begun = chunk.start > 0
+                gemm(tile_grad_weight, grad_tile.t(), hidden[chunk], accumulate=begun, dtype=head.factor_dtype)
             if needs[2]:
                 grad_bias[columns] += grad_tile.sum(0, dtype=head.accumulate)
         if weight_buffer is not None and rows > 0:
@@ -214,13 +224,17 @@ def backward_tiles(
     return grad_hidden, grad_weight, grad_bias
 
 
-def gemm(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """out (+)= a @ b, in place; products of 16-bit factors are added to a float32 `out` without rounding."""
+def gemm(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False, dtype: torch.dtype) -> None:
+    """out (+)= a @ b, in place; products of 16-bit factors are added to a float32 `out` without rounding.
+
+    `dtype` is what factors in float32 may be rounded to.
+    """
     options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, a, b, out=out, **options)  # type: ignore[call-overload]
-    else:
-        torch.mm(a, b, out=out, **options)
+    with bfloat16_products() if dtype == torch.bfloat16 and out.is_cpu else nullcontext():
+        if accumulate:
+            torch.addmm(out, a, b, out=out, **options)  # type: ignore[call-overload]
+        else:
+            torch.mm(a, b, out=out, **options)
 
 
 def _tile_of(buffer: Tensor, chunk: slice, columns: slice) -> Tensor:

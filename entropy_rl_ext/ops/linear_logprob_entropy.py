@@ -100,6 +100,11 @@ def linear_logprob_entropy(
     gives NaN for its row (is_top1 is not affected). With more mask rows than `max_mask_rows` all outputs are NaN
     (is_top1 is False); with more gradient rows than `max_grad_rows` all gradients are NaN.
 
+    The backward multiplies gradients of the logits that are rounded to a 16-bit dtype of the inputs on CUDA, and to
+    bfloat16 on a CPU that has instructions for it. On the CPU `torch.set_float32_matmul_precision("highest")` keeps
+    them in float32. There each product sets PyTorch's precision of float32 products, which is one for all threads, to
+    bfloat16 while it runs.
+
     Source: the idea of a fused linear log-probability is that of Liger Kernel, cut-cross-entropy and TRL; leaving out
     the rows without a gradient follows from "Beyond the 80/20 Rule", arXiv 2506.01939.
     """
@@ -189,7 +194,7 @@ def _forward(
         rows = RowIndex.of(inside, "max_mask_rows", options.max_mask_rows)
     targets = rows.take(targets)
     temperature = rows.take(temperature) if temperature.dim() else temperature
-    state = forward_tiles(head, rows.take(hidden).to(head.dtype), targets, temperature, token_statistics)
+    state = forward_tiles(head, head.factors(rows.take(hidden)), targets, temperature, token_statistics)
     maximum, total, dot, target = (state[column] for column in (MAX, SUM, DOT, TARGET))
     log_sum = total.log()
     # Rounding can make the entropy negative, which the exact one never is.
@@ -258,7 +263,7 @@ def _backward(
         temperature if _is_number(temperature) else rows.take(by_row(temperature)),
     ]
     grad_hidden, grad_weight, grad_bias = backward_tiles(
-        head, rows.take(hidden).to(head.dtype), row_values, weight, [needs_hidden, needs_weight, needs_bias]
+        head, head.factors(rows.take(hidden)), row_values, weight, [needs_hidden, needs_weight, needs_bias]
     )
     if needs_hidden and head.group is not None:
         dist.all_reduce(grad_hidden, group=head.group)
