@@ -50,13 +50,12 @@ common() {
   add emulator "$pytest tests/emulator --ignore tests/emulator/test_kernels.py"
 }
 
-# Runs one test, and prints its log where it fails.
+# Runs one test. The log of one that fails is printed at the end, where it is seen.
 run() {
   local name=${1%% *} begin=$SECONDS status=0
   eval "${1#* }" > "$logs/$name.log" 2>&1 || status=$?
   echo "$name: $((SECONDS - begin)) s, status $status: $(tail -n 1 "$logs/$name.log")"
-  [ $status = 0 ] || cat "$logs/$name.log"
-  return $status
+  [ $status = 0 ] || echo "$name" >> "$logs/failed"
 }
 export -f run
 export logs
@@ -64,5 +63,11 @@ export logs
 "$2"
 status=0
 printf '%s\n' "${tests[@]}" | xargs -P "${JOBS:-$(nproc)}" -d '\n' -I{} bash -c 'run "$1"' _ {} || status=1
-CUDAEMU_LAUNCHES=$launches tests/emulator/run.sh $pytest tests/emulator/test_kernels.py || status=1
-exit $status
+# It reads which kernels the others launched.
+run "kernels tests/emulator/run.sh env CUDAEMU_LAUNCHES=$launches $pytest tests/emulator/test_kernels.py"
+[ -e "$logs/failed" ] || exit $status
+while read -r name; do
+  echo "---- $name failed:"
+  tail -n 200 "$logs/$name.log"
+done < "$logs/failed"
+exit 1
