@@ -291,7 +291,7 @@ def test_counted_bytes_are_those_of_the_simulation() -> None:
     assert [run["ranks"] for run in result["runs"][::2]] == [2, 4, 8, 16]
     for few, many in zip(result["runs"][::2], result["runs"][1::2], strict=True):
         ranks = few["ranks"]
-        count = ["all_gather_single", 8]  # of the response tokens
+        count = ["all_gather_single", 8]  # of the tokens
         begun = {name: record["collectives"] for name, record in many["contenders"].items()}
         sizes = scale.payloads(ranks)
         assert begun["ours, topk"] == [count, *(["all_reduce", size] for size in sizes)]
@@ -300,7 +300,7 @@ def test_counted_bytes_are_those_of_the_simulation() -> None:
         assert begun["gather, then global_top_mask"] == [["all_gather_into_tensor", size * tokens] for size in (4, 1)]
         for name in ("ours, topk", "ours, quantile"):
             [(name, payload)] = few["contenders"][name]["collectives"]
-            assert name == "all_gather_single" and payload == 8 + 4 * few["tokens"]
+            assert name == "all_gather_single" and payload == 8 + (4 + 1) * few["tokens"]
         for record in (record for run in (few, many) for record in run["contenders"].values()):
             rings = selection_over_ranks.sent_by_rings(record["collectives"], ranks)
             for sent in record["wire_bytes"]:
