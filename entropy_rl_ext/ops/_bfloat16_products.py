@@ -1,7 +1,8 @@
 """Products of bfloat16 matrices on the CPU with a float32 result.
 
-PyTorch has them as a precision of its float32 products: oneDNN rounds the factors to bfloat16, multiplies them with the
-processor's instructions for it, and sums in float32. Factors that were bfloat16 before are multiplied exactly.
+PyTorch has them as a precision of its float32 products: oneDNN rounds the factors to bfloat16, multiplies them with AMX
+and sums in float32. Factors that were bfloat16 before are multiplied exactly. With AVX512-BF16 alone oneDNN stays in
+float32, and is slower than PyTorch's other products.
 """
 
 import functools
@@ -22,11 +23,11 @@ def bfloat16_products() -> Iterator[None]:
     """PyTorch may round the factors of float32 products on the CPU to bfloat16.
 
     The setting is one for all threads of the process, so keep the block short. It changes nothing on a processor
-    without such instructions, nor where the user has set the precision to "ieee", as
+    without AMX, nor where the user has set the precision to "ieee", as
     `torch.set_float32_matmul_precision("highest")` does.
     """
     global _users, _precision
-    if not processor_multiplies_bfloat16():
+    if not processor_has_amx():
         yield
         return
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -46,6 +47,6 @@ def bfloat16_products() -> Iterator[None]:
 
 
 @functools.cache
-def processor_multiplies_bfloat16() -> bool:
+def processor_has_amx() -> bool:
     capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return any(capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return bool(capabilities().get("amx_bf16"))

@@ -101,9 +101,8 @@ def linear_logprob_entropy(
     (is_top1 is False); with more gradient rows than `max_grad_rows` all gradients are NaN.
 
     The backward multiplies gradients of the logits that are rounded to a 16-bit dtype of the inputs on CUDA, and to
-    bfloat16 on a CPU that has instructions for it. On the CPU `torch.set_float32_matmul_precision("highest")` keeps
-    them in float32. There each product sets PyTorch's precision of float32 products, which is one for all threads, to
-    bfloat16 while it runs.
+    bfloat16 on a CPU with AMX. There `torch.set_float32_matmul_precision("highest")` keeps them in float32. Each
+    product sets PyTorch's precision of float32 products, which is one for all threads, to bfloat16 while it runs.
 
     Source: the idea of a fused linear log-probability is that of Liger Kernel, cut-cross-entropy and TRL; leaving out
     the rows without a gradient follows from "Beyond the 80/20 Rule", arXiv 2506.01939.

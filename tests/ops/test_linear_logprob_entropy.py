@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from compiled import compile_counting
 from entropy_rl_ext import linear_logprob_entropy, logprob_entropy, reference
 from entropy_rl_ext.ops import _linear_tiles as tiles
-from entropy_rl_ext.ops._bfloat16_products import bfloat16_products, processor_multiplies_bfloat16
+from entropy_rl_ext.ops._bfloat16_products import bfloat16_products, processor_has_amx
 from entropy_rl_ext.ops._row_index import bounded_index
 from selections import GROUPS
 
@@ -70,7 +70,7 @@ def dtypes_of_products(device: torch.device) -> set[torch.dtype]:
     """The 16-bit dtypes that the matrix products of the op take as they are."""
     if device.type == "cuda":
         return {torch.bfloat16, torch.float16}
-    return {torch.bfloat16} if processor_multiplies_bfloat16() else set()
+    return {torch.bfloat16} if processor_has_amx() else set()
 
 
 def assert_gradient_close(actual, expected, grad_scale, other):
@@ -183,7 +183,7 @@ def test_the_precision_of_products_is_put_back(before, precision):
     """Also after an error, and by the last of several threads."""
     products = torch.backends.mkldnn.matmul
     precision(before)
-    within = "bf16" if processor_multiplies_bfloat16() and before != "ieee" else before
+    within = "bf16" if processor_has_amx() and before != "ieee" else before
     inside, leave = threading.Barrier(2), threading.Event()
 
     def other_thread():
@@ -203,7 +203,7 @@ def test_the_precision_of_products_is_put_back(before, precision):
     assert products.fp32_precision == before
 
 
-@pytest.mark.skipif(not processor_multiplies_bfloat16(), reason="this processor has no instructions for bfloat16")
+@pytest.mark.skipif(not processor_has_amx(), reason="this processor has no AMX")
 def test_only_bfloat16_is_multiplied_in_bfloat16():
     """By the results of the products: 1 + 2^-10 is 1 in bfloat16."""
     factor = torch.full((64, 64), 1 + 2.0**-10)
