@@ -2,7 +2,7 @@
 
 PyTorch has them as a precision of its float32 products: oneDNN rounds the factors to bfloat16, multiplies them with AMX
 and sums in float32. Factors that were bfloat16 before are multiplied exactly. With AVX512-BF16 alone oneDNN stays in
-float32, and is slower than PyTorch's other products.
+float32.
 """
 
 import functools
