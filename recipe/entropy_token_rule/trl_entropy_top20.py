@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     trainer.train()
     trainer.save_model()
+    # PyTorch aborts now and then where a process ends while gloo's threads still hold tensors.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def main(model: Path, output: Path) -> None:
     if rank == 0:
         written = [(row.step, len(row.tokens), sum(row.selected or [])) for row in read_rollouts(output / "rollouts")]
         torch.save({"steps": steps, "logs": logs, "written": written}, output / "results.pt")
+    trained.accelerator.end_training()
 
 
 Trainer = Callable[..., GRPOTrainer]
