@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #if defined(ENTROPY_RL_X86_SIMD)
 #include <immintrin.h>
 // GCC warns of its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593

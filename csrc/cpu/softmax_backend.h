@@ -18,7 +18,7 @@
 
 namespace entropy_rl::cpu {
 
-constexpr int kChunk = 1024;
+constexpr int kChunk = 2048;
 constexpr size_t kCacheLine = 64;
 
 // Calls fn(row) for every row, on all threads.

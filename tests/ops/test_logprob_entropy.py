@@ -19,8 +19,8 @@ VOCABULARIES = [
     1,  # nothing to choose: entropy 0, log-prob 0
     2,  # the smallest choice
     17,  # below one warp, and not a multiple of a 16-byte pack
-    1024,  # exactly one chunk of the CPU kernel
-    1031,  # a chunk and a tail
+    2048,  # exactly one chunk of the CPU kernel
+    2055,  # a chunk and a tail
     50257,  # GPT-2: odd, so rows begin at every alignment
 ]
 
@@ -106,12 +106,12 @@ def test_one_hot_rows(device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minus_infinity_entries_have_no_weight(device, dtype):
-    logits = make_logits((6, 1100), dtype, device)
+    logits = make_logits((6, 2124), dtype, device)
     logits[:, ::3] = -torch.inf
     logits[0, 1:] = -torch.inf  # one choice left
     logits[0, 0] = 2.0
-    logits[1, :1050] = -torch.inf  # the whole first chunk
-    targets = torch.tensor([0, 1051, 1, 4, 7, 10], device=device)
+    logits[1, :2074] = -torch.inf  # the whole first chunk
+    targets = torch.tensor([0, 2075, 1, 4, 7, 10], device=device)
     logits.requires_grad_()
     log_prob, entropy = logprob_entropy(logits, targets, entropy_grad=True)
     wide = logits.detach().double().requires_grad_()
@@ -130,6 +130,15 @@ def test_target_of_probability_zero(device):
     log_prob, entropy = logprob_entropy(logits, torch.tensor([3], device=device))
     assert log_prob.item() == -torch.inf
     assert entropy.item() == pytest.approx(math.log(7), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [2.0**-126, 2.0**126])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minus_infinity_has_no_weight_at_any_temperature(device, dtype, temperature):
+    logits = torch.full((1, 40), -torch.inf, dtype=dtype, device=device)
+    logits[0, 7] = logits[0, 30] = 3.0
+    log_prob, entropy = logprob_entropy(logits, torch.tensor([7], device=device), temperature=temperature)
+    assert entropy.item() == pytest.approx(math.log(2)) and log_prob.item() == pytest.approx(-math.log(2))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, "all -inf"])
