@@ -32,19 +32,24 @@ namespace entropy_rl::cpu {
 constexpr int kBlockKeys = 1024;
 // How many more keys than it finds split_at_window may write: those of a vector.
 constexpr int kWindowSlack = 16;
-// Bytes of a vector, and whether there is an instruction that packs chosen elements of one.
-namespace portable {
-constexpr int kBytes = 16;
-constexpr bool kPacks = false;
-}  // namespace portable
-namespace avx2 {
-constexpr int kBytes = 32;
-constexpr bool kPacks = false;
-}  // namespace avx2
-namespace avx512 {
-constexpr int kBytes = 64;
-constexpr bool kPacks = true;
-}  // namespace avx512
+
+// For each set of 8 elements, as bits, the permutation that packs its elements to the front: a byte
+// for each place, of which AVX2 reads the 3 low bits. The 5 high bits of the last byte are how many
+// elements the set has.
+struct PackOrders {
+  uint64_t of[256] = {};
+
+  constexpr PackOrders() {
+    for (int set = 0; set < 256; ++set) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (set >> i & 1) of[set] |= static_cast<uint64_t>(i) << 8 * count++;
+      }
+      of[set] |= static_cast<uint64_t>(count) << 59;
+    }
+  }
+};
+inline constexpr PackOrders kPackOrders;
 }  // namespace entropy_rl::cpu
 
 #define ENTROPY_RL_LOOPS "radix_select_loops.h"

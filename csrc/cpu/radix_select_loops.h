@@ -13,19 +13,19 @@ void write_keys(const Element* entropy /*[n]*/, const uint8_t* mask /*[n]*/, int
 }
 
 inline int count_nonzero(const uint8_t* mask, int n) {
-  typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
   int count = 0;
   int i = 0;
-  while (i + kBytes <= n) {
+  while (i + kVectorBytes <= n) {
     // A byte counts to 255.
-    const int end = std::min(n - kBytes + 1, i + 255 * kBytes);
+    const int end = std::min(n - kVectorBytes + 1, i + 255 * kVectorBytes);
     Bytes counts = {};
-    for (; i < end; i += kBytes) {
+    for (; i < end; i += kVectorBytes) {
       Bytes bytes;
       memcpy(&bytes, mask + i, sizeof(bytes));
       counts -= reinterpret_cast<Bytes>(bytes != 0);  // a true comparison is -1
     }
-    for (int j = 0; j < kBytes; ++j) count += counts[j];
+    for (int j = 0; j < kVectorBytes; ++j) count += counts[j];
   }
   for (; i < n; ++i) count += mask[i] != 0;
   return count;
@@ -45,7 +45,7 @@ int split_at_window(const Key* keys /*[count]*/, int count, Key low, Key high, u
   int found = 0;
   int i = 0;
 #if defined(ENTROPY_RL_X86_SIMD)
-  if constexpr (kPacks && sizeof(Key) == 4) {
+  if constexpr (kVectorBytes == 64 && sizeof(Key) == 4) {
     const __m512i lowest = _mm512_set1_epi32(static_cast<int>(low));
     const __m512i highest = _mm512_set1_epi32(static_cast<int>(high));
     __m512i place =
@@ -61,6 +61,38 @@ int split_at_window(const Key* keys /*[count]*/, int count, Key low, Key high, u
       _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(is_inside, place));
       found += __builtin_popcount(is_inside);
       place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    }
+  } else if constexpr (kVectorBytes == 32 && sizeof(Key) == 4) {
+    // Comparisons are signed, so all sides have their highest bit flipped.
+    const __m256i flip = _mm256_set1_epi32(INT32_MIN);
+    const __m256i lowest = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(low)), flip);
+    const __m256i highest = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(high)), flip);
+    __m256i place = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)),
+                                     _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    for (; i + 32 <= count; i += 32) {
+      __m256i is_above[4];
+      for (int q = 0; q < 4; ++q) {
+        const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i + 8 * q));
+        const __m256i flipped = _mm256_xor_si256(key, flip);
+        is_above[q] = _mm256_cmpgt_epi32(flipped, highest);
+        const __m256i outside = _mm256_or_si256(is_above[q], _mm256_cmpgt_epi32(lowest, flipped));
+        const int inside_set = ~_mm256_movemask_ps(_mm256_castsi256_ps(outside)) & 0xff;
+        const uint64_t packed = kPackOrders.of[inside_set];
+        const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(packed));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(inside + found),
+                            _mm256_permutevar8x32_epi32(key, order));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(places + found),
+                            _mm256_permutevar8x32_epi32(place, order));
+        found += static_cast<int>(packed >> 59);
+        place = _mm256_add_epi32(place, _mm256_set1_epi32(8));
+      }
+      // The packs work within halves of 16 bytes; the permutation undoes that.
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(is_above[0], is_above[1]),
+                                               _mm256_packs_epi32(is_above[2], is_above[3]));
+      const __m256i ordered =
+          _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(above + i),
+                          _mm256_and_si256(ordered, _mm256_set1_epi8(1)));
     }
   }
 #endif
