@@ -1,9 +1,12 @@
 // Token losses on the CPU: tiles run in parallel, and each is one loop over vectors of tokens.
-// Tiles and rows are summed in order, so results do not depend on the number of threads.
+// Tiles and rows are summed in order, so results do not depend on the number of threads. Counting
+// the tokens takes next to no time here, so the forward does it first and writes gradients that
+// have row_scale in them; row_scale itself is then 1.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -97,11 +100,17 @@ void for_each_tile(const TokenInputs<T>& in, const Fn& fn) {
 
 namespace entropy_rl::cpu {
 
-// Writes the gradients, and returns the sums, of the tokens [begin, end) of one row.
+template <class T>
+LossSums<T> tile_counts(const TokenInputs<T>& in, int64_t begin, int64_t end) {
+  ENTROPY_RL_SIMD_CALL(tile_counts(in, begin, end));
+}
+
+// Writes the gradients, times row_scale, of the tokens [begin, end) of one row, and their sums
+// beside the counts that `tile` has.
 template <class T, class TokenLoss>
-LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row,
-                      int64_t begin, int64_t end, T* gradient /*[rows, cols]*/) {
-  ENTROPY_RL_SIMD_CALL(tile_loss(token_loss, in, row, begin, end, gradient));
+void tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row, T row_scale,
+               int64_t begin, int64_t end, T* gradient /*[rows, cols]*/, LossSums<T>& tile) {
+  ENTROPY_RL_SIMD_CALL(tile_loss(token_loss, in, row, row_scale, begin, end, gradient, tile));
 }
 
 template <class T>
@@ -115,16 +124,42 @@ struct TokenLosses {
   static void run(const TokenLoss& token_loss, const TokenInputs<T>& in,
                   const Normalization& normalization, const LossOutputs& out) {
     std::vector<LossSums<T>> sums(in.tiles());
-    T* gradient = mutable_data<T>(out.gradient);
-    for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
-      sums[tile] = tile_loss(token_loss, in, row, begin, end, gradient);
+    for_each_tile(in, [&](int64_t tile, int64_t, int64_t begin, int64_t end) {
+      sums[tile] = tile_counts(in, begin, end);
     });
+    T* gradient = mutable_data<T>(out.gradient);
+    T* row_scale = mutable_data<T>(out.row_scale);
+    // The scale of a sequence loss needs the sums of its tokens.
+    constexpr bool kScaledLater = kIsSequenceLoss<TokenLoss>;
+    if (kScaledLater) {
+      std::fill_n(row_scale, in.rows, T(1));
+    } else {
+      row_losses<TokenLoss>(in, sums, normalization, row_scale);
+    }
+    for_each_tile(in, [&](int64_t tile, int64_t row, int64_t begin, int64_t end) {
+      tile_loss(token_loss, in, row, row_scale[row], begin, end, gradient, sums[tile]);
+    });
+    const auto [loss, batch] = row_losses<TokenLoss>(in, sums, normalization, row_scale);
+    *mutable_data<T>(out.loss) = static_cast<T>(loss);
+    write_metrics(batch, mutable_data<T>(out.metrics));
+    if (kScaledLater) {
+      for_each_tile(in, [&](int64_t, int64_t row, int64_t begin, int64_t end) {
+        scale_row(gradient + begin, row_scale[row], end - begin, gradient + begin);
+      });
+    }
+    std::fill_n(row_scale, in.rows, T(1));
+  }
 
+  // Writes the scale of each row; returns the loss and the sums over rows.
+  template <class TokenLoss, class T>
+  static std::pair<double, BatchSums> row_losses(const TokenInputs<T>& in,
+                                                 const std::vector<LossSums<T>>& sums,
+                                                 const Normalization& normalization,
+                                                 T* row_scale /*[rows]*/) {
     BatchSums batch{};
     for (int64_t row = 0; row < in.rows; ++row) {
       batch.add_row(row_sum(sums.data(), row, in.tiles_per_row()), normalization);
     }
-    T* row_scale = mutable_data<T>(out.row_scale);
     double loss = 0;
     for (int64_t row = 0; row < in.rows; ++row) {
       const LossSums<double> tokens = row_sum(sums.data(), row, in.tiles_per_row());
@@ -133,8 +168,7 @@ struct TokenLosses {
       loss += result.loss;
       row_scale[row] = static_cast<T>(result.scale);
     }
-    *mutable_data<T>(out.loss) = static_cast<T>(loss);
-    write_metrics(batch, mutable_data<T>(out.metrics));
+    return {loss, batch};
   }
 
   template <class T>

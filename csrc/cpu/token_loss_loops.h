@@ -70,16 +70,36 @@ void for_whole_lanes(const TokenInputs<T>& in, int64_t begin, int64_t end, const
   add(padded.inputs, kLanes, end - rest);
 }
 
-// LossSums of each lane.
+// Sums over the tokens [begin, end), of which only the counts are not 0.
+template <class T>
+LossSums<T> tile_counts(const TokenInputs<T>& in, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 128;  // a byte counts no more than 255
+  LossSums<T> sums{};
+  for (; begin < end; begin += kBlock) {
+    const uint8_t* response = in.response_mask + begin;
+    const uint8_t* entropy = in.entropy_mask ? in.entropy_mask + begin : response;
+    uint8_t responses = 0;
+    uint8_t selected = 0;
+    for (int64_t i = 0; i < std::min(kBlock, end - begin); ++i) {
+      responses += response[i] != 0;
+      selected += (response[i] != 0) & (entropy[i] != 0);
+    }
+    sums.response += responses;
+    sums.selected += selected;
+  }
+  return sums;
+}
+
+// LossSums of each lane, without the counts.
 template <class T>
 struct LossLanes {
-  Vector<T> loss, selected, response, clipped, clipped_lower, kl, advantage, log_weight;
+  Vector<T> loss, clipped, clipped_lower, kl, advantage, log_weight;
 };
 
 // `count` is a multiple of kLanes.
 template <class T, class TokenLoss>
 __attribute__((noinline)) void add_losses(const TokenLoss& token_loss, const TokenInputs<T>& in,
-                                          T sequence_log_ratio, int64_t count,
+                                          T sequence_log_ratio, T row_scale, int64_t count,
                                           LossLanes<T>* totals /*[kGroups]*/,
                                           T* __restrict__ gradient /*[count]*/) {
   using Value = Vector<T>;
@@ -108,10 +128,9 @@ __attribute__((noinline)) void add_losses(const TokenLoss& token_loss, const Tok
       const Value weight = kIsSequenceLoss<TokenLoss> ? zero + T(1) : load_or(T(1), in.weights, i);
       // Selections, because a token outside the mask may hold NaN, and 0 * NaN is NaN.
       sum.loss += selected ? result.loss * weight : zero;
-      const Value gradients = selected ? result.gradient * weight : zero;
+      const Value unscaled = selected ? result.gradient * weight : zero;
+      const Value gradients = unscaled == zero ? zero : unscaled * row_scale;  // token_gradient
       memcpy(gradient + i, &gradients, sizeof(gradients));
-      sum.selected += selected ? zero + T(1) : zero;
-      sum.response += response ? zero + T(1) : zero;
       sum.clipped += response ? result.clipped : zero;
       sum.clipped_lower += response ? result.clipped_lower : zero;
       sum.kl += response ? result.kl : zero;
@@ -128,26 +147,29 @@ __attribute__((noinline)) void add_losses(const TokenLoss& token_loss, const Tok
 }
 
 template <class T, class TokenLoss>
-LossSums<T> tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row,
-                      int64_t begin, int64_t end, T* gradient /*[rows, cols]*/) {
+void tile_loss(const TokenLoss& token_loss, const TokenInputs<T>& in, int64_t row, T row_scale,
+               int64_t begin, int64_t end, T* gradient /*[rows, cols]*/, LossSums<T>& tile) {
   const T sequence_log_ratio = in.sequence_log_ratio ? in.sequence_log_ratio[row] : T(0);
   LossLanes<T> sums[kGroups<T>] = {};
   for_whole_lanes(in, begin, end, [&](const TokenInputs<T>& from, int64_t count, int64_t first) {
     T padded[kLanes];
     T* out = first + count > end ? padded : gradient + first;
-    add_losses(token_loss, from, sequence_log_ratio, count, sums, out);
+    add_losses(token_loss, from, sequence_log_ratio, row_scale, count, sums, out);
     if (out == padded) std::copy_n(padded, end - first, gradient + first);
   });
   using Lanes = LossLanes<T>;
-  return {sum_of<T>(sums, &Lanes::loss),          sum_of<T>(sums, &Lanes::selected),
-          sum_of<T>(sums, &Lanes::response),      sum_of<T>(sums, &Lanes::clipped),
-          sum_of<T>(sums, &Lanes::clipped_lower), sum_of<T>(sums, &Lanes::kl),
-          sum_of<T>(sums, &Lanes::advantage),     sum_of<T>(sums, &Lanes::log_weight)};
+  tile.loss = sum_of<T>(sums, &Lanes::loss);
+  tile.clipped = sum_of<T>(sums, &Lanes::clipped);
+  tile.clipped_lower = sum_of<T>(sums, &Lanes::clipped_lower);
+  tile.kl = sum_of<T>(sums, &Lanes::kl);
+  tile.advantage = sum_of<T>(sums, &Lanes::advantage);
+  tile.log_weight = sum_of<T>(sums, &Lanes::log_weight);
 }
 
 template <class T>
 void scale_row(const accumulate_t<T>* gradient /*[cols]*/, accumulate_t<T> scale, int64_t cols,
-               T* out /*[cols]*/) {
+               T* out /*[cols], or the gradient itself*/) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < cols; ++i) store_value(token_gradient(gradient[i], scale), out + i);
 }
 

@@ -1,7 +1,7 @@
 // How the losses of tokens add up to one number; host and device.
 // A token loss is a struct whose call gives the loss, d loss / d value and the metrics of one
-// token. What depends on all tokens is one factor a row, row_scale, which the backward multiplies
-// in, so loss and gradient take one pass. The arithmetic of a token and the sums over a tile of
+// token. What depends on all tokens is one factor a row, row_scale. On CUDA the backward multiplies
+// it in, so loss and gradient take one pass. The arithmetic of a token and the sums over a tile of
 // kTileTokens tokens are float32 (float64 for float64 input); tiles and rows are summed in float64,
 // in their order.
 #pragma once

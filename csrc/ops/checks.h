@@ -50,14 +50,17 @@ inline std::string dtype_name(ScalarType dtype) {
   }
 }
 
-template <class Shape>
-inline std::string shape_name(const Shape& shape) {
-  std::ostringstream out;
+// A shape as a part of a message. It is written where a check fails, because that takes longer than
+// all checks of a call.
+struct ShapeName {
+  std::vector<int64_t> shape;
+};
+inline std::ostream& operator<<(std::ostream& out, const ShapeName& name) {
   out << "[";
-  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
-  out << "]";
-  return out.str();
+  for (size_t i = 0; i < name.shape.size(); ++i) out << (i ? ", " : "") << name.shape[i];
+  return out << "]";
 }
+inline ShapeName shape_name(std::vector<int64_t> shape) { return {std::move(shape)}; }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();

@@ -38,6 +38,7 @@ inline Tensor new_zero_tensor(const Tensor& like, const std::vector<int64_t>& sh
   return with_torch_message([&] { return torch::stable::new_zeros(like, shape, dtype); });
 }
 inline Tensor contiguous_tensor(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
   return with_torch_message([&] { return torch::stable::contiguous(tensor); });
 }
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {

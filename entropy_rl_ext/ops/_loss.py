@@ -1,17 +1,19 @@
 """What policy_loss, kl_loss and aggregate share: fakes, autograd, and numbers that change at every step."""
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_no_derivative
+from ._autograd import are_plain, register_autograd, register_no_derivative
 from ._fakes import check_number, check_same_device
 from ._mask import any_wrong, nan_if
 
-Result = TypeVar("Result")
+# By the name of an op, its forward.
+_FORWARDS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
 
 def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device) -> Tensor | None:
@@ -26,17 +28,9 @@ def scalar_tensor(name: str, value: float | Tensor | None, device: torch.device)
     return one * value
 
 
-def call_loss(op: str, composite: Callable[..., Result], *tensors: Tensor | None, **options: Any) -> Result:
-    """`torch.ops.entropy_rl.<op>`, which is `composite`, without a trip through the dispatcher unless compiled."""
-    if torch.compiler.is_compiling():
-        result: Result = getattr(torch.ops.entropy_rl, op)(*tensors, **options)
-        return result
-    return composite(*tensors, **options)
-
-
 def loss_and_metrics(op: str, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The results of an op's forward that its caller sees, NaN where a mask is wrong (`_mask.py`)."""
-    loss, metrics, _, _ = _forward(op)(*tensors, **options)
+    loss, metrics, _, _ = _FORWARDS[op](*tensors, **options)
     if not loss.is_cuda:
         return loss, metrics
     masks = [tensor for name, tensor in zip(_names(op), tensors, strict=False) if name.endswith("mask")]
@@ -45,14 +39,9 @@ def loss_and_metrics(op: str, tensors: tuple[Tensor | None, ...], options: dict[
 
 
 @functools.cache
-def _forward(op: str) -> Any:
-    return getattr(torch.ops.entropy_rl, f"{op}_forward").default
-
-
-@functools.cache
 def _names(op: str) -> tuple[str, ...]:
     """The arguments of an op's forward, in order."""
-    return tuple(argument.name for argument in _forward(op)._schema.arguments)
+    return tuple(argument.name for argument in getattr(torch.ops.entropy_rl, f"{op}_forward").default._schema.arguments)
 
 
 def register_loss(op: str) -> None:
@@ -87,33 +76,30 @@ def register_loss(op: str) -> None:
         if grad_loss is None:
             return None, *[None] * ctx.constants
         gradient, row_scale, values = ctx.saved_tensors
-        scaled = _scaled_in_place(grad_loss, gradient, row_scale) if values.dtype == gradient.dtype else None
+        # A direct call's gradient is known to loss_and_metrics alone, which has dropped it.
+        may_reuse = ctx.direct and values.dtype == gradient.dtype
+        scaled = _scaled_in_place(grad_loss, gradient) if may_reuse else None
         grad_values = backward(grad_loss, gradient, row_scale, values) if scaled is None else scaled
         return grad_values, *[None] * ctx.constants
 
     torch.library.register_fake(f"entropy_rl::{op}_forward", fake)
     torch.library.register_fake(f"entropy_rl::{op}_backward", fake_backward)
-    register_autograd(f"{op}_forward", differentiate, setup_context, differentiable=1)
+    _FORWARDS[op] = register_autograd(f"{op}_forward", differentiate, setup_context, differentiable=1)
     register_no_derivative(f"{op}_backward", "second derivatives are not offered")
 
 
-# Below this many tokens the op takes less time than the checks.
-_LEAST_IN_PLACE = 1 << 15
-
-
-def _scaled_in_place(grad_loss: Tensor, gradient: Tensor, row_scale: Tensor) -> Tensor | None:
+def _scaled_in_place(grad_loss: Tensor, gradient: Tensor) -> Tensor | None:
     """The result of an op's backward in the memory of its gradient, or None where that may be needed again.
 
-    Only on the CPU, where the first write to new memory takes longer than the arithmetic, and where one can look
-    whether all factors are finite: 0 times another factor would not be 0.
+    Only on the CPU, where row_scale is 1, the first write to new memory takes longer than the arithmetic, and one can
+    look at the factor: most often it is 1.
     """
-    if gradient.numel() < _LEAST_IN_PLACE or not gradient.is_cpu:
-        return None
-    if type(gradient) is not Tensor or torch.is_grad_enabled():
+    if not gradient.is_cpu or not are_plain(grad_loss, gradient) or torch.is_grad_enabled():
         return None
     if torch._C._autograd._get_current_graph_task_keep_graph():  # the caller may run this backward again
         return None
-    scale = grad_loss * row_scale
-    if not scale.isfinite().all():
-        return None
-    return gradient.mul_(scale.unsqueeze(-1) if gradient.dim() == 2 else scale)
+    factor = grad_loss.item()
+    if factor == 1:
+        return gradient
+    # 0 times a factor that is not finite would not be 0.
+    return gradient.mul_(factor) if math.isfinite(factor) else None

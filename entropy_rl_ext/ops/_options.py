@@ -47,6 +47,14 @@ def check_options(function: _Function) -> _Function:
     return typing.cast(_Function, checked)
 
 
+def host_number(value: float) -> Tensor:
+    """A number as an op takes one that changes at every step: 0-dim float64 on the CPU."""
+    if isinstance(value, int | float) and not torch.compiler.is_compiling():
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    # torch.compile keeps a factor of a product symbolic; it would specialise on a fill value or a `float` argument.
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
 def _option_type(annotation: Any) -> tuple[type, bool] | None:
     """(type, whether it may be None) of an option; None for another argument, such as a tensor."""
     choices = typing.get_args(annotation) or (annotation,)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ._fakes import check_number
 from ._mask import wrong_values
+from ._options import host_number
 
 
 def temperature_tensor(temperature: float, row_temperature: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -16,8 +17,7 @@ def temperature_tensor(temperature: float, row_temperature: Tensor | None, mask:
     if wrong is None:
         if row_temperature is not None:
             return row_temperature
-        # torch.compile keeps a factor of a product symbolic; it would specialise on a fill value or a `float` argument.
-        return torch.ones((), dtype=torch.float64, device="cpu") * temperature
+        return host_number(temperature)
     if row_temperature is None:
         row_temperature = torch.ones_like(wrong, dtype=torch.float64) * temperature
     # For masks of another shape the op raises.

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autograd import call_composite
 from ._fakes import check_tensors
-from ._loss import call_loss, loss_and_metrics, register_loss, scalar_tensor
+from ._loss import loss_and_metrics, register_loss, scalar_tensor
 from ._options import check_options
 
 
@@ -55,7 +56,7 @@ def aggregate(
     Source: verl 0.9.1, agg_loss.
     """
     check_tensors(values=values, mask=mask)
-    return call_loss(
+    return call_composite(
         "aggregate",
         _aggregate,
         values,

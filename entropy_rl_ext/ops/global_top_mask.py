@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._autograd import register_constant
+from ._autograd import call_composite, register_constant
 from ._fakes import check_same_device, check_tensors
 from ._mask import any_wrong, check_mask, empty_if, nan_if
-from ._options import check_options
+from ._options import check_options, host_number
 from ._select_over_ranks import Ranks, select_over_ranks
 
 _Rule = Literal["topk", "threshold", "quantile"]
@@ -108,8 +108,9 @@ def global_top_mask(
     """
     check_tensors(entropy=entropy, response_mask=response_mask, optional={"group_ids": group_ids})
     if group is None and not return_threshold:
-        mask: Tensor = torch.ops.entropy_rl.global_top_mask(entropy, response_mask, top_ratio, rule, scope, group_ids)
-        return mask
+        return call_composite(
+            "global_top_mask", _global_top_mask, entropy, response_mask, top_ratio, rule, scope, group_ids
+        )
 
     if scope != "batch":
         option = "return_threshold" if group is None else "group"
@@ -120,10 +121,8 @@ def global_top_mask(
             "entropy"
         )
     # The op checks the other arguments, before anything is sent.
-    ratio = _as_tensor(top_ratio)
-    torch.ops.entropy_rl.global_top_mask_forward(
-        entropy.new_empty(0), response_mask.new_empty(0), ratio, rule, scope, group_ids
-    )
+    ratio = host_number(top_ratio)
+    _forward(entropy.new_empty(0), response_mask.new_empty(0), ratio, rule, scope, group_ids)
 
     check_mask("response_mask", response_mask)
     wrong = any_wrong(response_mask)
@@ -173,7 +172,6 @@ def top_k_count(response_tokens: Tensor, ratio: float, *, complement: bool = Fal
     return response_tokens - count if complement else count
 
 
-@torch.library.impl("entropy_rl::global_top_mask", "CompositeImplicitAutograd")
 def _global_top_mask(
     entropy: Tensor,
     response_mask: Tensor,
@@ -182,15 +180,11 @@ def _global_top_mask(
     scope: str = "batch",
     group_ids: Tensor | None = None,
 ) -> Tensor:
-    mask: Tensor = torch.ops.entropy_rl.global_top_mask_forward(
-        entropy, response_mask, _as_tensor(top_ratio), rule, scope, group_ids
-    )
+    mask: Tensor = _forward(entropy, response_mask, host_number(top_ratio), rule, scope, group_ids)
     return empty_if(any_wrong(response_mask), mask)
 
 
-def _as_tensor(ratio: float) -> Tensor:
-    # A product keeps a symbolic ratio symbolic; torch.compile would specialise on a fill value.
-    return torch.ones((), dtype=torch.float64, device="cpu") * ratio
+torch.library.impl("entropy_rl::global_top_mask", "CompositeImplicitAutograd", _global_top_mask)
 
 
 @torch.library.register_fake("entropy_rl::global_top_mask_forward")
@@ -207,4 +201,4 @@ def _(
     return entropy.new_empty(entropy.shape, dtype=torch.bool)
 
 
-register_constant("global_top_mask_forward")
+_forward = register_constant("global_top_mask_forward")

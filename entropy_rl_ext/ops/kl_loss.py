@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autograd import call_composite
 from ._fakes import check_tensors
-from ._loss import call_loss, loss_and_metrics, register_loss, scalar_tensor
+from ._loss import loss_and_metrics, register_loss, scalar_tensor
 from ._options import check_options
 
 
@@ -58,7 +59,7 @@ def kl_loss(
     check_tensors(
         log_prob=log_prob, ref_log_prob=ref_log_prob, response_mask=response_mask, optional={"weights": weights}
     )
-    return call_loss(
+    return call_composite(
         "kl_loss",
         _kl_loss,
         log_prob,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import register_autograd, register_no_derivative
+from ._autograd import call_composite, register_autograd, register_no_derivative
 from ._fakes import check_same_device, check_tensors
 from ._options import check_options
 from ._temperature import split_temperature, temperature_tensor
@@ -45,13 +45,11 @@ def logprob_entropy(
     """
     check_tensors(logits=logits, targets=targets, optional={"mask": mask})
     number, row_temperature = split_temperature(temperature, logits)
-    outputs: tuple[Tensor, Tensor] = torch.ops.entropy_rl.logprob_entropy(
-        logits, targets, mask, number, row_temperature, entropy_grad
+    return call_composite(
+        "logprob_entropy", _logprob_entropy, logits, targets, mask, number, row_temperature, entropy_grad
     )
-    return outputs
 
 
-@torch.library.impl("entropy_rl::logprob_entropy", "CompositeImplicitAutograd")
 def _logprob_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -60,10 +58,13 @@ def _logprob_entropy(
     row_temperature: Tensor | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    log_prob, entropy, _ = torch.ops.entropy_rl.logprob_entropy_forward(
+    log_prob, entropy, _ = logprob_entropy_forward(
         logits, targets, mask, temperature_tensor(temperature, row_temperature, mask)
     )
     return log_prob, entropy if entropy_grad else entropy.detach()
+
+
+torch.library.impl("entropy_rl::logprob_entropy", "CompositeImplicitAutograd", _logprob_entropy)
 
 
 # The kernels of logprob_entropy and token_entropy. Without targets log_prob is empty, of shape [0].
@@ -115,5 +116,5 @@ def _backward(
     return grad_logits, None, None, None
 
 
-register_autograd("logprob_entropy_forward", _backward, _setup_context, differentiable=1)
+logprob_entropy_forward = register_autograd("logprob_entropy_forward", _backward, _setup_context, differentiable=1)
 register_no_derivative("logprob_entropy_backward", "second derivatives are not offered")

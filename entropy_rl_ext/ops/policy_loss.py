@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autograd import call_composite
 from ._fakes import check_number, check_tensors
-from ._loss import call_loss, loss_and_metrics, register_loss, scalar_tensor
+from ._loss import loss_and_metrics, register_loss, scalar_tensor
 from ._options import check_options
 
 # The op returns all metrics; each loss mode reports those that verl reports for it.
@@ -132,7 +133,7 @@ def policy_loss(
     # A warning cannot be part of a compiled graph.
     if entropy_mask is not None and loss_mode in ("gspo", "geo_mean") and not torch.compiler.is_compiling():
         _warn_not_applied(loss_mode)
-    loss, values = call_loss(
+    loss, values = call_composite(
         "policy_loss",
         _policy_loss,
         log_prob,

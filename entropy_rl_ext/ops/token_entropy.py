@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from ._autograd import call_composite
 from ._fakes import check_tensors
 from ._options import check_options
 from ._temperature import split_temperature, temperature_tensor
+from .logprob_entropy import logprob_entropy_forward
 
 
 @check_options
@@ -34,11 +36,9 @@ def token_entropy(logits: Tensor, *, mask: Tensor | None = None, temperature: fl
     """
     check_tensors(logits=logits, optional={"mask": mask})
     number, row_temperature = split_temperature(temperature, logits)
-    entropy: Tensor = torch.ops.entropy_rl.token_entropy(logits, mask, number, row_temperature)
-    return entropy
+    return call_composite("token_entropy", _token_entropy, logits, mask, number, row_temperature)
 
 
-@torch.library.impl("entropy_rl::token_entropy", "CompositeImplicitAutograd")
 def _token_entropy(
     logits: Tensor,
     mask: Tensor | None = None,
@@ -46,7 +46,8 @@ def _token_entropy(
     row_temperature: Tensor | None = None,
 ) -> Tensor:
     entropy: Tensor
-    _, entropy, _ = torch.ops.entropy_rl.logprob_entropy_forward(
-        logits, None, mask, temperature_tensor(temperature, row_temperature, mask)
-    )
+    _, entropy, _ = logprob_entropy_forward(logits, None, mask, temperature_tensor(temperature, row_temperature, mask))
     return entropy
+
+
+torch.library.impl("entropy_rl::token_entropy", "CompositeImplicitAutograd", _token_entropy)

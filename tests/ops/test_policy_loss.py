@@ -774,10 +774,10 @@ def test_wrong_device(device):
         policy_loss(here, here, here, torch.ones(3, 9, device="meta"))
 
 
-# ---- The backward of a large batch, which the CPU scales in place -------------------------------------------
+# ---- The backward, which on the CPU gives or scales the gradient that the forward made ----------------------
 
 
-def _large_backward(batch, factor, *, twice):
+def _backward(batch, factor, *, twice):
     log_prob = batch["log_prob"].detach().requires_grad_()
     names = ("old_log_prob", "advantages", "response_mask")
     loss = policy_loss(log_prob, *(batch[name] for name in names), loss_agg_mode="seq-mean-token-mean")[0] * factor
@@ -786,20 +786,43 @@ def _large_backward(batch, factor, *, twice):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(9, 8192), (1 << 16,)], ids=str)
-def test_large_gradients_are_the_same_however_often_they_are_computed(device, dtype, shape):
+@pytest.mark.parametrize("shape", [(3, 9), (9, 8192), (1 << 16,)], ids=str)
+@pytest.mark.parametrize("factor", [1, 0.5])
+def test_gradients_are_the_same_however_often_they_are_computed(device, dtype, shape, factor):
     """The first two keep the graph, so that they may not write to what the last one reads."""
     batch = {name: value.view(shape) for name, value in make_batch((1, math.prod(shape)), dtype, device).items()}
-    first, second, last = _large_backward(batch, 0.5, twice=True)
-    (only,) = _large_backward(batch, 0.5, twice=False)
+    first, second, last = _backward(batch, factor, twice=True)
+    (only,) = _backward(batch, factor, twice=False)
     assert first.abs().max() > 0
     for other in (second, last, only):
         assert torch.equal(first, other)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_factor_that_is_not_finite_leaves_masked_tokens_of_a_large_batch_at_zero(device, factor):
-    batch = make_batch((9, 8192), torch.float32, device)
-    (gradient,) = _large_backward(batch, factor, twice=False)
+def test_a_factor_that_is_not_finite_leaves_masked_tokens_at_zero(device, factor):
+    batch = make_batch((9, 300), torch.float32, device)
+    (gradient,) = _backward(batch, factor, twice=False)
     assert (gradient[~batch["response_mask"]] == 0).all()
     assert not gradient[batch["response_mask"]].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1, 0.5])
+def test_the_backward_leaves_the_gradient_that_the_op_returned(device, factor):
+    batch = make_batch((3, 9), torch.float32, device)
+    log_prob = batch["log_prob"].detach().requires_grad_()
+    names = ("old_log_prob", "advantages", "response_mask")
+    loss, _, gradient, _ = torch.ops.entropy_rl.policy_loss_forward(log_prob, *(batch[name] for name in names))
+    before = gradient.clone()
+    (loss * factor).backward()
+    log_prob.grad.zero_()
+    assert before.any() and torch.equal(gradient, before)
+
+
+def test_a_batch_of_incoming_gradients(device):
+    batch = make_batch((3, 9), torch.float32, device)
+    log_prob = batch["log_prob"].detach().requires_grad_()
+    names = ("old_log_prob", "advantages", "response_mask")
+    loss = policy_loss(log_prob, *(batch[name] for name in names))[0]
+    factors = torch.tensor([1.0, 0.5], device=device)
+    one, half = torch.autograd.grad(loss, log_prob, factors, is_grads_batched=True)[0]
+    assert one.any() and torch.equal(half, one * 0.5)
