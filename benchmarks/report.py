@@ -116,6 +116,8 @@ samples.
   both.
 - `amax` reads the logits once and does nothing else: it bounds the time of `token_entropy` from
   below.
+- `nothing` is a `torch.autograd.Function` that computes neither loss nor gradient: what PyTorch
+  itself takes for a call, with cold caches, forward and backward.
 """
 
 
