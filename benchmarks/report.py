@@ -23,7 +23,7 @@ SIMD = {"portable": "portable", "avx2": "AVX2", "avx512": "AVX-512"}  # from nar
 WITHOUT_BACKWARD = {"global_top_mask"}
 # Contenders that do less than ours and bound its time from below.
 WITHOUT_HEAD = "the step without the LM head"
-LOWER_BOUNDS = {"amax", WITHOUT_HEAD}
+LOWER_BOUNDS = {"amax", "nothing", WITHOUT_HEAD}
 
 # What each row of the headline table says, with the op and the case that it comes from.
 HEADLINE = {
