@@ -219,13 +219,44 @@ def warm_up(
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon in float32. That one multiplies in bfloat16, slowly where the processor has no such products.
+
+    Source: https://kellerjordan.github.io/posts/muon/
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonalized(
+                    matrix.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
+                )
+                rows, columns = matrix.shape
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update, alpha=group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Near the orthogonal matrix with the singular vectors of this one, by the iteration of Newton and Schulz."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
 def warm_up_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, which it trains in half as many steps as AdamW, and AdamW for the rest."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     inside = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     return [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
+        Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, weight_decay=0.01),
     ]
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from entropy_rl import demo
 
@@ -48,3 +49,18 @@ def test_the_pages_have_the_figures_of_the_committed_runs() -> None:
     page = (root / "docs/demo.md").read_text()
     for run, first, last in zip(runs, before, after, strict=True):
         assert f"| {run['seed']} | {first:.1%} | {last:.1%} | {100 * (last - first):+.1f} |".replace("%", " %") in page
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_muon_takes_the_steps_of_pytorchs_up_to_bfloat16(shape: tuple[int, int]) -> None:
+    start, gradients = torch.randn(shape), torch.randn(5, *shape)
+    trained = []
+    for optimizer_class in (torch.optim.Muon, demo.Muon):
+        matrix = torch.nn.Parameter(start.clone())
+        optimizer = optimizer_class([matrix], lr=0.02, weight_decay=0.01)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        trained.append(matrix.detach() - start)
+    theirs, ours = trained
+    assert theirs.norm() > 0.1 and (ours - theirs).norm() < 0.03 * theirs.norm()
