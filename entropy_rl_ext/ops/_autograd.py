@@ -35,7 +35,7 @@ def register_autograd(
 
     Returns:
         The op as a function of the same arguments. For plain tensors it skips the dispatcher's first half, which would
-        only come back to Python for autograd: 0.03 ms for the 29 arguments of policy_loss, 0.14 ms with cold caches.
+        only come back to Python for autograd.
     """
     overload = getattr(torch.ops.entropy_rl, op).default
 
